@@ -1,0 +1,42 @@
+# One command each. Needs Python 3.11 or later, nothing else.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help env train test check format docs clean
+
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: $(VENV)/.ready ## create the environment
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+train: env ## fine-tune the built-in tiny model on the shipped rows, on a CPU, in under three minutes
+	$(BIN)/stoker train examples/quickstart.yaml --overwrite
+
+test: env ## run every test
+	$(BIN)/python -m pytest -n 2
+
+check: env ## format, lint, types, layers, quick tests: under a minute
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -n 2 -m 'not slow' tests/unit
+
+format: env ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: env ## regenerate the pages that come from code
+	$(BIN)/python -m docs.generate
+
+clean: ## remove the environment
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""Stoker: a fine-tuning engine for language models."""
