@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: `what`, with the offending value; `where`, as `file:line` or a name; `fix`, what to do."""
+    """One thing that is wrong: `what`, with the value; `where`, as `file:line` or a name; `fix`, what to do."""
 
     what: str
     where: str | None = None

@@ -1,4 +1,4 @@
-"""What happens during a run, as frozen records: the trainer emits them, observers (progress, metrics, trackers) show them.
+"""What happens during a run, as frozen records: the trainer emits them, observers show or store them.
 
 Times are seconds, sizes are bytes, losses are means over trained tokens in nats.
 """

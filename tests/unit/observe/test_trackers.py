@@ -1,0 +1,33 @@
+import pytest
+
+from stoker.errors import ConfigError
+from stoker.observe import trackers
+from stoker.observe.events import Evaluated, Notice
+
+
+def test_tensorboard_stores_scalars_that_its_own_reader_finds(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tracker,) = trackers.build(["tensorboard"], tmp_path, run_name="run", config={})
+    tracker.handle(Evaluated(step=7, loss=1.5, num_trained_tokens=1, seconds=0.1))
+    tracker.handle(Notice("not a number"))
+    tracker.close()
+    reader = EventAccumulator(str(tmp_path / "tensorboard"))
+    reader.Reload()
+    (scalar,) = reader.Scalars("validation/loss")
+    assert (scalar.step, scalar.value) == (7, 1.5)
+
+
+def test_missing_package_is_an_error_that_names_the_install_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, "is_installed", lambda name: False)
+    with pytest.raises(ConfigError, match=r"pip install 'stoker\[wandb\]'"):
+        trackers.build(["wandb"], tmp_path, run_name="run", config={})
+
+
+def test_unknown_tracker_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="comet"):
+        trackers.build(["comet"], tmp_path, run_name="run", config={})
+
+
+def test_nested_settings_are_flattened_with_dots():
+    assert trackers.flatten({"train": {"seed": 1}, "x": "y"}) == [("train.seed", "1"), ("x", "y")]
