@@ -116,7 +116,7 @@ def _curves(records: Sequence[Record]) -> str:
 
     losses = [record["loss"] for record in steps]
     line(losses, "training", 1, 1, color=_FAINT, width=1)
-    line(_smooth(losses, window=len(losses) / 25), "training, smoothed", 1, 1, color=_ACCENT, width=2.5)
+    line(_smooth(losses, window=len(losses) / 50), "training, smoothed", 1, 1, color=_ACCENT, width=2.5)
     _add_validation(figure, go, [record for record in records if "validation_loss" in record])
     line([record["learning_rate"] for record in steps], "learning rate", 2, 1, color=_ACCENT, width=2)
     line([record["gradient_norm"] for record in steps], "gradient norm", 2, 2, color=_ACCENT, width=1.2)
@@ -127,7 +127,7 @@ def _curves(records: Sequence[Record]) -> str:
         template="plotly_white",
         margin={"l": 60, "r": 24, "t": 40, "b": 50},
         font={"family": "system-ui, sans-serif", "color": _INK, "size": 13},
-        legend={"orientation": "h", "y": 1.06, "x": 1, "xanchor": "right"},
+        legend={"orientation": "h", "y": 1.06, "x": 0, "xanchor": "left"},
         hovermode="x unified",
     )
     figure.update_xaxes(title_text="step", title_standoff=6)
