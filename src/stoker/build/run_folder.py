@@ -1,0 +1,125 @@
+"""The folder of a run: which files it holds, who may write into it, and the facts kept beside the metrics."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stoker.errors import OutputError
+from stoker.observe.events import Event, Notice, RunEnded
+
+_PACKAGES = ("stoker", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of what a run's folder holds."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints, one folder each."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter in PEFT's format (adapter runs)."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The trained model in Transformers' format (runs that train every weight)."""
+        return self.path / "model"
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, with where each value came from."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    def claim(self, *, resume: bool, overwrite: bool) -> None:
+        """Makes the folder ready for a run; one that holds another run is used only when told to.
+
+        Raises:
+            OutputError: the folder holds a run and neither `resume` nor `overwrite` was given, there is nothing to
+                resume, or it cannot be written.
+        """
+        holds_run = self.config.exists() or self.checkpoints.exists()
+        if holds_run and not (resume or overwrite):
+            raise OutputError(
+                f"output.folder {self.path} already holds a run.",
+                fix="Use --resume to go on with it, --overwrite to start anew in it, or name another folder.",
+            )
+        if resume and not holds_run:
+            raise OutputError(f"There is no run to resume in {self.path}.", fix="Leave out --resume to start one.")
+        try:
+            if overwrite and not resume:
+                self._clear()
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"output.folder {self.path} cannot be written: {error.strerror}.") from error
+        if not os.access(self.path, os.W_OK):
+            raise OutputError(f"output.folder {self.path} is not writable.", fix="Name another folder.")
+
+    def _clear(self) -> None:
+        """Removes what a run wrote, and nothing else that a user may keep there."""
+        import shutil
+
+        for name in ("checkpoints", "adapter", "model", "tensorboard"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in ("config.yaml", "plan.json", "audit.json", "run.json", "metrics.jsonl", "report.html"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Writes `name` as JSON, whole or not at all."""
+        self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes `name`, whole or not at all."""
+        aside = self.path / f".{name}.part"
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(self.path / name)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a result depends on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def now() -> str:
+    """Returns the local time to the minute, for people."""
+    return datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+
+
+@dataclass
+class Journal:
+    """An observer that keeps the notices and the end of a run for `run.json`."""
+
+    notices: list[dict[str, str]] = field(default_factory=list)
+    ended: RunEnded | None = None
+
+    def handle(self, event: Event) -> None:
+        """Keeps notices and the end."""
+        if isinstance(event, Notice):
+            self.notices.append({"level": event.level, "message": event.message})
+        elif isinstance(event, RunEnded):
+            self.ended = event
+
+    def close(self) -> None:
+        """Nothing is held."""
