@@ -1,0 +1,39 @@
+"""Linear layers that share an input, kept as one weight."""
+
+import torch
+from torch import Tensor, nn
+
+
+class FusedLinear(nn.Module):
+    """Hugging Face's linear layers of one input as one weight `[sum(out_features), in_features]`: one matmul, not several.
+
+    `names` are the full Hugging Face module names of the parts, in row order (for example the `q_proj`, `k_proj` and
+    `v_proj` of a layer); adapters, checkpoints and PEFT folders speak those names. An ordinary linear has one part.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: tuple[int, ...], *, names: tuple[str, ...], bias: bool = False
+    ) -> None:
+        super().__init__()
+        if len(out_features) != len(names):
+            raise ValueError(f"{len(out_features)} parts but {len(names)} names: {names}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.names = names
+        self.weight = nn.Parameter(torch.empty(sum(out_features), in_features))
+        self.bias = nn.Parameter(torch.zeros(sum(out_features))) if bias else None
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Rows of `weight` (and of the output's last dimension) that belong to each part."""
+        ends = [sum(self.out_features[: index + 1]) for index in range(len(self.out_features))]
+        return tuple(slice(end - size, end) for end, size in zip(ends, self.out_features, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns `x @ weight.T + bias`: `[..., in_features]` to `[..., sum(out_features)]`, parts side by side."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Shows the short names of the parts."""
+        short = ", ".join(name.rsplit(".", 1)[-1] for name in self.names)
+        return f"{self.in_features} -> {self.out_features} ({short}), bias={self.bias is not None}"
