@@ -1,0 +1,163 @@
+"""What a prepared dataset holds, counted before the first step, and what is wrong with it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from stoker.errors import Problem
+
+LOW_TRAINED_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Counts of one prepared dataset. Tokens are counted after truncation; a trained token is a target of the loss."""
+
+    rows: int = 0
+    """Rows that became documents."""
+    documents: int = 0
+    """Documents after cutting long ones into pieces."""
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
+    """Tokens of the longest document."""
+    median: int = 0
+    """Tokens of the median document."""
+    bad_rows: int = 0
+    """Rows left out because they are malformed."""
+    bad_row_examples: tuple[str, ...] = ()
+    truncated: int = 0
+    """Rows cut at the sequence length."""
+    truncated_tokens: int = 0
+    dropped: int = 0
+    """Rows left out because they are longer than the sequence length."""
+    split: int = 0
+    """Rows cut into pieces."""
+    rows_without_trained_token: int = 0
+    untrained_examples: tuple[str, ...] = ()
+    turns: int = 0
+    """Rendered turns of the roles to train (for text: documents)."""
+    turns_not_rendered: int = 0
+    """Turns of the roles to train that the chat template leaves out."""
+    turns_with_end: int = 0
+    """Turns whose end-of-turn token is trained."""
+    end_tokens: Mapping[str, int] = field(default_factory=dict)
+    """The end-of-turn tokens found after trained turns."""
+    end_of_turn_wanted: bool = True
+    doubled_bos: int = 0
+    """Documents that begin with two BOS tokens."""
+    special_in_content: int = 0
+    """Rows whose contents hold the text of a special token, which is then read as that token."""
+    roles: Mapping[str, int] = field(default_factory=dict)
+    """Messages by role."""
+    train_on: tuple[str, ...] = ()
+    formats: Mapping[str, str] = field(default_factory=dict)
+    """Source -> format and why it was taken for that."""
+    template: str = "none"
+    """Where the chat template comes from and how trained text is found in it."""
+    searched_rows: int = 0
+    """Rows whose contents had to be searched for in the rendered text."""
+
+    @property
+    def trained_share(self) -> float:
+        """Trained tokens over all tokens, 0.0 if there are none."""
+        return self.trained_tokens / self.tokens if self.tokens else 0.0
+
+    @property
+    def end_of_turn_share(self) -> float:
+        """Trained turns whose end-of-turn token is trained, over all trained turns; 0.0 if there are none."""
+        return self.turns_with_end / self.turns if self.turns else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the counts and shares as plain JSON values."""
+        facts = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return facts | {"trained_share": self.trained_share, "end_of_turn_share": self.end_of_turn_share}
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> "Audit":
+        """Reads what `to_dict` returned."""
+        known = {name: value for name, value in facts.items() if name in cls.__dataclass_fields__}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+
+
+def problems(audit: Audit) -> list[Problem]:
+    """Returns what makes training pointless or wrong; a run should stop for any of these."""
+    found = []
+    if not audit.trained_tokens:
+        found.append(_nothing_trained(audit))
+    elif audit.end_of_turn_wanted and audit.turns and not audit.turns_with_end:
+        found.append(
+            Problem(
+                f"the end-of-turn token is never trained in {audit.turns:,} turns, so the model would not learn to stop.",
+                fix="Use a chat template whose end-of-turn marker is a special token of this tokenizer, raise "
+                "data.sequence_length if turns are cut off, or set data.train_on_end_of_turn: false.",
+            )
+        )
+    if audit.doubled_bos:
+        found.append(
+            Problem(
+                f"{audit.doubled_bos:,} of {audit.documents:,} documents begin with two BOS tokens.",
+                fix="Remove the BOS text from the rows or from the chat template.",
+            )
+        )
+    return found
+
+
+def warnings(audit: Audit) -> list[Problem]:
+    """Returns what a person should know before training, though it may be meant."""
+    found = []
+    if audit.bad_rows:
+        found.append(Problem(f"{audit.bad_rows:,} malformed rows are left out (first: {audit.bad_row_examples[0]})"))
+    if audit.truncated:
+        found.append(
+            Problem(
+                f"{audit.truncated:,} of {audit.rows:,} rows are cut at the sequence length "
+                f"({audit.truncated_tokens:,} tokens lost).",
+                fix="Raise data.sequence_length to keep them whole.",
+            )
+        )
+    if audit.dropped:
+        found.append(Problem(f"{audit.dropped:,} rows are longer than the sequence length and are left out."))
+    if audit.rows_without_trained_token and audit.trained_tokens:
+        example = f" (first: {audit.untrained_examples[0]})" if audit.untrained_examples else ""
+        found.append(Problem(f"{audit.rows_without_trained_token:,} documents have no trained token{example}."))
+    if audit.turns_not_rendered:
+        found.append(
+            Problem(f"the chat template leaves out {audit.turns_not_rendered:,} turns that should be trained.")
+        )
+    if audit.end_of_turn_wanted and 0 < audit.turns_with_end < audit.turns:
+        found.append(
+            Problem(
+                f"{audit.turns - audit.turns_with_end:,} of {audit.turns:,} trained turns end without a trained end."
+            )
+        )
+    if audit.special_in_content:
+        found.append(
+            Problem(f"{audit.special_in_content:,} rows hold the text of a special token, which is read as that token.")
+        )
+    if audit.searched_rows:
+        found.append(
+            Problem(
+                f"in {audit.searched_rows:,} rows trained text was found by searching, since the chat template changes "
+                "contents.",
+                fix="Look at some of them with `stoker inspect`.",
+            )
+        )
+    if audit.trained_tokens and audit.trained_share < LOW_TRAINED_SHARE:
+        found.append(Problem(f"only {audit.trained_share:.2%} of the tokens are trained."))
+    return found
+
+
+def _nothing_trained(audit: Audit) -> Problem:
+    if not audit.documents:
+        return Problem("no row is left to train on.", fix="Every row was malformed or too long; see the counts above.")
+    roles = ", ".join(f"{role} ({count:,})" for role, count in audit.roles.items())
+    if roles and not set(audit.train_on) & set(audit.roles):
+        return Problem(
+            f"no token is trained: data.train_on = {', '.join(audit.train_on)}, but the roles in the data are {roles}.",
+            fix="Name roles that the data has, or use `all`.",
+        )
+    return Problem(
+        f"none of {audit.tokens:,} tokens is trained.",
+        fix="Raise data.sequence_length if answers are cut off, or look at rows with `stoker inspect`.",
+    )

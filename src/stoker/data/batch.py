@@ -1,0 +1,100 @@
+"""A micro-batch: token ids, what each position must predict, and where documents end."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens with their targets.
+
+    - `input_ids`: int64 `[B, T]`.
+    - `targets`: int64 `[B, T]`; the token that position t must predict, or -100. Already shifted.
+    - `document_lengths`: per row the lengths of its documents, summing to T; a padded tail is a document of its own
+      whose targets are all -100. None: every row is one document, padded on the right.
+    - `num_tokens`: tokens that are not padding. `num_trained_tokens`: targets that are not -100.
+    - `row_tokens`: `num_tokens` by row; None if the rows hold equally many (within rounding).
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    document_lengths: tuple[tuple[int, ...], ...] | None
+    num_tokens: int
+    num_trained_tokens: int
+    row_tokens: tuple[int, ...] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return self.input_ids.shape[0]
+
+    @property
+    def can_split(self) -> bool:
+        """Whether `split` can make two smaller batches: more than one row, or one row of several documents."""
+        return self.num_rows > 1 or (self.document_lengths is not None and len(self.document_lengths[0]) > 1)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """Returns the batch with its tensors on `device`."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+            targets=self.targets.to(device, non_blocking=non_blocking),
+        )
+
+    def split(self) -> "list[Batch]":
+        """Returns two batches with half of the rows each; a single packed row is cut between two of its documents.
+
+        Together they hold the same targets, so their summed losses and gradients equal this batch's. Raises
+        ValueError if there is nothing to cut (see `can_split`).
+        """
+        if self.num_rows > 1:
+            half = (self.num_rows + 1) // 2
+            return [self._rows(0, half), self._rows(half, self.num_rows)]
+        if not self.can_split:
+            raise ValueError("A batch of one document cannot be split.")
+        return self._cut_row()
+
+    def _rows(self, start: int, end: int) -> "Batch":
+        targets = self.targets[start:end]
+        if self.row_tokens is not None:
+            row_tokens = self.row_tokens[start:end]
+            num_tokens = sum(row_tokens)
+        else:
+            row_tokens = None
+            num_tokens = self.num_tokens * end // self.num_rows - self.num_tokens * start // self.num_rows
+        return Batch(
+            input_ids=self.input_ids[start:end],
+            targets=targets,
+            document_lengths=None if self.document_lengths is None else self.document_lengths[start:end],
+            num_tokens=num_tokens,
+            num_trained_tokens=int((targets != IGNORED).sum()),
+            row_tokens=row_tokens,
+        )
+
+    def _cut_row(self) -> "list[Batch]":
+        """Cuts the only row at the document boundary nearest to its middle."""
+        assert self.document_lengths is not None
+        lengths = self.document_lengths[0]
+        ends = [sum(lengths[: index + 1]) for index in range(len(lengths) - 1)]
+        total = sum(lengths)
+        count = 1 + min(range(len(ends)), key=lambda index: abs(2 * ends[index] - total))
+        cut = ends[count - 1]
+        parts = []
+        for positions, documents in ((slice(0, cut), lengths[:count]), (slice(cut, total), lengths[count:])):
+            targets = self.targets[:, positions]
+            num_tokens = max(0, min(self.num_tokens, positions.stop) - positions.start)
+            parts.append(
+                Batch(
+                    input_ids=self.input_ids[:, positions],
+                    targets=targets,
+                    document_lengths=(documents,),
+                    num_tokens=num_tokens,
+                    num_trained_tokens=int((targets != IGNORED).sum()),
+                    row_tokens=(num_tokens,),
+                )
+            )
+        return parts

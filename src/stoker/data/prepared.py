@@ -1,0 +1,106 @@
+"""Tokenised documents, in memory or mapped from the cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from stoker.data.audit import Audit
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Documents laid end to end, with what was counted while making them.
+
+    - `ids`: uint32 `[tokens]`; `trained`: bool `[tokens]`, whether the token is a target (never a document's first).
+    - `offsets`: int64 `[documents + 1]`, where each document starts.
+    - `notices`: sentences for the user (a rebuilt cache). `cached`: whether the arrays came from the cache.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    offsets: np.ndarray
+    audit: Audit
+    notices: tuple[str, ...] = ()
+    cached: bool = False
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns `(ids, trained)` of one document: uint32 and bool, views of the whole."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        start, end = self.offsets[index], self.offsets[index + 1]
+        return self.ids[start:end], self.trained[start:end]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def trained_counts(self) -> np.ndarray:
+        """Trained tokens of each document, int64."""
+        sums = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
+        return sums[self.offsets[1:]] - sums[self.offsets[:-1]]
+
+    @classmethod
+    def from_documents(cls, documents: Sequence[tuple[Sequence[int], Sequence[bool]]], audit: Audit | None = None):
+        """Returns documents given as `(ids, trained)` pairs, for notebooks and tests."""
+        lengths = [len(ids) for ids, _ in documents]
+        ids = np.fromiter((token for document, _ in documents for token in document), np.uint32, sum(lengths))
+        trained = np.fromiter((flag for _, mask in documents for flag in mask), np.bool_, sum(lengths))
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+        trained[offsets[:-1][np.diff(offsets) > 0]] = False
+        counted = audit or Audit(
+            rows=len(lengths),
+            documents=len(lengths),
+            tokens=len(ids),
+            trained_tokens=int(trained.sum()),
+            longest=max(lengths, default=0),
+        )
+        return cls(ids, trained, offsets, counted)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some documents of a `Prepared`, by index: what `split` returns."""
+
+    whole: Prepared
+    indices: np.ndarray
+    notices: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns `(ids, trained)` of the selection's document `index`."""
+        return self.whole.document(int(self.indices[index]))
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64."""
+        return self.whole.lengths[self.indices]
+
+    @cached_property
+    def trained_counts(self) -> np.ndarray:
+        """Trained tokens of each document, int64."""
+        return self.whole.trained_counts[self.indices]
+
+    @property
+    def audit(self) -> Audit:
+        """The whole's counts, with those of this part where they can be told."""
+        from dataclasses import replace
+
+        lengths = self.lengths
+        return replace(
+            self.whole.audit,
+            documents=len(self),
+            tokens=int(lengths.sum()),
+            trained_tokens=int(self.trained_counts.sum()),
+            longest=int(lengths.max(initial=0)),
+            median=int(np.median(lengths)) if len(lengths) else 0,
+            rows_without_trained_token=int((self.trained_counts == 0).sum()),
+        )
