@@ -1,0 +1,54 @@
+"""Families of architectures: Hugging Face's `config.json` to `ArchSpec`, and their weight names to ours.
+
+Adding a family is one file here, one line in `FAMILIES`, one parity test and one example.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from stoker.arch.families import llama
+from stoker.arch.spec import ArchSpec, WeightEntry
+from stoker.errors import ModelError
+
+
+class Family(Protocol):
+    """What a family's module offers."""
+
+    def read(self, config: Mapping[str, Any], where: str) -> ArchSpec:
+        """The spec that `config` describes; `where` names the file in errors."""
+        ...
+
+    def weight_map(self, spec: ArchSpec) -> tuple[WeightEntry, ...]:
+        """Every parameter of a `Decoder` built from `spec`, with the Hugging Face tensors it holds."""
+        ...
+
+
+FAMILIES: dict[str, Family] = {"llama": llama, "mistral": llama}
+"""The native `model_type`s and the module that reads each."""
+
+
+def read(config: Mapping[str, Any], where: str) -> ArchSpec:
+    """The `ArchSpec` of a parsed `config.json`.
+
+    Raises ModelError for a model type that is not native, and for any setting that the family does not compute: a setting
+    is never ignored when it would change the result.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelError(
+            "config.json names no `model_type`, so its architecture is unknown.",
+            where=where,
+            fix="Point model.base at a folder written by Transformers' save_pretrained.",
+        )
+    if model_type not in FAMILIES:
+        raise ModelError(
+            f'model_type "{model_type}" is not native to Stoker yet.',
+            where=where,
+            fix=f"Native today: {', '.join(FAMILIES)}. Until then, Transformers with PEFT trains this model.",
+        )
+    return FAMILIES[model_type].read(config, where)
+
+
+def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
+    """Every parameter of a `Decoder` built from `spec`, with the Hugging Face tensors it holds, in file order."""
+    return FAMILIES[spec.model_type].weight_map(spec)

@@ -1,0 +1,106 @@
+"""A model's folder: found locally or on the Hub, its configuration, weight files and tokenizer."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stoker.errors import ModelError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class WeightIndex:
+    """Where each tensor of a folder lies: `files[tensor name]` is a safetensors file inside `folder`."""
+
+    folder: Path
+    files: Mapping[str, Path]
+
+
+def read_config(folder: Path | str) -> dict[str, Any]:
+    """The parsed `config.json` of a model's folder; raises ModelError when it is missing or broken."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            "there is no config.json, so this is not a model's folder.",
+            where=str(folder),
+            fix="Point model.base at a folder written by save_pretrained, or at a Hub id.",
+        )
+    return _read_json(path)
+
+
+def weight_files(folder: Path | str) -> WeightIndex:
+    """Where each tensor lies, from one safetensors file or an index of several.
+
+    Raises ModelError when there are only pickled weights, a shard is missing, broken or outside the folder, or a shard
+    lacks a tensor that the index promises.
+    """
+    folder = Path(folder)
+    if (folder / _INDEX).is_file():
+        return _from_index(folder)
+    if (folder / _SINGLE).is_file():
+        return WeightIndex(folder, dict.fromkeys(_tensor_names(folder / _SINGLE), folder / _SINGLE))
+    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"the only weights are pickled ({', '.join(pickled[:3])}), and unpickling runs whatever code they hold.",
+            where=str(folder),
+            fix="Convert them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors.",
+        )
+    raise ModelError(
+        f"there are no weights: neither {_SINGLE} nor {_INDEX}.", where=str(folder), fix="Fetch the model again."
+    )
+
+
+def _from_index(folder: Path) -> WeightIndex:
+    path = folder / _INDEX
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError("there is no `weight_map` of tensor names to file names.", where=str(path), fix=_AGAIN)
+    names_in = {shard: _shard_names(folder, shard) for shard in sorted(set(weight_map.values()))}
+    for tensor, shard in weight_map.items():
+        if tensor not in names_in[shard]:
+            raise ModelError(f"{shard} does not hold {tensor}, which the index promises.", where=str(path), fix=_AGAIN)
+    # What a shard holds beyond the index is no less part of the checkpoint.
+    files = {name: folder / shard for shard, names in names_in.items() for name in names}
+    return WeightIndex(folder, files)
+
+
+_AGAIN = "Fetch the model again."
+
+
+def _shard_names(folder: Path, shard: str) -> set[str]:
+    """The tensors of a shard; raises ModelError for one that is missing or not directly in the folder."""
+    if Path(shard).name != shard or shard in ("..", "."):
+        raise ModelError(
+            f"the index names the shard {shard!r}, which is not a file directly in this folder.",
+            where=str(folder / _INDEX),
+            fix="Do not use this checkpoint unless you trust where it comes from; a shard's name has no folders.",
+        )
+    if not (folder / shard).is_file():
+        raise ModelError(f"the shard {shard}, which the index names, is missing.", where=str(folder), fix=_AGAIN)
+    return _tensor_names(folder / shard)
+
+
+def _tensor_names(path: Path) -> set[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"this is not a whole safetensors file ({error}).", where=str(path), fix=_AGAIN) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"this is not readable JSON ({error}).", where=str(path), fix=_AGAIN) from error
+    if not isinstance(value, dict):
+        raise ModelError("this is not a JSON object.", where=str(path), fix=_AGAIN)
+    return value

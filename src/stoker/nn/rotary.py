@@ -1,0 +1,63 @@
+"""Tables of cosines and sines for rotary position embeddings."""
+
+import torch
+from torch import Tensor
+
+from stoker.kernels.rope import frequencies
+
+Documents = tuple[tuple[int, ...], ...]
+
+
+class Rotary:
+    """Cosines and sines of one rope; shared by all layers that have the same, so a forward computes them once.
+
+    `scaling`: the settings of the scaling `kind`, as `kernels.rope.frequencies` takes them. Not a module: it holds no
+    state that a checkpoint or a cast to half precision should touch.
+    """
+
+    def __init__(self, dim: int, *, theta: float, kind: str = "default", **scaling: float | bool) -> None:
+        self.dim = dim
+        self.theta = theta
+        self.kind = kind
+        self.scaling = scaling
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    def span(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions start, ..., end - 1 of one document of `end` tokens: each [1, T, dim/2], fp32."""
+        if self.kind == "dynamic" and end > self.scaling["original_max_positions"]:
+            return self._compute(torch.arange(start, end, device=device)[None], end)
+        cos, sin = self._grown_table(end, device)
+        return cos[:, start:end], sin[:, start:end]
+
+    def packed(self, documents: Documents, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines where positions restart in every document: each [B, T, dim/2], fp32."""
+        tables = {length: self.span(0, length, device) for row in documents for length in row}
+        cos, sin = (
+            torch.stack([torch.cat([tables[length][part][0] for length in row]) for row in documents])
+            for part in (0, 1)
+        )
+        return cos, sin
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines at `positions` [B or 1, T]: each [B or 1, T, dim/2], fp32.
+
+        A row is taken for one document that is as long as its largest position says.
+        """
+        if self.kind != "dynamic":
+            return self._compute(positions, 0)
+        rows = [self._compute(row[None], int(row.max()) + 1) for row in positions]
+        cos, sin = (torch.cat([row[part] for row in rows]) for part in (0, 1))
+        return cos, sin
+
+    def _compute(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """positions: [B, T]; `length`: of the document, in tokens."""
+        inverse, factor = frequencies(self.dim, self.theta, kind=self.kind, length=length, **self.scaling)
+        angles = positions[..., None].float() * inverse.to(positions.device)
+        return angles.cos() * factor, angles.sin() * factor
+
+    def _grown_table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tables of at least `length` positions, kept for the next call."""
+        if self._table is None or self._table[0].shape[1] < length or self._table[0].device != device:
+            size = max(256, 1 << (length - 1).bit_length())
+            self._table = self._compute(torch.arange(size, device=device)[None], 0)
+        return self._table
