@@ -1,0 +1,1 @@
+"""What the user asked for: the YAML's schema, loading, cross-field rules."""

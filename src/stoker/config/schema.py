@@ -1,0 +1,384 @@
+"""What a user may ask for: nested, strict, frozen models; each field is documented beneath it, units in its name.
+
+This is the authority on the YAML: `docs/configuration.md` is generated from it, error messages quote it, and unknown
+keys are refused. What this version cannot do is not in it.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+DEFAULT_KINDS = ("sft", "cosine", "adamw")
+"""The kinds of task, schedule and optimiser that a section means when it does not name its kind."""
+
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A part of the YAML: unknown keys refused, types never converted, values never changed after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def _by_kind(default: str) -> Discriminator:
+    """Returns a discriminator on `kind`, which may be left out for the default kind."""
+
+    def kind(value: Any) -> str:
+        return str(value.get("kind", default)) if isinstance(value, dict) else getattr(value, "kind", str(value))
+
+    return Discriminator(kind)
+
+
+def _unless_set(values: Any, **defaults: Any) -> Any:
+    """Returns the section with each default added whose key, and whose alternative in steps, are both left out."""
+    if not isinstance(values, dict):
+        return values
+    steps = {name: name.replace("epochs", "steps") for name in defaults}
+    missing = {
+        name: defaults[name] for name in defaults if values.get(name) is None and values.get(steps[name]) is None
+    }
+    return values | missing
+
+
+class Model(Section):
+    """The model to start from."""
+
+    base: Text
+    """Hub id (`meta-llama/Llama-3.2-1B`), local folder, or `builtin:tiny-llama` (made on the spot, no download)."""
+    revision: Text | None = None
+    """Branch, tag or commit of the Hub repository; its main branch unless set."""
+    tokenizer: Text | None = None
+    """Hub id or folder of another tokenizer; the model's own unless set."""
+    chat_template: Text | None = None
+    """`chatml`, `llama2`, `llama3`, `mistral`, `alpaca`, or a Jinja file; the tokenizer's own unless set."""
+
+
+class Adapter(Section):
+    """A low-rank adapter that is trained while the base stays frozen. Leave the section out to train every weight."""
+
+    kind: Literal["lora", "dora"] = "lora"
+    """`lora`, or `dora`: LoRA with a trained magnitude for each output row."""
+    rank: Count = 16
+    """Inner size of the adapter's two matrices."""
+    alpha: Positive = 32.0
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: Ratio = 0.0
+    """Share of the adapter's inputs dropped in training."""
+    targets: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"
+    """`all-linear`, a list of layer names such as `[q_proj, v_proj]`, or a regular expression for full names."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA), which keeps large ranks learning."""
+
+
+class Source(Section):
+    """One place that rows come from."""
+
+    path: Text
+    """File, folder, glob, Hub id, or `builtin:` rows; a relative path starts where the command is run."""
+    format: Literal["auto", "chat", "alpaca", "completion"] = "auto"
+    """What a row holds; `auto` looks at the first rows and reports what it found."""
+    fields: dict[Text, Text] = {}
+    """Other names for a format's fields, ours first: `{messages: dialogue}`."""
+    file_type: Literal["jsonl", "json", "csv", "parquet", "arrow", "text"] | None = None
+    """How to read the file; by its ending unless set."""
+    split: Text = "train"
+    """Split of a Hub dataset."""
+    name: Text | None = None
+    """Configuration (subset) of a Hub dataset."""
+    limit: Count | None = None
+    """Read only this many rows."""
+
+
+def _validation_form(value: Any) -> str:
+    forms = {float: "share", int: "count", list: "sources", tuple: "sources"}
+    return forms.get(type(value), "neither")
+
+
+Validation = Annotated[
+    Annotated[Share, Tag("share")]
+    | Annotated[Count, Tag("count")]
+    | Annotated[list[Source], Field(min_length=1), Tag("sources")],
+    Discriminator(_validation_form),
+]
+
+
+class Data(Section):
+    """The rows to train on, and how they become tokens."""
+
+    train: Annotated[list[Source], Field(min_length=1)]
+    """List of sources, read one after the other."""
+    validation: Validation | None = None
+    """Rows held out to evaluate on: a share (`0.05`), a count (`200`), or a list of sources like `train`."""
+    sequence_length: Annotated[int, Field(ge=8)] = 2048
+    """Tokens of a training sequence at most."""
+    packing: bool = True
+    """Fill each sequence with whole documents, which never see one another."""
+    train_on: Literal["assistant", "all"] | Annotated[list[Text], Field(min_length=1)] = "assistant"
+    """Whose words are learned: `assistant`, `all`, or a list of roles."""
+    train_on_end_of_turn: bool = True
+    """Learn the token that ends a trained turn; without it the model does not learn to stop."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What to do with a row that cannot be read: `stop` naming file and line, or `skip` and count."""
+    on_long: Literal["truncate", "drop", "stop"] = "truncate"
+    """What to do with a row longer than `sequence_length`. `task.kind: pretrain` cuts it into pieces instead."""
+    cache_folder: Text = "~/.cache/stoker"
+    """Where prepared tokens are kept, by the content they come from."""
+
+
+class Sft(Section):
+    """Supervised fine-tuning: learn the turns that `data.train_on` names."""
+
+    kind: Literal["sft"] = "sft"
+    """The task."""
+
+
+class Pretrain(Section):
+    """Continued pre-training: learn every token of plain text; long texts are cut into pieces, none is lost."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    """The task."""
+
+
+class _Warmup(Section):
+    warmup_steps: CountOrZero | None = None
+    """Steps over which the rate rises from 0. Set this or `warmup_ratio`, not both."""
+    warmup_ratio: Ratio | None = None
+    """The same as a share of all steps."""
+
+
+class Constant(_Warmup):
+    """The rate stays where it is."""
+
+    kind: Literal["constant"] = "constant"
+    """The schedule."""
+
+
+class Linear(_Warmup):
+    """The rate falls in a straight line."""
+
+    kind: Literal["linear"] = "linear"
+    """The schedule."""
+    floor: Fraction = 0.0
+    """Share of `learning_rate` that is left at the last step."""
+
+
+class Cosine(_Warmup):
+    """The rate falls along half a cosine."""
+
+    kind: Literal["cosine"] = "cosine"
+    """The schedule."""
+    floor: Fraction = 0.0
+    """Share of `learning_rate` that is left at the last step."""
+
+
+class WarmupStableDecay(_Warmup):
+    """The rate stays, then falls in a straight line at the end."""
+
+    kind: Literal["wsd"] = "wsd"
+    """The schedule."""
+    decay_ratio: Share = 0.1
+    """Share of all steps over which the rate falls."""
+    floor: Fraction = 0.0
+    """Share of `learning_rate` that is left at the last step."""
+
+
+class InverseSqrt(_Warmup):
+    """The rate falls with the square root of the step."""
+
+    kind: Literal["inverse_sqrt"] = "inverse_sqrt"
+    """The schedule."""
+
+
+Schedule = Annotated[
+    Annotated[Constant, Tag("constant")]
+    | Annotated[Linear, Tag("linear")]
+    | Annotated[Cosine, Tag("cosine")]
+    | Annotated[WarmupStableDecay, Tag("wsd")]
+    | Annotated[InverseSqrt, Tag("inverse_sqrt")],
+    _by_kind(DEFAULT_KINDS[1]),
+]
+
+
+class _Optimizer(Section):
+    weight_decay: NonNegative = 0.0
+    """Pull towards zero at each step, times the rate; not on norms, biases and embeddings unless `decay_all`."""
+    decay_all: bool = False
+    """Let weight decay act on norms, biases and embeddings too."""
+
+
+class AdamW(_Optimizer):
+    """Adam with decoupled weight decay; fused where the device can."""
+
+    kind: Literal["adamw"] = "adamw"
+    """The optimiser."""
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """How slowly the two running averages forget: of the gradient, and of its square."""
+    epsilon: Positive = 1e-8
+    """Added to the denominator."""
+
+
+class AdamW8bit(_Optimizer):
+    """AdamW whose running averages take 8 bits a value; needs bitsandbytes."""
+
+    kind: Literal["adamw_8bit"] = "adamw_8bit"
+    """The optimiser."""
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """How slowly the two running averages forget: of the gradient, and of its square."""
+    epsilon: Positive = 1e-8
+    """Added to the denominator."""
+
+
+class Sgd(_Optimizer):
+    """Stochastic gradient descent."""
+
+    kind: Literal["sgd"] = "sgd"
+    """The optimiser."""
+    momentum: Beta = 0.0
+    """How slowly the running average of the gradient forgets; 0 keeps none."""
+
+
+class Adafactor(_Optimizer):
+    """Adam with a factored second average, which takes next to no memory."""
+
+    kind: Literal["adafactor"] = "adafactor"
+    """The optimiser."""
+
+
+class Muon(_Optimizer):
+    """Momentum with orthogonal updates for the hidden matrices; AdamW for everything else."""
+
+    kind: Literal["muon"] = "muon"
+    """The optimiser."""
+    momentum: Beta = 0.95
+    """How slowly the matrices' running average of the gradient forgets."""
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """AdamW's two averages, for everything else."""
+    epsilon: Positive = 1e-8
+    """Added to AdamW's denominator."""
+
+
+Optimizer = Annotated[
+    Annotated[AdamW, Tag("adamw")]
+    | Annotated[AdamW8bit, Tag("adamw_8bit")]
+    | Annotated[Sgd, Tag("sgd")]
+    | Annotated[Adafactor, Tag("adafactor")]
+    | Annotated[Muon, Tag("muon")],
+    _by_kind(DEFAULT_KINDS[2]),
+]
+
+Task = Annotated[Annotated[Sft, Tag("sft")] | Annotated[Pretrain, Tag("pretrain")], _by_kind(DEFAULT_KINDS[0])]
+
+
+class EarlyStopping(Section):
+    """Stop when the validation loss no longer falls."""
+
+    patience: Count
+    """Evaluations without improvement after which training stops."""
+    min_improvement: NonNegative = 0.0
+    """How much lower the loss must be to count."""
+
+
+class Train(Section):
+    """How long and how fast to learn."""
+
+    epochs: Positive | None = None
+    """Passes over the training rows; 1 unless this or `steps` is set."""
+    steps: Count | None = None
+    """Optimiser steps, instead of epochs."""
+    batch_size: Count = 32
+    """Sequences of one optimiser step, over all devices; the plan splits it into micro-batches."""
+    learning_rate: Positive
+    """The highest rate of the schedule. 2e-4 suits most adapters, 2e-5 most full fine-tuning."""
+    schedule: Schedule = Cosine(warmup_ratio=0.03)
+    """How the rate changes over the run."""
+    optimizer: Optimizer = AdamW()
+    """How gradients become updates."""
+    max_gradient_norm: Positive | None = 1.0
+    """Longer gradients are scaled down to this norm; `null` leaves them as they are."""
+    seed: CountOrZero = 42
+    """Fixes the order of rows, the adapter's start and dropout."""
+    evaluate_every_steps: Count | None = None
+    """Evaluate on the validation rows every so many steps."""
+    evaluate_every_epochs: Positive | None = None
+    """The same in epochs; 1 unless this or `evaluate_every_steps` is set. Used when there are validation rows."""
+    early_stopping: EarlyStopping | None = None
+    """When to stop before the end; never unless set."""
+    log_every_steps: Count = 1
+    """Steps between two lines of `metrics.jsonl`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_epochs_unless_in_steps(cls, values: Any) -> Any:
+        return _unless_set(values, epochs=1.0, evaluate_every_epochs=1.0)
+
+
+class Engine(Section):
+    """How to run it. Everything here is `auto`: the plan decides and says why."""
+
+    strategy: Literal["auto", "single"] = "auto"
+    """How work is spread over devices; this version runs on one."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train."""
+    micro_batch_size: Literal["auto"] | Count = "auto"
+    """Sequences that go through the model at once; must divide `train.batch_size`."""
+    recompute: Literal["auto", "none", "block"] = "auto"
+    """What backward computes again instead of keeping: `none`, or everything inside each `block`."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the matrix products; trained weights stay fp32."""
+    kernels: Literal["auto", "reference"] = "auto"
+    """Which implementation of each operation runs; `reference` is plain PyTorch."""
+    num_threads: Literal["auto"] | Count = "auto"
+    """CPU threads of PyTorch."""
+
+
+class Output(Section):
+    """What a run leaves behind."""
+
+    folder: Text
+    """Folder of this run: configuration, plan, metrics, checkpoints, the tuned weights, report.html."""
+    save_every_steps: Count | None = None
+    """Write a checkpoint every so many steps."""
+    save_every_epochs: Positive | None = None
+    """The same in epochs; 1 unless this or `save_every_steps` is set. The end of the run is always saved."""
+    keep_last: Count = 3
+    """Checkpoints kept; older ones are removed."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the lowest validation loss, when there are validation rows."""
+    trackers: Literal["auto"] | list[Literal["tensorboard", "wandb", "mlflow"]] = "auto"
+    """Where curves are sent besides `metrics.jsonl`; `auto`: TensorBoard when it is installed."""
+    questions: list[Text] = []
+    """Asked of the tuned model at the end of the run, to hear how it sounds."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_epochs_unless_in_steps(cls, values: Any) -> Any:
+        return _unless_set(values, save_every_epochs=1.0)
+
+
+class RunConfig(Section):
+    """A run, whole: what `stoker train run.yaml` reads."""
+
+    model: Model
+    """The model to start from."""
+    adapter: Adapter | None = None
+    """A low-rank adapter to train; leave it out to train every weight."""
+    data: Data
+    """The rows to train on, and how they become tokens."""
+    task: Task = Sft()
+    """What is learned from the rows."""
+    train: Train
+    """How long and how fast to learn."""
+    engine: Engine = Engine()
+    """How to run it; the plan decides what is `auto`."""
+    output: Output
+    """What the run leaves behind."""
