@@ -1,0 +1,1 @@
+"""Low-rank adapters: submodules replaced on one model instance, and merged back into it."""

@@ -1,0 +1,1 @@
+"""Decoding with a key/value cache, and token ids to text as they come."""

@@ -1,0 +1,186 @@
+"""LoRA, rank-stabilised LoRA and DoRA on the fused linear layers of one model instance.
+
+LoRA: Hu et al. 2021, arXiv:2106.09685. Rank-stabilised scaling: Kalajdzievski 2023, arXiv:2312.03732. DoRA: Liu et al.
+2024, arXiv:2402.09353. Names, defaults and initialisation are PEFT's, so that adapters can be exchanged with it.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stoker.adapters.targets import ALL_LINEAR, select
+from stoker.kernels.lora import lora_linear, row_norms, scale_columns
+from stoker.nn.linear import FusedLinear
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What all adapters of a model share; the update of a weight is `scaling * B @ A`."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    rank_stabilized: bool = False
+    dora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank = {self.rank} is not positive")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout = {self.dropout} is not in [0, 1)")
+
+    @property
+    def scaling(self) -> float:
+        """Returns alpha / rank, or alpha / sqrt(rank) when rank-stabilised."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+@dataclass(frozen=True)
+class LoraSummary:
+    """What `add_lora` did: Hugging Face names of the adapted linear layers, and the number of trained parameters."""
+
+    names: tuple[str, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class LoraPart:
+    """The adapter of one Hugging Face linear layer: views of the tensors that its group keeps together.
+
+    `rows` are its rows of the fused weight; `a` `[rank, in]`, `b` `[out, rank]`, `magnitude` `[out]` (DoRA) or None.
+    """
+
+    name: str
+    rows: slice
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor | None
+
+
+class LoraLinear(nn.Module):
+    """A frozen `FusedLinear` with trained low-rank updates on some of its parts.
+
+    `lora_a` `[n * rank, in]` and `lora_b` `[sum of adapted out_features, rank]` hold the adapters of the n adapted
+    parts one below the other, `magnitude` `[sum of adapted out_features]` DoRA's row lengths; all are fp32.
+    With DoRA, dropout acts on the input of the low-rank update only (PEFT also drops it from the magnitude's change).
+    """
+
+    def __init__(
+        self, base: FusedLinear, *, parts: tuple[int, ...], settings: LoraSettings, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.parts = parts
+        self.settings = settings
+        self._slices = tuple(base.slices[part] for part in parts)
+        num_rows, device = sum(base.out_features[part] for part in parts), base.weight.device
+        # Kaiming's uniform distribution with a = sqrt(5), as PEFT; drawn on the CPU: the same on every device.
+        bound = 1 / math.sqrt(base.in_features)
+        a = torch.empty(len(parts) * settings.rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_a = nn.Parameter(a.to(device))
+        self.lora_b = nn.Parameter(torch.zeros(num_rows, settings.rank, device=device))
+        self._kept_norms: tuple[tuple[int, ...], Tensor] | None = None
+        self.magnitude = nn.Parameter(self._row_norms()) if settings.dora else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Hugging Face names of the adapted parts."""
+        return tuple(self.base.names[part] for part in self.parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the base's output with the updates added: `[..., in]` to `[..., sum(base.out_features)]`."""
+        dora = self.magnitude is not None
+        output = lora_linear(
+            x,
+            self.base.weight,
+            None if dora else self.base.bias,
+            self.lora_a,
+            self.lora_b,
+            scaling=self.settings.scaling,
+            slices=self._slices,
+            dropout=self.settings.dropout,
+            training=self.training,
+        )
+        if not dora:
+            return output
+        flat = scale_columns(output.view(-1, output.shape[-1]), self.dora_scale())
+        scaled = flat.view_as(output)
+        return scaled if self.base.bias is None else scaled + self.base.bias.to(scaled.dtype)
+
+    def dora_scale(self) -> Tensor:
+        """Returns magnitude / norm for every row of the fused weight, fp32, 1 for parts without an adapter."""
+        if self.magnitude is None:
+            raise ValueError("only DoRA adapters scale rows")
+        adapted = self.magnitude / self._row_norms()
+        if len(self.parts) == len(self.base.names):
+            return adapted
+        scale = torch.ones(self.base.weight.shape[0], device=adapted.device)
+        rows = torch.cat([torch.arange(rows.start, rows.stop, device=adapted.device) for rows in self._slices])
+        return scale.index_copy(0, rows, adapted)
+
+    def _row_norms(self) -> Tensor:
+        # While decoding, the norms are computed once: for one token they would cost as much as `rank` tokens.
+        a, b, weight = self.lora_a, self.lora_b, self.base.weight
+        key = (a._version, b._version, a.data_ptr(), b.data_ptr(), weight.data_ptr())
+        decoding = not self.training and not torch.is_grad_enabled()
+        if decoding and self._kept_norms is not None and self._kept_norms[0] == key:
+            return self._kept_norms[1]
+        norms = row_norms(weight, a, b, scaling=self.settings.scaling, slices=self._slices)
+        self._kept_norms = (key, norms) if decoding else None
+        return norms
+
+    def adapters(self) -> Iterator[LoraPart]:
+        """Yields the adapter of each adapted part, as views of this module's parameters."""
+        sizes = [rows.stop - rows.start for rows in self._slices]
+        magnitudes = [None] * len(sizes) if self.magnitude is None else self.magnitude.split(sizes)
+        a_parts, b_parts = self.lora_a.split(self.settings.rank), self.lora_b.split(sizes)
+        for name, rows, a, b, magnitude in zip(self.names, self._slices, a_parts, b_parts, magnitudes, strict=True):
+            yield LoraPart(name, rows, a, b, magnitude)
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: str | Sequence[str] = ALL_LINEAR,
+    dropout: float = 0.0,
+    rank_stabilized: bool = False,
+    dora: bool = False,
+    seed: int = 0,
+) -> LoraSummary:
+    """Replaces the targeted fused linear layers of `model` by `LoraLinear` and freezes every other parameter.
+
+    `targets` is "all-linear" (every linear layer of the blocks), a list of names, each a whole Hugging Face module name
+    or its last components ("q_proj", "self_attn.q_proj"), or a regular expression that matches whole names. The initial
+    A depends on `seed` and the targets alone. Raises ModelError when a target names nothing, saying what there is, and
+    ValueError when `model` has adapters already, or a rank, dropout or seed makes no sense.
+    """
+    settings = LoraSettings(rank, alpha, dropout, rank_stabilized, dora)
+    if next(lora_layers(model), None) is not None:
+        raise ValueError("the model has adapters already: merge them first")
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, FusedLinear)]
+    chosen = select([name for _, layer in layers for name in layer.names], targets)
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    for path, layer in layers:
+        parts = tuple(index for index, name in enumerate(layer.names) if name in chosen)
+        if parts:
+            adapted = LoraLinear(layer, parts=parts, settings=settings, generator=generator).train(layer.training)
+            replace(model, path, adapted)
+    names = tuple(name for layer in lora_layers(model) for name in layer.names)
+    return LoraSummary(names, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
+
+
+def lora_layers(model: nn.Module) -> Iterator[LoraLinear]:
+    """Yields the model's `LoraLinear` layers, in the order of its modules."""
+    return (module for module in model.modules() if isinstance(module, LoraLinear))
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` in the place of the submodule at `path`, on this instance of the model alone."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

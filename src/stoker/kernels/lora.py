@@ -1,0 +1,207 @@
+"""Low-rank adapters on one frozen linear weight that several projections share.
+
+With X `[N, in]`, a frozen W `[out, in]` and, for each adapted part i of the output (rows `slices[i]` of W),
+A_i `[r, in]` and B_i `[out_i, r]`:
+
+    Y       = X W^T + bias,    then    Y_i += s (X' A_i^T) B_i^T        X' = X, or X with dropout
+    dP_i    = s dY_i B_i                                                `[N, r]`, used twice
+    dA_i    = dP_i^T X'        dB_i = s dY_i^T (X' A_i^T)
+    dX      = dY W + dropout'(sum_i dP_i A_i)
+
+The A_i are kept as one matrix `[n r, in]`, so that a group costs one skinny matmul with A however many parts it has,
+and the B_i one below the other `[sum(out_i), r]`. The product X' A^T is kept for the backward pass because it is tiny
+(n r columns); X' is not: its mask is made again from a seed.
+
+LoRA: Hu et al. 2021, arXiv:2106.09685. DoRA: Liu et al. 2024, arXiv:2402.09353.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_NORM_CHUNK_BYTES = 16 * 2**20
+
+
+def lora_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *, scaling: float, slices: Sequence[slice]
+) -> Tensor:
+    """Returns what `lora_linear` does without dropout, part by part in plain torch: the oracle of its tests."""
+    output = torch.nn.functional.linear(x, weight, bias)
+    update = torch.zeros_like(output)
+    rank = a.shape[0] // len(slices)
+    for a_part, b_part, rows in zip(a.split(rank), b.split(_sizes(slices)), slices, strict=True):
+        update[..., rows] = scaling * (x @ a_part.T @ b_part.T)
+    return output + update
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    scaling: float,
+    slices: Sequence[slice],
+    dropout: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """Returns `x @ weight.T + bias`, plus on each adapted part of the output its low-rank update.
+
+    `x` `[..., in]`, `weight` `[out, in]`, `bias` `[out]` or None, `a` `[len(slices) * rank, in]`, `b` `[sum of the
+    slices' sizes, rank]`; returns `[..., out]` in the autocast dtype, or in that of `x` outside autocast. `a` and `b`
+    may have a wider dtype (they are trained in fp32): they are cast here, their gradients come back in their own dtype.
+    With `training`, `dropout` zeroes inputs of the adapters (not of the base) with this probability; its seed is drawn
+    from torch's CPU generator, so that a recomputed forward whose random state is restored drops the same values.
+    Gradients of `weight` and `bias` are computed only if they require them; no second derivatives.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    rate = dropout if training else 0.0
+    seed = int(torch.randint(2**62, ()).item()) if rate > 0.0 else 0
+    flat = x.reshape(-1, x.shape[-1])
+    output = _LoraLinear.apply(flat, weight, bias, a, b, _Options(scaling, tuple(slices), rate, seed))
+    return output.view(*x.shape[:-1], weight.shape[0])
+
+
+@dataclass(frozen=True)
+class _Options:
+    scaling: float
+    slices: tuple[slice, ...]
+    rate: float
+    seed: int
+
+
+class _LoraLinear(torch.autograd.Function):
+    """The products of the module's docstring, each once, the updates written into the base matmul's output."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes positions
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, options: _Options
+    ) -> Tensor:
+        dtype = x.dtype
+        output = torch.nn.functional.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        product = _drop(x, options) @ a.to(dtype).T
+        for rows, part, b_part in _parts(options.slices, b.to(dtype), product):
+            output[:, rows].addmm_(part, b_part.T, alpha=options.scaling)
+        ctx.save_for_backward(x, weight, a, b, product)
+        ctx.options = options
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return output
+
+    @staticmethod
+    @once_differentiable
+    # The decorator's type hides the name of `ctx`.
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        (grad_output,) = grad_outputs
+        x, weight, a, b, product = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
+        grad_product, grad_b = _grad_product_and_b(grad_output, product, b.to(x.dtype), ctx.options, needs_b)
+        grad_x = _grad_x(grad_output, grad_product, weight.to(x.dtype), a.to(x.dtype), ctx.options) if needs_x else None
+        return (
+            grad_x,
+            (grad_output.T @ x).to(weight.dtype) if needs_weight else None,
+            grad_output.sum(0).to(ctx.bias_dtype) if needs_bias else None,
+            (grad_product.T @ _drop(x, ctx.options)).to(a.dtype) if needs_a else None,
+            None if grad_b is None else grad_b.to(b.dtype),
+            None,
+        )
+
+
+def _grad_product_and_b(
+    grad_output: Tensor, product: Tensor, b: Tensor, options: _Options, needs_b: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Returns dP `[N, n r]` and, when needed, dB `[sum(out_i), r]`; parts of `grad_output` are read where they lie."""
+    grad_product = torch.empty_like(product)
+    grad_b = torch.empty_like(b) if needs_b else None
+    for rows, grad_part, b_part in _parts(options.slices, b, grad_product):
+        torch.mm(grad_output[:, rows], b_part, out=grad_part)
+    if grad_b is not None:
+        for rows, part, grad_b_part in _parts(options.slices, grad_b, product):
+            torch.mm(grad_output[:, rows].T, part, out=grad_b_part)
+        grad_b.mul_(options.scaling)
+    return grad_product.mul_(options.scaling), grad_b
+
+
+def _grad_x(grad_output: Tensor, grad_product: Tensor, weight: Tensor, a: Tensor, options: _Options) -> Tensor:
+    grad = grad_output @ weight
+    if options.rate == 0.0:
+        return grad.addmm_(grad_product, a)
+    return grad.add_(_drop(grad_product @ a, options))
+
+
+def _drop(x: Tensor, options: _Options) -> Tensor:
+    """Inverted dropout whose mask depends on the seed and the shape alone; its own derivative, being linear in `x`."""
+    if options.rate == 0.0:
+        return x
+    generator = torch.Generator(x.device).manual_seed(options.seed)
+    kept = torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(1 - options.rate, generator=generator)
+    return kept.mul_(1 / (1 - options.rate)).mul_(x)
+
+
+def _parts(slices: Sequence[slice], b: Tensor, product: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For each part: its rows of the weight, its columns of `product` and its rows of `b`, as views."""
+    return zip(slices, product.split(b.shape[1], dim=1), b.split(_sizes(slices)), strict=True)
+
+
+def _sizes(slices: Sequence[slice]) -> list[int]:
+    return [rows.stop - rows.start for rows in slices]
+
+
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, *, scaling: float, slices: Sequence[slice]) -> Tensor:
+    """Returns the Euclidean norm of each adapted row of W + s B A: `[sum of the slices' sizes]`, fp32, no gradient.
+
+    |W_j + s B_j A|^2 = |W_j|^2 + 2 s B_j . (W A^T)_j + s^2 B_j (A A^T) B_j^T, so that B A is never formed: W A^T has r
+    columns, not `in`. DoRA holds these norms constant in the backward pass (section 4.3 of the paper).
+    """
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        rank = b.shape[1]
+        squares = [
+            _squared_norms(weight[rows], a_part.float(), b_part.float(), scaling)
+            for a_part, b_part, rows in zip(a.split(rank), b.split(_sizes(slices)), slices, strict=True)
+        ]
+        return torch.cat(squares).clamp_min_(0.0).sqrt_()
+
+
+def _squared_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    quadratic = scaling**2 * ((b @ (a @ a.T)) * b).sum(1)
+    num_rows = max(1, _NORM_CHUNK_BYTES // (4 * weight.shape[1]))  # a narrow weight is widened chunk by chunk
+    linear = []
+    for weight_rows, b_rows in zip(weight.split(num_rows), b.split(num_rows), strict=True):
+        wide = weight_rows.float()
+        linear.append(wide.square().sum(1) + 2 * scaling * ((wide @ a.T) * b_rows).sum(1))
+    return quadratic + torch.cat(linear)
+
+
+def scale_columns(x: Tensor, scale: Tensor) -> Tensor:
+    """Returns `x * scale`, `x` `[N, out]` in its own dtype and `scale` `[out]` in fp32, multiplied in fp32.
+
+    DoRA's factor magnitude / norm stays near 1, where bf16 has steps of 0.8%: rounding it to the dtype of `x` first
+    would round twice. Gradients of both, that of `scale` summed in its own dtype; no second derivatives.
+    """
+    return _ScaleColumns.apply(x, scale)
+
+
+class _ScaleColumns(torch.autograd.Function):
+    """Column-wise product of a narrow matrix and a wide vector without a wide matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return torch.mul(x, scale, out=torch.empty_like(x))
+
+    @staticmethod
+    @once_differentiable
+    # The decorator's type hides the name of `ctx`.
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        (grad_output,) = grad_outputs
+        x, scale = ctx.saved_tensors
+        needs_x, needs_scale = ctx.needs_input_grad
+        return (
+            torch.mul(grad_output, scale, out=torch.empty_like(x)) if needs_x else None,
+            (grad_output * x).sum(0, dtype=scale.dtype) if needs_scale else None,
+        )
