@@ -1,1 +1,1 @@
-"""Frozen weight formats: quantise, store, dequantise. The room is laid out; no format lives here yet."""
+"""Frozen weight formats (NF4, int8, fp8): quantise, store, dequantise, multiply."""

@@ -1,0 +1,56 @@
+"""Triton where it is installed, and a stand-in where it is not, so that every kernel file can be imported anywhere.
+
+Kernel files write `from __future__ import annotations` (the annotation `tl.constexpr` is then only text) and decorate
+with `jit` from here. Without Triton the decorated functions are inert; `require()` turns a launch into a clear error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton as _triton
+    import triton.language as _language
+except ImportError:
+    _triton = _language = None
+
+triton: Any = _triton
+tl: Any = _language
+
+# A pass over a row keeps it in registers: past 64 K elements a row is read in pieces instead (Triton's limit is 2^20).
+MAX_ROW_BLOCK = 65536
+
+
+def jit(function: Callable[..., None]) -> Any:
+    """Returns `function` compiled by Triton at its first launch, or unchanged where Triton is not installed."""
+    return function if triton is None else triton.jit(function)
+
+
+def available() -> bool:
+    """Whether Triton is installed (kernels run on a GPU, or on a CPU under `TRITON_INTERPRET=1`)."""
+    return triton is not None
+
+
+def check_implementation(implementation: str) -> bool:
+    """Returns whether Triton is asked for; raises ValueError for an unknown name, or when Triton is missing."""
+    if implementation not in ("reference", "triton"):
+        raise ValueError(f"implementation = {implementation!r}; allowed: 'reference', 'triton'")
+    if implementation == "triton" and triton is None:
+        raise ValueError("implementation = 'triton', but Triton is not installed. Use 'reference'.")
+    return implementation == "triton"
+
+
+def next_power_of_2(value: int) -> int:
+    """Returns the smallest power of two that is at least `value` (and at least 1)."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def num_programs(x: Tensor, *, per_multiprocessor: int = 4) -> int:
+    """Returns how many programs fill the device of `x`: a few for each multiprocessor, one or two on a CPU."""
+    if not x.is_cuda:
+        return 2  # the interpreter runs programs one after another; two still exercise the loop over programs
+    return per_multiprocessor * torch.cuda.get_device_properties(x.device).multi_processor_count
