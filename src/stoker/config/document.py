@@ -5,7 +5,7 @@ are text), `12:30` and `2024-01-01` are text. Duplicate keys and tags, which cou
 """
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,6 +152,14 @@ _CONSTRUCT = {
 
 def _short(tag: str) -> str:
     return tag.replace("tag:yaml.org,2002:", "!!")
+
+
+def paths(value: Any, root: Path = ()) -> Iterator[Path]:
+    """Yields `root` and the path of everything inside its value."""
+    yield root
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield from paths(item, (*root, key))
 
 
 def dotted(path: Path) -> str:

@@ -144,7 +144,7 @@ def _validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[messages.F
     whole = config or _mended(values, [item.path for item in found])
     if whole is not None:
         wrong = {item.path for item in found}
-        found += [item for item in rules.findings(whole, _given(values)) if item.path not in wrong]
+        found += [item for item in rules.findings(whole) if item.path not in wrong]
     return config, found
 
 
@@ -175,11 +175,5 @@ def _mended(values: dict[str, Any], wrong: Sequence[Path]) -> RunConfig | None:
 
 def _remove(path: Path, values: Any) -> None:
     parent: Any = messages.value_at(path[:-1], values)
-    if isinstance(parent, list) or path[-1] in parent:
-        del parent[path[-1]]
-
-
-def _given(values: Any, path: Path = ()) -> frozenset[Path]:
-    """Returns the paths that were written down, as opposed to left to their defaults."""
-    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    return frozenset({path}).union(*(_given(value, (*path, key)) for key, value in inner))
+    if not isinstance(parent, dict) or path[-1] in parent:
+        parent.pop(path[-1])

@@ -42,7 +42,7 @@ def apply_override(override: str, values: dict[str, Any], origins: dict[Path, st
     path = (*path, part)
     for old in [old for old in origins if old[: len(path)] == path]:
         del origins[old]
-    origins[path] = where
+    origins.update(dict.fromkeys(document.paths(value, path), where))
     return None
 
 

@@ -1,27 +1,25 @@
 """Rules across fields: what each field allows on its own, but not together. One small function each."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
-from stoker.config.document import Path
+from stoker.config.document import Path, dotted
 from stoker.config.messages import Finding
 from stoker.config.schema import RunConfig, Source, WarmupStableDecay
 
-Given = Collection[Path]
+
+def findings(config: RunConfig) -> list[Finding]:
+    """Returns what is wrong between fields."""
+    return [finding for rule in RULES for finding in rule(config)]
 
 
-def findings(config: RunConfig, given: Given) -> list[Finding]:
-    """Returns what is wrong between fields; `given` are the paths that were written down."""
-    return [finding for rule in RULES for finding in rule(config, given)]
-
-
-def one_length(config: RunConfig, given: Given) -> Iterator[Finding]:
+def one_length(config: RunConfig) -> Iterator[Finding]:
     """Epochs or steps, not both."""
     if config.train.epochs and config.train.steps:
         yield Finding(("train", "steps"), "train.epochs and train.steps are both set.", "Keep one of them.")
 
 
-def one_interval(config: RunConfig, given: Given) -> Iterator[Finding]:
+def one_interval(config: RunConfig) -> Iterator[Finding]:
     """Intervals in steps or in epochs, not both."""
     for section, verb in (("train", "evaluate"), ("output", "save")):
         steps, epochs = (f"{verb}_every_steps", f"{verb}_every_epochs")
@@ -31,7 +29,7 @@ def one_interval(config: RunConfig, given: Given) -> Iterator[Finding]:
             yield Finding((section, epochs), what, "Keep one of them.")
 
 
-def one_warmup(config: RunConfig, given: Given) -> Iterator[Finding]:
+def one_warmup(config: RunConfig) -> Iterator[Finding]:
     """Warm-up in steps or as a ratio, not both, and shorter than the run."""
     schedule, steps = config.train.schedule, config.train.steps
     if schedule.warmup_steps is not None and schedule.warmup_ratio is not None:
@@ -42,7 +40,7 @@ def one_warmup(config: RunConfig, given: Given) -> Iterator[Finding]:
         yield Finding(("train", "schedule", "warmup_steps"), what, "Warm up for fewer steps, or train for more.")
 
 
-def decay_after_warmup(config: RunConfig, given: Given) -> Iterator[Finding]:
+def decay_after_warmup(config: RunConfig) -> Iterator[Finding]:
     """Warm-up and decay must leave room for each other."""
     schedule = config.train.schedule
     if isinstance(schedule, WarmupStableDecay) and (schedule.warmup_ratio or 0.0) + schedule.decay_ratio > 1.0:
@@ -50,7 +48,7 @@ def decay_after_warmup(config: RunConfig, given: Given) -> Iterator[Finding]:
         yield Finding(("train", "schedule", "decay_ratio"), what, "Make them add up to 1 at most.")
 
 
-def micro_batch_divides_batch(config: RunConfig, given: Given) -> Iterator[Finding]:
+def micro_batch_divides_batch(config: RunConfig) -> Iterator[Finding]:
     """A step is a whole number of micro-batches."""
     batch, micro = config.train.batch_size, config.engine.micro_batch_size
     if micro == "auto" or batch % micro == 0:
@@ -62,40 +60,45 @@ def micro_batch_divides_batch(config: RunConfig, given: Given) -> Iterator[Findi
     yield Finding(("engine", "micro_batch_size"), what, f"Use {sizes}, or auto and let the plan choose.")
 
 
-def evaluation_needs_rows(config: RunConfig, given: Given) -> Iterator[Finding]:
+def evaluation_needs_rows(config: RunConfig) -> Iterator[Finding]:
     """What looks at the validation loss needs validation rows."""
     if config.data.validation is not None:
         return
-    paths: list[Path] = [("train", "evaluate_every_steps"), ("train", "evaluate_every_epochs")]
-    wanted = [path for path in paths if path in given and getattr(config.train, str(path[-1])) is not None]
-    wanted += [("train", "early_stopping")] if config.train.early_stopping else []
-    wanted += [("output", "keep_best")] if ("output", "keep_best") in given and config.output.keep_best else []
-    for path in wanted:
-        what = f"{'.'.join(map(str, path))} is set, but there are no validation rows."
-        yield Finding(path, what, "Set data.validation, for example 0.05, or remove it.")
+    for name in ("evaluate_every_steps", "evaluate_every_epochs", "early_stopping"):
+        if getattr(config.train, name) is not None:
+            what = f"train.{name} is set, but there are no validation rows."
+            yield Finding(("train", name), what, "Set data.validation, for example 0.05, or remove it.")
 
 
-def pretraining_learns_everything(config: RunConfig, given: Given) -> Iterator[Finding]:
+def pretraining_learns_everything(config: RunConfig) -> Iterator[Finding]:
     """Continued pre-training takes plain text whole: settings of turns would do nothing."""
     if config.task.kind != "pretrain":
         return
-    if ("data", "train_on") in given and config.data.train_on != "all":
-        yield Finding(
-            ("data", "train_on"), "data.train_on: task pretrain learns every token.", "Remove it, or use all."
-        )
-    for name, why in (("on_long", "cuts long texts into pieces"), ("train_on_end_of_turn", "knows no turns")):
-        if ("data", name) in given:
-            yield Finding(("data", name), f"data.{name} has no effect: task pretrain {why}.", "Remove it.")
-    if config.model.chat_template is not None:
-        what = "model.chat_template has no effect: task pretrain reads plain text."
-        yield Finding(("model", "chat_template"), what, "Remove it, or use task.kind: sft.")
+    refused = {
+        ("data", "train_on"): (config.data.train_on != "all", "learns every token"),
+        ("data", "on_long"): (config.data.on_long != "split", "cuts long texts into pieces"),
+        ("data", "train_on_end_of_turn"): (not config.data.train_on_end_of_turn, "knows no turns"),
+        ("model", "chat_template"): (config.model.chat_template is not None, "reads plain text"),
+    }
+    for path, (is_set, why) in refused.items():
+        if is_set:
+            yield Finding(
+                path, f"{dotted(path)} has no effect: task pretrain {why}.", "Remove it, or use task.kind: sft."
+            )
     for path, source in _sources(config):
         if source.format not in ("auto", "completion"):
-            what = f"format {source.format}: task pretrain reads plain text."
+            what = f"{dotted(path)}.format = {source.format}: task pretrain reads plain text."
             yield Finding((*path, "format"), what, "Use completion, or task.kind: sft.")
 
 
-def sources_are_files_or_ids(config: RunConfig, given: Given) -> Iterator[Finding]:
+def conversations_stay_whole(config: RunConfig) -> Iterator[Finding]:
+    """A piece of a conversation would start in the middle of a turn."""
+    if config.task.kind == "sft" and config.data.on_long == "split":
+        what = "data.on_long = split is for task pretrain; a conversation is not cut into pieces."
+        yield Finding(("data", "on_long"), what, "Use truncate, drop or stop.")
+
+
+def sources_are_files_or_ids(config: RunConfig) -> Iterator[Finding]:
     """Only files, folders and Hub ids are read."""
     for path, source in _sources(config):
         if "://" in source.path:
@@ -111,7 +114,7 @@ def _sources(config: RunConfig) -> Iterator[tuple[Path, Source]]:
         yield ("data", "validation", index), source
 
 
-def targets_are_a_pattern(config: RunConfig, given: Given) -> Iterator[Finding]:
+def targets_are_a_pattern(config: RunConfig) -> Iterator[Finding]:
     """A single text in adapter.targets is a regular expression."""
     targets = config.adapter.targets if config.adapter else "all-linear"
     if isinstance(targets, str):
@@ -124,7 +127,7 @@ def targets_are_a_pattern(config: RunConfig, given: Given) -> Iterator[Finding]:
             )
 
 
-def half_precision_needs_a_gpu(config: RunConfig, given: Given) -> Iterator[Finding]:
+def half_precision_needs_a_gpu(config: RunConfig) -> Iterator[Finding]:
     """fp16 underflows without loss scaling and is slow on CPUs; there it is refused."""
     if config.engine.device == "cpu" and config.engine.precision == "fp16":
         what = "engine.precision = fp16 needs a GPU, but engine.device is cpu."
@@ -139,6 +142,7 @@ RULES = (
     micro_batch_divides_batch,
     evaluation_needs_rows,
     pretraining_learns_everything,
+    conversations_stay_whole,
     sources_are_files_or_ids,
     targets_are_a_pattern,
     half_precision_needs_a_gpu,

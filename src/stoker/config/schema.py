@@ -124,13 +124,13 @@ class Data(Section):
     packing: bool = True
     """Fill each sequence with whole documents, which never see one another."""
     train_on: Literal["assistant", "all"] | Annotated[list[Text], Field(min_length=1)] = "assistant"
-    """Whose words are learned: `assistant`, `all`, or a list of roles."""
+    """Whose words are learned: `assistant`, `all`, or a list of roles. Task pretrain learns `all`."""
     train_on_end_of_turn: bool = True
     """Learn the token that ends a trained turn; without it the model does not learn to stop."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What to do with a row that cannot be read: `stop` naming file and line, or `skip` and count."""
-    on_long: Literal["truncate", "drop", "stop"] = "truncate"
-    """What to do with a row longer than `sequence_length`. `task.kind: pretrain` cuts it into pieces instead."""
+    on_long: Literal["truncate", "drop", "stop", "split"] = "truncate"
+    """What to do with a row longer than `sequence_length`; `split`, task pretrain's way, cuts text into pieces."""
     cache_folder: Text = "~/.cache/stoker"
     """Where prepared tokens are kept, by the content they come from."""
 
@@ -310,7 +310,7 @@ class Train(Section):
     evaluate_every_steps: Count | None = None
     """Evaluate on the validation rows every so many steps."""
     evaluate_every_epochs: Positive | None = None
-    """The same in epochs; 1 unless this or `evaluate_every_steps` is set. Used when there are validation rows."""
+    """The same in epochs; 1 when there are validation rows, unless this or `evaluate_every_steps` is set."""
     early_stopping: EarlyStopping | None = None
     """When to stop before the end; never unless set."""
     log_every_steps: Count = 1
@@ -319,7 +319,7 @@ class Train(Section):
     @model_validator(mode="before")
     @classmethod
     def _in_epochs_unless_in_steps(cls, values: Any) -> Any:
-        return _unless_set(values, epochs=1.0, evaluate_every_epochs=1.0)
+        return _unless_set(values, epochs=1.0)
 
 
 class Engine(Section):
@@ -382,3 +382,15 @@ class RunConfig(Section):
     """How to run it; the plan decides what is `auto`."""
     output: Output
     """What the run leaves behind."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_that_depend_on_other_sections(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        task, data = values.get("task"), values.get("data")
+        if isinstance(task, dict) and task.get("kind") == "pretrain" and isinstance(data, dict):
+            values = values | {"data": {"train_on": "all", "on_long": "split"} | data}
+        if isinstance(data, dict) and data.get("validation") is not None:
+            values = values | {"train": _unless_set(values.get("train", {}), evaluate_every_epochs=1.0)}
+        return values
