@@ -1,0 +1,80 @@
+"""Loads checkpoints; one that is not whole is recognised by its hashes, and the one before it is used."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stoker.checkpoint import folder as names
+from stoker.checkpoint.manifest import fault_of
+from stoker.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A checkpoint that was passed over, and why."""
+
+    path: Path
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The state after `step` steps: tensors by file and name, on the CPU, and plain values."""
+
+    step: int
+    path: Path
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    values: Mapping[str, Any]
+    rejected: tuple[Rejected, ...] = ()
+
+
+def load_latest(folder: Path) -> Loaded | None:
+    """Returns the latest whole checkpoint of `folder`, or None when there is none at all.
+
+    Those that were passed over are in `rejected`, with the reason.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none of them is whole.
+    """
+    rejected: list[Rejected] = []
+    for entry in names.entries(folder):
+        fault = fault_of(entry.path, entry.step)
+        if fault is None:
+            return _load(entry.path, entry.step, tuple(rejected))
+        rejected.append(Rejected(entry.path, fault))
+    if rejected:
+        raise CheckpointError(
+            f"No checkpoint in {folder} is whole: {'; '.join(map(str, rejected))}.",
+            fix="Restore one from a backup, or start the run anew with --overwrite.",
+        )
+    return None
+
+
+def load(path: Path) -> Loaded:
+    """Returns the checkpoint in `path` (a `step-...` folder).
+
+    Raises:
+        CheckpointError: it is missing or not whole.
+    """
+    for entry in names.entries(path.parent):
+        if entry.path.name == path.name:
+            fault = fault_of(entry.path, entry.step)
+            if fault is not None:
+                raise CheckpointError(f"The checkpoint {path} is not whole: {fault}.", fix="Use another one.")
+            return _load(entry.path, entry.step, ())
+    raise CheckpointError(f"There is no checkpoint {path}.", fix="Name a folder called step-<number>.")
+
+
+def _load(path: Path, step: int, rejected: tuple[Rejected, ...]) -> Loaded:
+    files = sorted(path.glob("*.safetensors"))
+    tensors = {file.stem: load_file(file) for file in files}
+    values = json.loads((path / names.STATE).read_bytes())
+    return Loaded(step, path, tensors, values, rejected)

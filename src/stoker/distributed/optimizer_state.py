@@ -1,0 +1,67 @@
+"""An optimiser's state as flat named tensors and plain numbers, by parameter name instead of by position."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stoker.errors import CheckpointError
+
+Numbers = dict[str, dict[str, float | int | bool]]
+
+
+def flatten(
+    optimizer: torch.optim.Optimizer, named_parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], Numbers]:
+    """Returns tensors keyed `entry:parameter name`, and numbers as `{parameter name: {entry: value}}`.
+
+    Rates and other group options are left out: they come from the run's configuration, anew at every step.
+    """
+    tensors: dict[str, Tensor] = {}
+    numbers: Numbers = {}
+    for name, parameter in named_parameters.items():
+        for entry, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{entry}:{name}"] = value.detach()
+            elif value is not None:
+                numbers.setdefault(name, {})[entry] = value
+    return tensors, numbers
+
+
+def restore(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Puts back what `flatten` returned, copied to each parameter's device.
+
+    Raises:
+        CheckpointError: the state speaks of a parameter that is not trained here.
+    """
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        entry, _, name = key.partition(":")
+        parameter = _parameter(named_parameters, name)
+        optimizer.state[parameter][entry] = value.to(_device(optimizer, parameter, entry), copy=True)
+    for name, entries in numbers.items():
+        optimizer.state[_parameter(named_parameters, name)].update(entries)
+
+
+def _parameter(named_parameters: Mapping[str, nn.Parameter], name: str) -> nn.Parameter:
+    if name not in named_parameters:
+        raise CheckpointError(
+            f"The checkpoint holds optimiser state of {name}, which is not trained here.",
+            fix="Resume with the model and adapter settings that the run began with.",
+        )
+    return named_parameters[name]
+
+
+def _device(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, entry: str) -> torch.device:
+    """AdamW keeps its step count on the CPU unless it is fused or captured in a graph; all else is with the weights."""
+    if entry != "step":
+        return parameter.device
+    group = next(group for group in optimizer.param_groups if any(parameter is other for other in group["params"]))
+    on_device = group.get("fused") or group.get("capturable")
+    return parameter.device if on_device else torch.device("cpu")

@@ -1,0 +1,149 @@
+"""One device: a CPU, a CUDA GPU or an Apple GPU; fp32, or bf16 and fp16 autocast over fp32 weights."""
+
+import resource
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stoker.distributed import optimizer_state
+from stoker.distributed.strategy import Batch, MakeOptimizer, Result, StepResult, StrategyState
+from stoker.errors import CheckpointError
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Detached(NamedTuple):
+    loss_sum: Tensor
+    num_trained_tokens: int
+    metrics: dict[str, Tensor]
+
+
+class SingleDevice:
+    """The `Strategy` of one device.
+
+    `precision` is "fp32", or "bf16" or "fp16" for autocast over fp32 weights; fp16 scales the loss (arXiv:1710.03740).
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, device: torch.device | str = "cpu", *, precision: str = "fp32") -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {precision!r}; it is one of {', '.join(PRECISIONS)}")
+        self.device = torch.device(device)
+        self._dtype = PRECISIONS[precision]
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+
+    def prepare(self, task: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        """Moves `task` to the device and makes the optimiser of the parameters that require a gradient."""
+        self._task = task.to(self.device)
+        self._trained = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+        self._optimizer = make_optimizer(self._trained.items())
+
+    def forward_backward(self, batch: Batch, *, divisor: float, is_last: bool) -> Result:
+        """Adds the gradient of `loss_sum / divisor`; `is_last` makes no difference on one device."""
+        del is_last
+        self._task.train()
+        with self._autocast():
+            result = self._task(batch.to(self.device))
+        self._scaler.scale(result.loss_sum / divisor).backward()
+        return _detached(result)
+
+    def discard_gradients(self) -> None:
+        """Clears gradients and gives cached device memory back."""
+        self._optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif self.device.type == "mps":
+            torch.mps.empty_cache()
+
+    def step(self, learning_rate: float, *, max_gradient_norm: float | None) -> StepResult:
+        """Clips to `max_gradient_norm` (None: not at all) and steps, unless the gradient's norm is not finite."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._scaler.unscale_(self._optimizer)
+        parameters = [parameter for parameter in self._trained.values() if parameter.grad is not None]
+        norm_tensor = nn.utils.get_total_norm(
+            [parameter.grad for parameter in parameters if parameter.grad is not None]
+        )
+        norm = float(norm_tensor)
+        finite = norm < float("inf")  # Also false for NaN.
+        if finite:
+            if max_gradient_norm is not None:
+                nn.utils.clip_grads_with_norm_(parameters, max_gradient_norm, norm_tensor)
+            self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        scale = self._scaler.get_scale() if self._scaler.is_enabled() else None
+        return StepResult(norm, skipped=not finite, loss_scale=scale)
+
+    def evaluate(self, batch: Batch) -> Result:
+        """Returns the task's result in evaluation mode, without gradients; training mode is back afterwards."""
+        was_training = self._task.training
+        self._task.eval()
+        with torch.no_grad(), self._autocast():
+            result = self._task(batch.to(self.device))
+        self._task.train(was_training)
+        return _detached(result)
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Returns `values`: there is one rank."""
+        return list(values)
+
+    def state(self) -> StrategyState:
+        """Returns trained weights by their names in the task, and the optimiser's and loss scale's state."""
+        tensors, numbers = optimizer_state.flatten(self._optimizer, self._trained)
+        weights = {name: parameter.detach() for name, parameter in self._trained.items()}
+        values: dict[str, Any] = {"optimizer": numbers}
+        if self._scaler.is_enabled():
+            values["loss_scale"] = self._scaler.state_dict()
+        return StrategyState(weights, tensors, values)
+
+    def load_state(self, state: StrategyState) -> None:
+        """Takes back what `state` returned."""
+        _check(state.weights, self._trained)
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(state.weights[name])
+        optimizer_state.restore(self._optimizer, self._trained, state.optimizer, state.values.get("optimizer", {}))
+        if self._scaler.is_enabled() and "loss_scale" in state.values:
+            self._scaler.load_state_dict(state.values["loss_scale"])
+
+    def peak_memory_bytes(self) -> int:
+        """Returns the device's peak of allocated memory, or the process's peak resident size on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if self.device.type == "mps":
+            return torch.mps.driver_allocated_memory()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # Bytes on macOS, KiB elsewhere.
+
+    @contextmanager
+    def _autocast(self) -> Generator[None]:
+        if self._dtype is None:
+            yield
+            return
+        with torch.autocast(self.device.type, dtype=self._dtype):
+            yield
+
+
+def _detached(result: Result) -> _Detached:
+    metrics = {name: value.detach() for name, value in result.metrics.items()}
+    return _Detached(result.loss_sum.detach(), result.num_trained_tokens, metrics)
+
+
+def _check(saved: Any, trained: dict[str, nn.Parameter]) -> None:
+    missing = sorted(set(trained) - set(saved))
+    unexpected = sorted(set(saved) - set(trained))
+    misshapen = sorted(name for name in set(trained) & set(saved) if trained[name].shape != saved[name].shape)
+    found = {"missing": missing, "not trained here": unexpected, "of another shape": misshapen}
+    faults = [f"{len(names)} {fault} (first {names[0]})" for fault, names in found.items() if names]
+    if faults:
+        raise CheckpointError(
+            f"The checkpoint's weights are not those of this model: {'; '.join(faults)}.",
+            fix="Resume with the model and adapter settings that the run began with.",
+        )

@@ -1,0 +1,105 @@
+"""How a step runs on one or many devices: what every strategy offers to the trainer.
+
+The order of calls is: `prepare` once; then for each optimiser step `forward_backward` for each micro-batch, with
+`is_last` on the last, and `step`. Written so that DDP, FSDP2 and DeepSpeed fit as well as a single device does:
+
+- the strategy owns the optimiser and calls it, because DeepSpeed's engine does its own clipping, scaling and stepping;
+- `is_last` is where DDP and FSDP2 reduce gradients and where DeepSpeed sets its accumulation boundary;
+- gradients are of a loss divided by `divisor`, the trained tokens of the whole step over all ranks, so a strategy whose
+  reduction averages over ranks multiplies by `world_size` first;
+- state is flat: named tensors and plain values, whatever the strategy keeps inside.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+"""From the trained parameters, by name, to their optimiser."""
+
+
+class Batch(Protocol):
+    """A micro-batch, which the strategy moves to its device and hands to the task."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """Returns the batch with its tensors on `device`."""
+
+
+class Result(Protocol):
+    """What a task returns."""
+
+    @property
+    def loss_sum(self) -> Tensor:
+        """Sum over trained tokens, fp32 scalar."""
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """Tokens in the sum."""
+
+    @property
+    def metrics(self) -> Mapping[str, Tensor]:
+        """Further sums, detached."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimiser step: the norm of its gradient before clipping, over all ranks.
+
+    `skipped` says that the norm was not finite, so the weights and the optimiser were left as they were. With a loss
+    scale (fp16) that is part of the work: the scale has been lowered to `loss_scale`, and the step can be tried again.
+    """
+
+    gradient_norm: float
+    skipped: bool = False
+    loss_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class StrategyState:
+    """What a strategy must have back to go on: trained weights and optimiser tensors by name, and plain values."""
+
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Strategy(Protocol):
+    """Runs micro-batches and optimiser steps of a task on this rank's device, together with the other ranks."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+
+    def prepare(self, task: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        """Takes over `task`: places and wraps it, and makes the optimiser of its trained parameters."""
+
+    def forward_backward(self, batch: Batch, *, divisor: float, is_last: bool) -> Result:
+        """Adds the gradient of `loss_sum / divisor` and returns the task's result, detached and undivided."""
+
+    def discard_gradients(self) -> None:
+        """Forgets the gradients added since the last step and frees cached memory (after running out of it)."""
+
+    def step(self, learning_rate: float, *, max_gradient_norm: float | None) -> StepResult:
+        """Clips the gradient, steps the optimiser at `learning_rate` and clears the gradient."""
+
+    def evaluate(self, batch: Batch) -> Result:
+        """Returns the task's result in evaluation mode, without gradients."""
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Returns the element-wise sum over ranks; every rank must call it."""
+
+    def state(self) -> StrategyState:
+        """Returns the state, gathered; tensors may share memory with the live ones."""
+
+    def load_state(self, state: StrategyState) -> None:
+        """Takes back a state, also one that another number of ranks wrote.
+
+        Raises:
+            CheckpointError: its names or shapes are not those of this model and optimiser.
+        """
+
+    def peak_memory_bytes(self) -> int:
+        """Returns the most memory that was in use: the device's, or the process's on a CPU."""

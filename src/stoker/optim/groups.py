@@ -1,0 +1,40 @@
+"""Sorts parameters by how they are trained: which decay towards zero, and which are hidden matrices."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch.nn import Parameter
+
+NamedParameters = Iterable[tuple[str, Parameter]]
+
+_EMBEDDINGS = ("embedding", "embed", "wte", "wpe")
+_HEADS = ("head", "lm_head", "embed_out", "score")
+
+
+def is_embedding(name: str) -> bool:
+    """Whether `name` (dotted) belongs to an embedding: the model's own or a borrowed Transformers model's."""
+    return any(part in _EMBEDDINGS or part.startswith("embed_") for part in name.split(".")) and not is_head(name)
+
+
+def is_head(name: str) -> bool:
+    """Whether `name` (dotted) belongs to the output head."""
+    return any(part in _HEADS for part in name.split("."))
+
+
+def decays(name: str, parameter: Parameter) -> bool:
+    """Whether weight decay acts on the parameter: on matrices, not on norms, biases, magnitudes and embeddings."""
+    return parameter.ndim >= 2 and not is_embedding(name)
+
+
+def is_hidden_matrix(name: str, parameter: Parameter) -> bool:
+    """Whether the parameter is a matrix between hidden states, which is what Muon is made for."""
+    return parameter.ndim == 2 and not is_embedding(name) and not is_head(name)
+
+
+def by_decay(named_parameters: NamedParameters, *, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:
+    """Returns optimiser groups: those that decay, then those that do not; an empty group is left out."""
+    named = list(named_parameters)
+    decaying = [parameter for name, parameter in named if decay_all or decays(name, parameter)]
+    others = [parameter for name, parameter in named if not (decay_all or decays(name, parameter))]
+    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

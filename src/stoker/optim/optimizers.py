@@ -1,0 +1,140 @@
+"""Builds optimisers: each is a library's own; this file chooses groups and options."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from stoker.errors import PlanError
+from stoker.optim.groups import NamedParameters, by_decay, is_hidden_matrix
+
+KINDS = ("adamw", "adamw_8bit", "sgd", "adafactor", "muon")
+
+# Where torch has a fused AdamW kernel: one pass over the weights instead of about ten.
+_FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
+
+
+def build(
+    named_parameters: NamedParameters,
+    *,
+    kind: str,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    decay_all: bool = False,
+    betas: Sequence[float] = (0.9, 0.999),
+    epsilon: float = 1e-8,
+    momentum: float | None = None,
+) -> torch.optim.Optimizer:
+    """Returns the optimiser `kind` over those of `named_parameters` that require a gradient.
+
+    `weight_decay` acts on matrices only, unless `decay_all`: norms, biases and embeddings are left alone. `betas` and
+    `epsilon` are AdamW's (and of Muon's AdamW part); `momentum` is SGD's (0 unless set) and Muon's (0.95 unless set).
+
+    Raises:
+        PlanError: the kind needs a package that is not installed.
+        ValueError: the kind is unknown, or no parameter is trained.
+    """
+    trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    if not trained:
+        raise ValueError("no parameter requires a gradient")
+    first_beta, second_beta = betas
+
+    def groups(named: NamedParameters) -> list[dict[str, Any]]:
+        return by_decay(named, weight_decay=weight_decay, decay_all=decay_all)
+
+    def adamw(named: Sequence[tuple[str, Parameter]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            groups(named), lr=learning_rate, betas=(first_beta, second_beta), eps=epsilon, fused=_can_fuse(named)
+        )
+
+    match kind:
+        case "adamw":
+            return adamw(trained)
+        case "adamw_8bit":
+            return _adamw_8bit()(groups(trained), lr=learning_rate, betas=(first_beta, second_beta), eps=epsilon)
+        case "sgd":
+            return torch.optim.SGD(groups(trained), lr=learning_rate, momentum=momentum or 0.0)
+        case "adafactor":
+            return _adafactor(groups(trained), learning_rate)
+        case "muon":
+            return _muon(trained, groups, adamw, learning_rate, 0.95 if momentum is None else momentum)
+        case _:
+            raise ValueError(f"unknown optimiser {kind!r}; the kinds are {', '.join(KINDS)}")
+
+
+def _can_fuse(named: Sequence[tuple[str, Parameter]]) -> bool:
+    return all(parameter.device.type in _FUSED_DEVICES for _, parameter in named)
+
+
+def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise PlanError(
+            "train.optimizer.kind: adamw_8bit needs bitsandbytes, which is not installed.",
+            fix="Install it with: pip install 'stoker[lowbit]', or use adamw.",
+        )
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
+
+
+def _adafactor(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Optimizer:
+    # Transformers' class rather than torch's: torch's multiplies the rate by each weight's root mean square, so that a
+    # rate chosen for AdamW would train some fifty times slower. With both switches off, the rate is the rate.
+    from transformers.optimization import Adafactor
+
+    return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
+
+
+def _muon(
+    trained: Sequence[tuple[str, Parameter]],
+    groups: Callable[[NamedParameters], list[dict[str, Any]]],
+    adamw: Callable[[Sequence[tuple[str, Parameter]]], torch.optim.Optimizer],
+    learning_rate: float,
+    momentum: float,
+) -> torch.optim.Optimizer:
+    matrices = [(name, parameter) for name, parameter in trained if is_hidden_matrix(name, parameter)]
+    others = [(name, parameter) for name, parameter in trained if not is_hidden_matrix(name, parameter)]
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        # Updates with the root mean square of AdamW's, so that one learning rate serves both parts (arXiv:2502.16982).
+        parts.append(
+            torch.optim.Muon(groups(matrices), lr=learning_rate, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        )
+    if others:
+        parts.append(adamw(others))
+    return Combined(parts) if len(parts) > 1 else parts[0]
+
+
+class Combined(torch.optim.Optimizer):
+    """Several optimisers as one: it holds the groups and the state of all its `parts` and steps them in order."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = tuple(parts)
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Steps each part once; returns what `closure` returned, if one was given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the state of all parts, as `state_dict` returned it."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def _share(self) -> None:
+        """Lets the parts work on this object's groups and state, so that both are always the same."""
+        start = 0
+        for part in self.parts:
+            end = start + len(part.param_groups)
+            part.param_groups = self.param_groups[start:end]
+            part.state = self.state
+            start = end

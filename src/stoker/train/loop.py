@@ -1,0 +1,253 @@
+"""The training loop: step, evaluate, save, until done, out of patience or interrupted."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stoker.checkpoint import rng
+from stoker.checkpoint.keep import keep
+from stoker.checkpoint.read import Loaded, load_latest
+from stoker.checkpoint.write import save
+from stoker.distributed.strategy import Strategy, StrategyState
+from stoker.observe.events import CheckpointSaved, Evaluated, Event, Notice, RunEnded, RunStarted, StepLogged
+from stoker.observe.observer import Observer
+from stoker.train.batches import Batches, StepSource
+from stoker.train.evaluate import evaluate_unless
+from stoker.train.guard import MemoryGuard, check_finite
+from stoker.train.interrupt import Interrupt
+from stoker.train.settings import Checkpoints, Settings
+from stoker.train.state import TrainState
+from stoker.train.step import StepOutcome, take_step
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended. `reason` is "finished", "early stopping" or "interrupted" (by the signal `interrupted_by`).
+
+    `checkpoint` is the last one saved, `best_checkpoint` that of the lowest validation loss, when it was kept.
+    """
+
+    step: int
+    reason: str
+    seconds: float
+    best_step: int
+    best_loss: float | None
+    checkpoint: Path | None
+    best_checkpoint: Path | None
+    interrupted_by: str = ""
+
+
+class Trainer:
+    """Trains what `strategy` was prepared with, on the micro-batches of `batches`.
+
+    `validation` returns the batches to evaluate on; without it there is no evaluation. Without `checkpoints` nothing is
+    saved. `observers` receive every event; whoever made them closes them.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        batches: StepSource,
+        *,
+        settings: Settings,
+        validation: Batches | None = None,
+        checkpoints: Checkpoints | None = None,
+        observers: Sequence[Observer] = (),
+        description: Mapping[str, str] | None = None,
+    ) -> None:
+        self.state = TrainState()
+        self._strategy = strategy
+        self._batches = batches
+        self._settings = settings
+        self._validation = validation
+        self._checkpoints = checkpoints
+        self._observers = tuple(observers)
+        self._description = dict(description or {})
+        self._guard = MemoryGuard(strategy, self._warn)
+        self._interrupt = Interrupt()
+        self._saved: tuple[int, int] | None = None
+        self._last_checkpoint: Path | None = None
+        self._window_tokens, self._window_seconds = 0, 0.0
+
+    def run(self, *, resume: bool = False) -> TrainingResult:
+        """Trains from the start, or from the latest whole checkpoint when `resume`, and returns how it ended.
+
+        On a CPU a resumed run repeats an unbroken one bit for bit. SIGTERM and Ctrl-C end the run after the current
+        step, with a checkpoint.
+
+        Raises:
+            TrainingError: the loss or a gradient is not finite, or memory is exhausted with a single document.
+            CheckpointError: a checkpoint cannot be written (the last good one stands) or none can be read.
+            DataError: the validation rows hold no trained token.
+        """
+        if resume:
+            self._resume()
+        started, reason = time.perf_counter(), "failed"
+        self._emit(
+            RunStarted(self._settings.total_steps, self.state.step, self._batches.steps_per_epoch, self._description)
+        )
+        try:
+            with self._interrupt:
+                reason = self._train()
+        finally:
+            seconds = time.perf_counter() - started
+            self._emit(RunEnded(self.state.step, reason, seconds))
+        return self._result(reason, seconds)
+
+    def _train(self) -> str:
+        while True:
+            self._evaluate_if_due()
+            reason = self._reason_to_end()
+            if reason or self._is_save_due():
+                self._save()
+            if reason:
+                return reason
+            self._step()
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        index = self.state.step
+        learning_rate = self._settings.learning_rate * self._settings.schedule(index)
+        outcome = take_step(
+            self._strategy,
+            self._batches.step(index),
+            number=index + 1,
+            learning_rate=learning_rate,
+            max_gradient_norm=self._settings.max_gradient_norm,
+            guard=self._guard,
+            notify=self._warn,
+        )
+        self.state.step = index + 1
+        self.state.max_positions = self._guard.max_positions
+        self.state.num_trained_tokens += outcome.num_trained_tokens
+        self._log(outcome, learning_rate, time.perf_counter() - started)
+
+    def _log(self, outcome: StepOutcome, learning_rate: float, seconds: float) -> None:
+        """Emits the step's own figures; the speed is that of all steps since the last line."""
+        step, total = self.state.step, self._settings.total_steps
+        self._window_tokens += outcome.num_tokens
+        self._window_seconds += seconds
+        if step % self._settings.log_every_steps and step != total:
+            return
+        self._emit(
+            StepLogged(
+                step=step,
+                total_steps=total,
+                epoch=step / self._batches.steps_per_epoch,
+                loss=outcome.loss,
+                learning_rate=learning_rate,
+                gradient_norm=outcome.gradient_norm,
+                num_tokens=outcome.num_tokens,
+                num_trained_tokens=outcome.num_trained_tokens,
+                padding_share=1.0 - outcome.num_tokens / outcome.num_positions,
+                tokens_per_second=self._window_tokens / max(self._window_seconds, 1e-9),
+                memory_bytes=self._strategy.peak_memory_bytes(),
+                seconds=seconds,
+                metrics=outcome.metrics,
+            )
+        )
+        self._window_tokens, self._window_seconds = 0, 0.0
+
+    # Evaluation
+
+    def _evaluate_if_due(self) -> None:
+        if self._validation is None or not self._is_evaluation_due():
+            return
+        evaluation = evaluate_unless(lambda: self._interrupt.requested, self._guard, self._strategy, self._validation())
+        if evaluation is None:
+            return  # The resumed run evaluates this step first.
+        check_finite(evaluation.loss, self.state.step, what="validation loss")
+        early_stopping = self._settings.early_stopping
+        is_best = self.state.note_evaluation(evaluation.loss, early_stopping.min_improvement if early_stopping else 0.0)
+        self._emit(
+            Evaluated(self.state.step, evaluation.loss, evaluation.num_trained_tokens, evaluation.seconds, best=is_best)
+        )
+
+    def _is_evaluation_due(self) -> bool:
+        step = self.state.step
+        if step in (0, self.state.evaluated_step):
+            return False
+        return step >= self._settings.total_steps or self._settings.evaluate.is_due(step, self._batches.steps_per_epoch)
+
+    def _reason_to_end(self) -> str | None:
+        evaluation_is_open = self._validation is not None and self._is_evaluation_due()
+        if self.state.step >= self._settings.total_steps and not evaluation_is_open:
+            return "finished"
+        if self.state.is_out_of_patience(self._settings.early_stopping):
+            return "early stopping"
+        return "interrupted" if self._is_interrupted() else None
+
+    def _is_interrupted(self) -> bool:
+        """Whether any rank was told to stop: all ranks must leave after the same step."""
+        return self._strategy.sum_over_ranks([float(self._interrupt.requested)])[0] > 0
+
+    # Checkpoints
+
+    def _is_save_due(self) -> bool:
+        if self._checkpoints is None:
+            return False
+        is_best = self._checkpoints.keep_best and 0 < self.state.best_step == self.state.step
+        return is_best or self._checkpoints.every.is_due(self.state.step, self._batches.steps_per_epoch)
+
+    def _save(self) -> None:
+        position = (self.state.step, self.state.evaluated_step)
+        if self._checkpoints is None or self._saved == position:
+            return
+        started = time.perf_counter()
+        state = self._strategy.state()
+        rng_tensors, rng_values = rng.state()
+        path, num_bytes = save(
+            self._checkpoints.folder,
+            self.state.step,
+            tensors={"weights": state.weights, "optimizer": state.optimizer, "rng": rng_tensors},
+            values={"train": self.state.to_values(), "strategy": state.values, "rng": rng_values},
+        )
+        best = [self.state.best_step] if self._checkpoints.keep_best and self.state.best_step else []
+        keep(self._checkpoints.folder, last=self._checkpoints.keep_last, steps=best)
+        self._saved, self._last_checkpoint = position, path
+        self._emit(CheckpointSaved(self.state.step, path, time.perf_counter() - started, num_bytes))
+
+    def _resume(self) -> None:
+        loaded = load_latest(self._checkpoints.folder) if self._checkpoints else None
+        if loaded is None:
+            self._emit(Notice("There is no checkpoint to resume from yet; starting at the beginning."))
+            return
+        for rejected in loaded.rejected:
+            self._warn(f"Checkpoint passed over, it is not whole: {rejected}.")
+        self._restore(loaded)
+        self._emit(Notice(f"Resuming from {loaded.path} after step {loaded.step}."))
+
+    def _restore(self, loaded: Loaded) -> None:
+        self.state = TrainState.from_values(loaded.values["train"])
+        self._guard.max_positions = self.state.max_positions
+        self._strategy.load_state(
+            StrategyState(loaded.tensors["weights"], loaded.tensors["optimizer"], loaded.values["strategy"])
+        )
+        rng.restore(loaded.tensors["rng"], loaded.values["rng"])
+        self._saved, self._last_checkpoint = (self.state.step, self.state.evaluated_step), loaded.path
+
+    # Events
+
+    def _emit(self, event: Event) -> None:
+        for observer in self._observers:
+            observer.handle(event)
+
+    def _warn(self, message: str) -> None:
+        self._emit(Notice(message, level="warning"))
+
+    def _result(self, reason: str, seconds: float) -> TrainingResult:
+        best = None
+        if self._checkpoints is not None and self.state.best_step:
+            path = self._checkpoints.folder / f"step-{self.state.best_step:06d}"
+            best = path if path.is_dir() else None
+        return TrainingResult(
+            step=self.state.step,
+            reason=reason,
+            seconds=seconds,
+            best_step=self.state.best_step,
+            best_loss=self.state.best_loss,
+            checkpoint=self._last_checkpoint,
+            best_checkpoint=best,
+            interrupted_by=self._interrupt.name,
+        )
