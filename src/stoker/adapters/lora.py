@@ -180,6 +180,16 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLinear]:
     return (module for module in model.modules() if isinstance(module, LoraLinear))
 
 
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Returns the weight's shape `(out, in)` of each Hugging Face linear layer that can have an adapter, by its name."""
+    layers = [module for module in model.modules() if isinstance(module, FusedLinear)]
+    return {
+        name: (size, layer.in_features)
+        for layer in layers
+        for name, size in zip(layer.names, layer.out_features, strict=True)
+    }
+
+
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     """Puts `module` in the place of the submodule at `path`, on this instance of the model alone."""
     parent, _, name = path.rpartition(".")

@@ -1,0 +1,158 @@
+"""Adapter folders in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+Tensors are named `base_model.model.<Hugging Face module>.lora_A.weight`, `.lora_B.weight` and, with DoRA,
+`.lora_magnitude_vector`; each Hugging Face layer has its own, whatever layers are kept as one weight here.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stoker.adapters.lora import LoraPart, LoraSettings, LoraSummary, add_lora, linear_shapes, lora_layers
+from stoker.errors import ModelError, OutputError
+from stoker.export import peft_config
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLED_FILE = "adapter_model.bin"
+_A, _B, _MAGNITUDE = "lora_A", "lora_B", "lora_magnitude_vector"
+_KEY = re.compile(rf"base_model\.model\.(?P<name>.+)\.(?P<kind>{_A}|{_B}|{_MAGNITUDE})(\.weight)?")
+_MAX_NAMED = 4
+
+
+def save(model: nn.Module, folder: Path, *, base_name: str, revision: str | None = None) -> None:
+    """Writes the adapters of `model` to `folder`, in fp32; files already there are replaced, each in one move.
+
+    `base_name` is the Hub id or folder that PEFT will load the base from, `revision` its commit or tag. Raises
+    ValueError when the model has no adapters, OutputError when the folder cannot be written.
+    """
+    layers = list(lora_layers(model))
+    if not layers:
+        raise ValueError("the model has no adapters")
+    parts = [part for layer in layers for part in layer.adapters()]
+    # Clones, because safetensors refuses tensors that share memory, as the parts of a group do.
+    tensors = {
+        _key(part.name, kind): tensor.detach().cpu().clone()
+        for part in parts
+        for kind, tensor in _by_kind(part).items()
+    }
+    targets = peft_config.target_modules([part.name for part in parts], list(linear_shapes(model)))
+    config = peft_config.write(layers[0].settings, targets=targets, base_name=base_name, revision=revision)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f"{WEIGHTS_FILE}.partial"
+        save_file(tensors, aside, metadata={"format": "pt"})
+        aside.replace(folder / WEIGHTS_FILE)
+        aside = folder / f"{peft_config.FILE}.partial"
+        aside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        aside.replace(folder / peft_config.FILE)
+    except (OSError, SafetensorError) as error:
+        fix = "Free space there, or name another folder."
+        raise OutputError(f"the adapter cannot be written: {error}.", where=str(folder), fix=fix) from error
+
+
+def load(model: nn.Module, folder: Path) -> LoraSummary:
+    """Puts the adapters of `folder`, written by Stoker or by PEFT, on `model`, ready for training or decoding.
+
+    Raises ModelError when the folder is none, holds pickled weights, uses settings of PEFT that Stoker does not know,
+    or does not fit the model; the model is then left without adapters.
+    """
+    settings = peft_config.read(_read_config(folder), folder / peft_config.FILE)
+    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    names = sorted({name for name, _ in tensors})
+    _check(tensors, _expected(names, linear_shapes(model), settings), folder / WEIGHTS_FILE)
+    summary = add_lora(
+        model,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        targets=names,
+        dropout=settings.dropout,
+        rank_stabilized=settings.rank_stabilized,
+        dora=settings.dora,
+    )
+    with torch.no_grad():
+        for part in (part for layer in lora_layers(model) for part in layer.adapters()):
+            for kind, parameter in _by_kind(part).items():
+                parameter.copy_(tensors[part.name, kind])
+    return summary
+
+
+def _by_kind(part: LoraPart) -> dict[str, Tensor]:
+    tensors = {_A: part.a, _B: part.b}
+    return tensors if part.magnitude is None else {**tensors, _MAGNITUDE: part.magnitude}
+
+
+def _key(name: str, kind: str) -> str:
+    return f"base_model.model.{name}.{kind}" + ("" if kind == _MAGNITUDE else ".weight")
+
+
+def _expected(
+    names: Sequence[str], shapes: Mapping[str, tuple[int, int]], settings: LoraSettings
+) -> dict[tuple[str, str], tuple[int, ...]]:
+    """The shape of every tensor that an adapter on `names` has, leaving out names that the model does not know."""
+    expected: dict[tuple[str, str], tuple[int, ...]] = {}
+    for name in names:
+        if name in shapes:
+            out_features, in_features = shapes[name]
+            expected[name, _A], expected[name, _B] = (settings.rank, in_features), (out_features, settings.rank)
+            if settings.dora:
+                expected[name, _MAGNITUDE] = (out_features,)
+    return expected
+
+
+def _check(
+    tensors: Mapping[tuple[str, str], Tensor], expected: Mapping[tuple[str, str], tuple[int, ...]], path: Path
+) -> None:
+    """Raises ModelError naming the tensors that are missing, too many, or of another shape than expected."""
+    problems = [f"{_key(*which)} is missing" for which in sorted(expected.keys() - tensors.keys())]
+    problems += [f"{_key(*which)} fits nothing in this model" for which in sorted(tensors.keys() - expected.keys())]
+    problems += [
+        f"{_key(*which)} has shape {list(tensors[which].shape)}, not {list(shape)}"
+        for which, shape in sorted(expected.items())
+        if which in tensors and tuple(tensors[which].shape) != shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
+        raise ModelError(
+            f"the adapter does not fit: {'; '.join(problems[:_MAX_NAMED])}{more}.",
+            where=str(path),
+            fix="Load it on the base model that it was trained on.",
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / peft_config.FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        what = f"there is no adapter here: {peft_config.FILE} is missing."
+        raise ModelError(what, where=str(folder), fix="Name the folder that a run or PEFT saved.") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"it cannot be read: {error}.", where=str(path), fix="Save the adapter again.") from error
+    if not isinstance(config, dict):
+        raise ModelError("it holds no JSON object.", where=str(path), fix="Save the adapter again.")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[tuple[str, str], Tensor]:
+    """Returns the tensors by Hugging Face module name and kind."""
+    if not path.is_file():
+        pickled = path.with_name(_PICKLED_FILE).is_file()
+        what = f"{_PICKLED_FILE} is a pickle, which can run code" if pickled else f"{path.name} is missing"
+        raise ModelError(f"{what}.", where=str(path.parent), fix="Save the adapter again with safetensors.")
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"it cannot be read: {error}.", where=str(path), fix="Copy or save it again.") from error
+    matches = {key: _KEY.fullmatch(key) for key in tensors}
+    foreign = sorted(key for key, match in matches.items() if match is None)
+    if foreign or not tensors:
+        what = f"it holds {', '.join(foreign[:_MAX_NAMED])}, not part of a LoRA adapter" if foreign else "it is empty"
+        raise ModelError(f"{what}.", where=str(path), fix="Stoker cannot load this adapter.")
+    return {(match["name"], match["kind"]): tensors[key] for key, match in matches.items() if match is not None}
