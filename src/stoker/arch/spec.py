@@ -1,7 +1,7 @@
 """What an architecture is: frozen facts, read from a Hugging Face `config.json` by `arch.families`.
 
 A model is an embedding, a tuple of layers and a head. A layer is a mixer (attention), a feed-forward and a norm
-placement. A variant is a field of the spec that owns it: rope scaling belongs to the attention's rope, never to the model.
+placement. A variant is a field of the spec that owns it: rope scaling belongs to the attention's rope.
 """
 
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A root-mean-square norm with a weight per channel (Zhang & Sennrich 2019); `epsilon` is added to the mean square."""
+    """A root-mean-square norm with a weight per channel (arXiv:1910.07467); `epsilon` is added to the mean square."""
 
     kind: Literal["rms"] = "rms"
     epsilon: float = 1e-6

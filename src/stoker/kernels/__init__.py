@@ -1,0 +1,1 @@
+"""One file an op: the maths, a reference in plain torch, the public function."""

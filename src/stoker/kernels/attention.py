@@ -5,13 +5,14 @@
 Heads are grouped: query heads h of one group share one key and value head (arXiv:2305.13245).
 
 On a CPU, and wherever no variable-length kernel fits, documents run one after the other through PyTorch's
-`scaled_dot_product_attention`, whose memory is linear in their length. A sliding window shorter than the document runs in
-blocks of queries, each against the keys within reach: the only masks are [block, block + window]. On CUDA in half
+`scaled_dot_product_attention`, whose memory is linear in their length. A sliding window shorter than the document runs
+in blocks of queries, each against the keys within reach: the only masks are [block, block + window]. On CUDA in half
 precision, packed rows take `torch.nn.attention.varlen`.
 """
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,8 +59,8 @@ def attention(
 
     q: [B, T, H, E]; k, v: [B, T, K, E] with H a multiple of K. `document_lengths`: for each row the lengths of its
     documents, which sum to T; None: a row is one document. `window`: a position sees itself and the `window - 1` before
-    it. `scale`: of the scores, by default E^-½. Raises ValueError for an unknown implementation, and for lengths that do
-    not sum to T.
+    it. `scale`: of the scores, by default E^-½. Raises ValueError for an unknown implementation, and for lengths that
+    do not sum to T.
     """
     if implementation != "reference":
         raise ValueError(f"attention has no implementation {implementation!r}; known: reference")
@@ -72,7 +73,7 @@ def attention(
         return _one_document(q, k, v, window, scale)
     lengths = [size for row in document_lengths for size in row]
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        return _variable_length(q, k, v, lengths, window, scale)
+        return _variable_length(q, k, v, lengths, window=window, scale=scale)
     # One split and one cat in each direction; slicing instead would pad every document's gradient to the whole row.
     parts = [x.flatten(0, 1).split(lengths) for x in (q, k, v)]
     outputs = [
@@ -134,19 +135,20 @@ def _sdpa(
 
 
 def _variable_length(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, window: int | None, scale: float | None
 ) -> Tensor:
     """Packed documents through CUDA's variable-length flash attention."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
     # Flash attention counts the positions before the query, the window counts the query itself too.
-    options = {"window_size": (-1 if window is None else window - 1, 0), "scale": scale}
+    options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0), "scale": scale}
     if "enable_gqa" in known:
         options["enable_gqa"] = q.shape[2] != k.shape[2]
     else:
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     ends = torch.tensor([0, *lengths], device=q.device).cumsum(0, dtype=torch.int32)
     longest = max(lengths)
-    out = varlen_attn(*(x.flatten(0, 1) for x in (q, k, v)), ends, ends, longest, longest, **options)
+    flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
+    out: Any = varlen_attn(flat_q, flat_k, flat_v, ends, ends, longest, longest, **options)
     return out.view(q.shape)

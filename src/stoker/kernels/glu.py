@@ -7,9 +7,11 @@
 Saved for backward: gate_up only; silu(g) is computed again.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -32,7 +34,7 @@ class _SwiGlu(torch.autograd.Function):
     """Plain torch with the backward written out, straight into the two halves of the gradient."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         """gate_up: [..., 2F]."""
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
@@ -40,8 +42,10 @@ class _SwiGlu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+    # The decorator's type hides the name of `ctx`.
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
         """Gradient of gate_up."""
+        (grad,) = grads
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(gate_up)

@@ -3,15 +3,17 @@
     z = h Wᵀ + b        loss = Σ_n (log Σ_v exp z_nv − z_n,target(n))
     p = softmax(z) − onehot(target)        dh = p W        dW = pᵀ h        db = Σ_n p
 
-Rows whose target is `ignore_index` are left out before the first matmul. The rest runs in chunks of rows; since the loss is
-the last thing that a forward computes, each chunk's gradients are computed while its logits are at hand (the idea of
-Liger-Kernel, arXiv:2410.10989), and the backward only multiplies them by the incoming scalar. A weight that is frozen costs
-no gradient matmul. The sums are fp32.
+Rows whose target is `ignore_index` are left out before the first matmul. The rest runs in chunks; since the loss is the
+last thing that a forward computes, each chunk's gradients are computed while its logits are at hand (the idea of
+Liger-Kernel, arXiv:2410.10989), and the backward only multiplies them by the incoming scalar. A weight that is frozen
+costs no gradient matmul. The sums are fp32.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 DEFAULT_CHUNK_BYTES = 16 * 2**20
 """Logits held at once by default, in bytes of fp32."""
@@ -38,8 +40,8 @@ def linear_cross_entropy(
     """Returns the cross-entropy summed over the trained rows: an fp32 scalar, 0 when there are none.
 
     hidden: [N, D]; weight: [V, D]; targets: [N] int64, `ignore_index` where nothing is trained; bias: [V] or None.
-    `chunk_tokens`: rows of logits held at once, by default as many as fit `DEFAULT_CHUNK_BYTES`. Under autocast the matmuls
-    run in its dtype. Raises ValueError for an unknown implementation.
+    `chunk_tokens`: rows of logits held at once, by default as many as fit `DEFAULT_CHUNK_BYTES`. Under autocast the
+    matmuls run in its dtype. Raises ValueError for an unknown implementation.
     """
     if implementation != "reference":
         raise ValueError(f"linear_cross_entropy has no implementation {implementation!r}; known: reference")
@@ -52,8 +54,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward, for the inputs that need them."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx,
+    def forward(  # noqa: PLR0917 - autograd passes positions
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -70,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             rows = hidden.index_select(0, trained).to(dtype)
             gradients = _Gradients(rows, weight, bias, wants)
-            loss = _chunked_loss(rows, weight.to(dtype), bias, targets[trained], chunk_tokens, gradients)
+            loss = _chunked_loss(rows, weight.to(dtype), bias, targets[trained], gradients, chunk_tokens=chunk_tokens)
         ctx.dtypes = (hidden.dtype, weight.dtype)
         ctx.num_rows = hidden.shape[0]
         ctx.save_for_backward(trained, gradients.hidden, gradients.weight, gradients.bias)
@@ -78,9 +80,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # The decorator's type hides the name of `ctx`.
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Scales what the forward computed; the gradient of hidden gets its untrained rows back as zeros."""
         trained, grad_rows, grad_weight, grad_bias = ctx.saved_tensors
+        (grad,) = grads
         grad_hidden = None
         if grad_rows is not None:
             grad_hidden = grad_rows.new_zeros(ctx.num_rows, grad_rows.shape[1], dtype=ctx.dtypes[0])
@@ -117,7 +121,7 @@ class _Gradients:
 
 
 def _chunked_loss(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_tokens: int, gradients: _Gradients
+    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradients: _Gradients, *, chunk_tokens: int
 ) -> Tensor:
     """The summed loss of trained `rows` [n, D], and their gradients into `gradients`."""
     loss = rows.new_zeros((), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Root-mean-square norm (Zhang & Sennrich 2019), alone and fused with the residual add before it.
+"""Root-mean-square norm (arXiv:1910.07467), alone and fused with the residual add before it.
 
     r = (mean(x²) + ε)^-½          y = x · r · w
 
@@ -8,9 +8,11 @@
 Saved for backward: x and r (one number a row). Statistics are fp32 whatever the dtype of x.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -33,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, implementation: str =
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, *, implementation: str = "reference"
 ) -> tuple[Tensor, Tensor]:
-    """Returns (rms_norm(residual + x), residual + x); both [..., D]. Raises ValueError for an unknown implementation."""
+    """Returns (rms_norm(residual + x), residual + x), both [..., D]; ValueError for an unknown implementation."""
     if implementation != "reference":
         raise ValueError(f"add_rms_norm has no implementation {implementation!r}; known: reference")
     total = residual + x
@@ -41,10 +43,10 @@ def add_rms_norm(
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Plain torch with the backward written out: four passes over x instead of autograd's nine, and one saved tensor."""
+    """Plain torch with the backward written out: half of autograd's passes over x, and only x is saved."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """x: [..., D], weight: [D]."""
         wide = x if x.dtype == torch.float32 else x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
@@ -54,11 +56,12 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    # The decorator's type hides the name of `ctx`.
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Gradients of x and weight, each only where asked for."""
         x, weight, rstd = ctx.saved_tensors
         wide = x if x.dtype == torch.float32 else x.float()
-        grad = grad if grad.dtype == torch.float32 else grad.float()
+        grad = grads[0] if grads[0].dtype == torch.float32 else grads[0].float()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
             # Σ_rows (dy · x) · r as a matrix-vector product: no [rows, D] product is kept.

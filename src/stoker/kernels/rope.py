@@ -7,25 +7,27 @@ The backward is the rotation by −a. Tables are fp32 and hold E/2 columns: both
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 def frequencies(
-    dim: int, theta: float, *, kind: str = "default", length: int = 0, **scaling: float | bool
+    dim: int, theta: float, *, kind: str = "default", length: int = 0, **scaling: Any
 ) -> tuple[Tensor, float]:
     """The `dim / 2` angles per position as fp32 on the CPU, and the factor that multiplies cosines and sines.
 
-    `kind` and `scaling` are those of the architecture's rope scaling; `length` is the document's length in tokens, which
-    only "dynamic" looks at. The order of operations is that of transformers 5.24, `modeling_rope_utils.py`, so that the
-    fp32 results are the same bit for bit. Raises ValueError for an unknown kind.
+    `kind` and `scaling` are those of the architecture's rope scaling; `length` is the document's length in tokens, and
+    only "dynamic" looks at it. The order of operations is that of transformers 5.24's `modeling_rope_utils.py`, so that
+    the fp32 results are the same bit for bit. Raises ValueError for an unknown kind.
     """
+    base: Tensor | float = theta
     if kind == "dynamic":
-        theta = _dynamic_theta(dim, theta, length, **scaling)
+        base = _dynamic_theta(dim, theta, length, **scaling)
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-    periods = theta**exponents
+    periods = base**exponents
     inverse = 1.0 / periods
     match kind:
         case "default" | "dynamic":
@@ -57,7 +59,7 @@ def _llama3(
     high_frequency_factor: float,
     original_max_positions: int,
 ) -> Tensor:
-    """Wavelengths beyond the original context are stretched by `factor`, short ones kept, a ramp between (Llama 3.1)."""
+    """Wavelengths beyond the original context are stretched by `factor`, short ones kept, a ramp between."""
     wavelength = 2 * math.pi / inverse
     longest, shortest = original_max_positions / low_frequency_factor, original_max_positions / high_frequency_factor
     ramp = (original_max_positions / wavelength - low_frequency_factor) / (high_frequency_factor - low_frequency_factor)
@@ -131,8 +133,8 @@ class _SplitAndRotate(torch.autograd.Function):
     """Saves the tables only; the backward writes one gradient of qkv instead of padding and adding three."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+    def forward(  # noqa: PLR0917 - autograd passes positions
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """qkv: [B, T, (H + 2K) · E]."""
         ctx.save_for_backward(cos, sin)
@@ -147,10 +149,10 @@ class _SplitAndRotate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: FunctionCtx, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
-    ) -> tuple[Tensor, None, None, None, None]:
+    # The decorator's type hides the name of `ctx`.
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Gradient of qkv."""
+        grad_q, grad_k, grad_v = grads
         cos, sin = ctx.saved_tensors
         batch, length, _, head_dim = grad_q.shape
         grad = grad_q.new_empty(batch, length, sum(ctx.sizes), head_dim)

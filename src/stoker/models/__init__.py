@@ -1,0 +1,1 @@
+"""Folders of weights, and `ArchSpec` to `nn.Decoder`."""

@@ -4,13 +4,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stoker.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_AGAIN = "Fetch the model again."
+
+# What a Hub id brings: weights, configuration and tokenizer, from the top of the repository only.
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_UNWANTED = ["*/*", "consolidated*"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -19,6 +28,68 @@ class WeightIndex:
 
     folder: Path
     files: Mapping[str, Path]
+
+
+def resolve(name: str | Path, *, revision: str | None = None) -> Path:
+    """The local folder of a model: `name` itself when it is one, else the Hub id's files, fetched unless cached.
+
+    Pickled weights are never fetched. `revision`: a branch, tag or commit of the Hub id. Under `HF_HUB_OFFLINE=1` only
+    the cache is looked at. Raises ModelError for a folder or id that is not there.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError("this is a file, not a model's folder.", where=str(name), fix="Name the folder that holds it.")
+    if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError("there is no such folder.", where=str(name), fix="Check model.base: a folder, or a Hub id.")
+    return _from_hub(name, revision)
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except hub.HFValidationError as error:
+        raise ModelError("this is neither a folder nor a Hub id.", where=name, fix="A Hub id is owner/name.") from error
+    except hub.GatedRepoError as error:
+        what, fix = (
+            "this model is gated.",
+            f"Ask for access at https://huggingface.co/{name}, then run `hf auth login`.",
+        )
+        raise ModelError(what, where=name, fix=fix) from error
+    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
+        what = "there is no such folder here, and no such model" + (f" at revision {revision}" if revision else "")
+        fix = "Check model.base and model.revision; a private model needs `hf auth login`."
+        raise ModelError(f"{what} on the Hub.", where=name, fix=fix) from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
+        what = "there is no such folder here, the Hub's cache does not hold this model, and the Hub was not reached."
+        fix = "Unset HF_HUB_OFFLINE or mend the connection, or name a local folder."
+        raise ModelError(what, where=name, fix=fix) from error
+    except (hub.HTTPError, OSError) as error:
+        raise ModelError(f"fetching from the Hub failed: {error}", where=name, fix="Try again.") from error
+
+
+def load_tokenizer(folder: Path | str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model's folder, its own code never run; raises ModelError when it is missing or broken."""
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(
+            f"there is no tokenizer: none of {', '.join(_TOKENIZER_FILES)}.",
+            where=str(folder),
+            fix="Copy the tokenizer's files there, or name another folder or Hub id as model.tokenizer.",
+        )
+    for path in sorted(folder.glob("tokenizer*.json")):
+        _read_json(path)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        raise ModelError(f"the tokenizer cannot be read: {error}", where=str(folder), fix=_AGAIN) from error
+    return tokenizer
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -68,9 +139,6 @@ def _from_index(folder: Path) -> WeightIndex:
     # What a shard holds beyond the index is no less part of the checkpoint.
     files = {name: folder / shard for shard, names in names_in.items() for name in names}
     return WeightIndex(folder, files)
-
-
-_AGAIN = "Fetch the model again."
 
 
 def _shard_names(folder: Path, shard: str) -> set[str]:

@@ -1,26 +1,23 @@
-"""`ArchSpec` to `nn.Decoder`: built on the meta device, weights streamed in from safetensors, and out again."""
+"""`ArchSpec` to `nn.Decoder`: built on the meta device, filled at random or from a folder, and written back to one."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from stoker.arch.families import weight_map
 from stoker.arch.spec import ArchSpec, LayerSpec, RopeSpec
-from stoker.errors import ModelError, Problem
-from stoker.models.folder import WeightIndex, weight_files
+from stoker.models import weights, writer
 from stoker.nn.attention import Attention
 from stoker.nn.block import Block
 from stoker.nn.decoder import Decoder
 from stoker.nn.feed_forward import GatedFeedForward
+from stoker.nn.linear import FusedLinear
 from stoker.nn.norm import RmsNorm
 from stoker.nn.rotary import Rotary
-
-_MAX_PROBLEMS = 12
 
 
 def build(
@@ -61,42 +58,52 @@ def load(
 
     Raises ModelError, naming the tensors, when some are missing, unexpected or of another shape.
     """
-    index = weight_files(Path(folder))
     decoder = _on_meta(spec, dtype=dtype, kernels=kernels)
-    with ExitStack() as stack:
-        reader = _Reader(index, stack)
-        sources = _sources(spec, index, reader)
-        _check_shapes(decoder, spec, sources, reader)
-        decoder.to_empty(device=device)
-        with torch.no_grad():
-            for parameter, names in ((decoder.get_parameter(ours), names) for ours, names in sources.items()):
-                start = 0
-                for name in names:
-                    tensor = reader.tensor(name)
-                    parameter[start : start + tensor.shape[0]].copy_(tensor)
-                    start += tensor.shape[0]
+    weights.stream_into(decoder, spec, folder, device=device)
     return decoder
 
 
 def hf_tensors(decoder: Decoder, spec: ArchSpec) -> Iterator[tuple[str, Tensor]]:
     """Each Hugging Face tensor's name and its rows of our parameters, as detached views."""
     for entry in weight_map(spec):
+        module_name, _, kind = entry.ours.rpartition(".")
         parameter = decoder.get_parameter(entry.ours).detach()
-        if len(entry.theirs) == 1:
+        module = decoder.get_submodule(module_name)
+        if isinstance(module, FusedLinear):
+            for name, rows in zip(module.names, module.slices, strict=True):
+                yield f"{name}.{kind}", parameter[rows]
+        else:
             yield entry.theirs[0], parameter
-            continue
-        owner = decoder.get_submodule(entry.ours.rpartition(".")[0])
-        for name, rows in zip(entry.theirs, owner.slices, strict=True):
-            yield name, parameter[rows]
+
+
+def save(
+    decoder: Decoder,
+    spec: ArchSpec,
+    folder: Path | str,
+    *,
+    config: Mapping[str, Any],
+    max_shard_bytes: int = writer.DEFAULT_SHARD_BYTES,
+) -> None:
+    """Writes `decoder` as a folder that Transformers loads: weights, and `config` with the weights' dtype.
+
+    Raises OutputError when it cannot be written.
+    """
+    writer.write(hf_tensors(decoder, spec), folder, config=config, max_shard_bytes=max_shard_bytes)
 
 
 def _on_meta(spec: ArchSpec, *, dtype: torch.dtype, kernels: str) -> Decoder:
     """A `Decoder` whose parameters have shapes and dtypes but no memory."""
     names = {entry.ours: entry.theirs for entry in weight_map(spec)}
-    rotaries: dict[RopeSpec, Rotary] = {}
+    rotaries = {layer.mixer.rope: _rotary(layer.mixer.rope) for layer in spec.layers}
     with torch.device("meta"):
         blocks = [
-            _block(layer, spec.hidden_size, f"blocks.{index}", names=names, rotaries=rotaries, kernels=kernels)
+            _block(
+                layer,
+                spec.hidden_size,
+                names=_module_names(names, f"blocks.{index}."),
+                rotary=rotaries[layer.mixer.rope],
+                kernels=kernels,
+            )
             for index, layer in enumerate(spec.layers)
         ]
         decoder = Decoder(
@@ -110,41 +117,43 @@ def _on_meta(spec: ArchSpec, *, dtype: torch.dtype, kernels: str) -> Decoder:
     return decoder.to(dtype)
 
 
-def _block(
-    layer: LayerSpec,
-    hidden_size: int,
-    prefix: str,
-    *,
-    names: dict[str, tuple[str, ...]],
-    rotaries: dict[RopeSpec, Rotary],
-    kernels: str,
-) -> Block:
-    def modules(*ours: str) -> tuple[str, ...]:
-        """The Hugging Face module names of our linears."""
-        return tuple(name.removesuffix(".weight") for linear in ours for name in names[f"{prefix}.{linear}.weight"])
+def _module_names(names: Mapping[str, tuple[str, ...]], prefix: str) -> dict[str, tuple[str, ...]]:
+    """The Hugging Face module names of a block's linears, by our names within the block."""
+    return {
+        ours.removeprefix(prefix).removesuffix(".weight"): tuple(name.removesuffix(".weight") for name in theirs)
+        for ours, theirs in names.items()
+        if ours.startswith(prefix) and ours.endswith(".weight")
+    }
 
+
+def _block(
+    layer: LayerSpec, hidden_size: int, *, names: Mapping[str, tuple[str, ...]], rotary: Rotary, kernels: str
+) -> Block:
     mixer, feed_forward = layer.mixer, layer.feed_forward
     attention = Attention(
         hidden_size,
         num_heads=mixer.num_heads,
         num_kv_heads=mixer.num_kv_heads,
         head_dim=mixer.head_dim,
-        rotary=rotaries.setdefault(mixer.rope, _rotary(mixer.rope)),
-        names=modules("attention.qkv", "attention.out"),
+        rotary=rotary,
+        qkv_names=names["attention.qkv"],
+        out_names=names["attention.out"],
         window=mixer.window,
         qkv_bias=mixer.qkv_bias,
         out_bias=mixer.out_bias,
         kernels=kernels,
     )
+    gated = GatedFeedForward(
+        hidden_size,
+        intermediate_size=feed_forward.intermediate_size,
+        gate_up_names=names["feed_forward.gate_up"],
+        down_names=names["feed_forward.down"],
+        bias=feed_forward.bias,
+        kernels=kernels,
+    )
     return Block(
         attention,
-        GatedFeedForward(
-            hidden_size,
-            intermediate_size=feed_forward.intermediate_size,
-            names=modules("feed_forward.gate_up", "feed_forward.down"),
-            bias=feed_forward.bias,
-            kernels=kernels,
-        ),
+        gated,
         attention_norm=RmsNorm(hidden_size, epsilon=layer.norm.epsilon, kernels=kernels),
         feed_forward_norm=RmsNorm(hidden_size, epsilon=layer.norm.epsilon, kernels=kernels),
     )
@@ -154,76 +163,3 @@ def _rotary(rope: RopeSpec) -> Rotary:
     if rope.scaling is None:
         return Rotary(rope.dim, theta=rope.theta)
     return Rotary(rope.dim, theta=rope.theta, kind=rope.scaling.kind, **asdict(rope.scaling))
-
-
-class _Reader:
-    """Tensors of a folder by name; files are opened when first asked for and closed with `stack`."""
-
-    def __init__(self, index: WeightIndex, stack: ExitStack) -> None:
-        self._index = index
-        self._stack = stack
-        self._files: dict[Path, safe_open] = {}
-
-    def _file(self, name: str) -> safe_open:
-        path = self._index.files[name]
-        if path not in self._files:
-            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-        return self._files[path]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file(name).get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> Tensor:
-        return self._file(name).get_tensor(name)
-
-
-def _sources(spec: ArchSpec, index: WeightIndex, reader: _Reader) -> dict[str, tuple[str, ...]]:
-    """Our parameter names and the tensors to read for each; raises ModelError for missing and unexpected ones."""
-    sources = {entry.ours: entry.theirs for entry in weight_map(spec)}
-    present = {name for name in index.files if not name.endswith("rotary_emb.inv_freq")}  # a buffer of old checkpoints
-    if spec.tied_head and "lm_head.weight" in present:
-        _check_tied(sources, present, index, reader)
-        present.discard("lm_head.weight")
-    expected = {name for names in sources.values() for name in names}
-    expected.discard("lm_head.weight" if spec.tied_head else "")
-    problems = [("is missing", name) for name in sorted(expected - present)]
-    problems += [("is not part of this architecture", name) for name in sorted(present - expected)]
-    _raise(problems, index.folder)
-    return sources
-
-
-def _check_tied(sources: dict[str, tuple[str, ...]], present: set[str], index: WeightIndex, reader: _Reader) -> None:
-    """A tied model may store its one matrix under either name or both; two different ones contradict config.json."""
-    (embedding,) = sources["embedding.weight"]
-    if embedding not in present:
-        sources["embedding.weight"] = ("lm_head.weight",)
-    elif not torch.equal(reader.tensor(embedding), reader.tensor("lm_head.weight")):
-        raise ModelError(
-            f"config.json ties the head to the embedding, but lm_head.weight differs from {embedding}.",
-            where=str(index.folder),
-            fix='Set "tie_word_embeddings": false in config.json if the head is meant to be its own.',
-        )
-
-
-def _check_shapes(decoder: Decoder, spec: ArchSpec, sources: dict[str, tuple[str, ...]], reader: _Reader) -> None:
-    problems = []
-    for ours, names in sources.items():
-        owner = decoder.get_submodule(ours.rpartition(".")[0])
-        parameter = decoder.get_parameter(ours)
-        rows = getattr(owner, "out_features", None) if len(names) > 1 else (parameter.shape[0],)
-        for name, size in zip(names, rows, strict=True):
-            wanted = (size, *parameter.shape[1:])
-            if reader.shape(name) != wanted:
-                problems.append((f"has shape {list(reader.shape(name))}, config.json makes it {list(wanted)}", name))
-    _raise(problems, reader._index.folder)
-
-
-def _raise(problems: list[tuple[str, str]], folder: Path) -> None:
-    """Raises one ModelError for all problems, if any: (what, tensor name)."""
-    if not problems:
-        return
-    listed = [Problem(f"tensor {name} {what}.", str(folder)) for what, name in problems[:_MAX_PROBLEMS]]
-    if len(problems) > _MAX_PROBLEMS:
-        listed.append(Problem(f"and {len(problems) - _MAX_PROBLEMS} tensors more.", str(folder)))
-    listed.append(Problem("The weights do not fit config.json.", fix="Fetch the model again, or mend its config.json."))
-    raise ModelError(listed)

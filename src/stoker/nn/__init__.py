@@ -1,0 +1,1 @@
+"""Modules over the kernels, built from flat arguments."""

@@ -12,8 +12,8 @@ from stoker.nn.rotary import Documents, Rotary
 class Attention(nn.Module):
     """Causal attention of `num_heads` query heads over `num_kv_heads` key and value heads of `head_dim` channels.
 
-    `names`: the Hugging Face module names of q, k, v and the output projection. `window`: a position sees itself and the
-    `window - 1` before it; None: all before it.
+    `qkv_names`, `out_names`: the Hugging Face module names of q, k, v and of the output projection. `window`: a
+    position sees itself and the `window - 1` before it; None: all before it.
     """
 
     def __init__(
@@ -24,7 +24,8 @@ class Attention(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         rotary: Rotary,
-        names: tuple[str, str, str, str],
+        qkv_names: tuple[str, ...],
+        out_names: tuple[str, ...],
         window: int | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,
@@ -38,8 +39,8 @@ class Attention(nn.Module):
         self.window = window
         self.kernels = kernels
         sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
-        self.qkv = FusedLinear(hidden_size, sizes, names=names[:3], bias=qkv_bias)
-        self.out = FusedLinear(num_heads * head_dim, (hidden_size,), names=names[3:], bias=out_bias)
+        self.qkv = FusedLinear(hidden_size, sizes, names=qkv_names, bias=qkv_bias)
+        self.out = FusedLinear(num_heads * head_dim, (hidden_size,), names=out_names, bias=out_bias)
 
     def forward(
         self,

@@ -35,16 +35,18 @@ class Decoder(nn.Module):
         self.tied_head = tied_head
         self.embedding = nn.Embedding(vocab_size, hidden_size)
         self.blocks = nn.ModuleList(blocks)
+        self._rotaries = [block.attention.rotary for block in blocks]
+        self._cache_shapes = [(block.attention.num_kv_heads, block.attention.head_dim) for block in blocks]
         self.final_norm = final_norm
         self.head = None if tied_head else nn.Linear(hidden_size, vocab_size, bias=head_bias)
 
     @property
-    def head_weight(self) -> nn.Parameter:
+    def head_weight(self) -> Tensor:
         """[V, D]; the embedding's weight when the head is tied to it."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     @property
-    def head_bias(self) -> nn.Parameter | None:
+    def head_bias(self) -> Tensor | None:
         """[V], or None."""
         return None if self.head is None else self.head.bias
 
@@ -60,7 +62,7 @@ class Decoder(nn.Module):
 
         `document_lengths`: per row the lengths of its documents, which sum to T; attention and positions stay within
         them. None: every row is one document. `positions` [B, T]: instead of 0, 1, ... in every document. `cache`: the
-        ids continue the positions it holds; it is extended in place. Raises ValueError when the ids do not fit the cache.
+        ids continue the positions it holds, and it is extended in place. Raises ValueError when they do not fit it.
         """
         x = self.embedding(input_ids)
         start = 0 if cache is None else cache.length
@@ -68,7 +70,7 @@ class Decoder(nn.Module):
             cache.require(input_ids.shape[1])
         tables = self._rotary_tables(input_ids, document_lengths, positions, start)
         for index, block in enumerate(self.blocks):
-            cos, sin = tables[block.attention.rotary]
+            cos, sin = tables[self._rotaries[index]]
             if cache is not None:
                 x = block(x, cos, sin, cache=cache.layers[index], cache_length=start)
             elif block.recompute and torch.is_grad_enabled():
@@ -86,8 +88,9 @@ class Decoder(nn.Module):
     def new_cache(self, *, capacity: int, batch_size: int = 1) -> KVCache:
         """An empty cache for `capacity` positions, on the model's device and in its dtype."""
         weight = self.embedding.weight
-        shapes = [(block.attention.num_kv_heads, block.attention.head_dim) for block in self.blocks]
-        return KVCache(shapes, batch_size=batch_size, capacity=capacity, dtype=weight.dtype, device=weight.device)
+        return KVCache(
+            self._cache_shapes, batch_size=batch_size, capacity=capacity, dtype=weight.dtype, device=weight.device
+        )
 
     def _rotary_tables(
         self, input_ids: Tensor, document_lengths: Documents | None, positions: Tensor | None, start: int
@@ -95,7 +98,7 @@ class Decoder(nn.Module):
         """Cosines and sines of each distinct rope of the blocks."""
         length, device = input_ids.shape[1], input_ids.device
         tables = {}
-        for rotary in dict.fromkeys(block.attention.rotary for block in self.blocks):
+        for rotary in dict.fromkeys(self._rotaries):
             if positions is not None:
                 tables[rotary] = rotary.at(positions)
             elif document_lengths is not None:

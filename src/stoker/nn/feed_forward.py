@@ -9,7 +9,7 @@ from stoker.nn.linear import FusedLinear
 class GatedFeedForward(nn.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))` with `intermediate_size` channels inside.
 
-    `names`: the Hugging Face module names of gate, up and down.
+    `gate_up_names`, `down_names`: the Hugging Face module names of gate and up, and of down.
     """
 
     def __init__(
@@ -17,14 +17,15 @@ class GatedFeedForward(nn.Module):
         hidden_size: int,
         *,
         intermediate_size: int,
-        names: tuple[str, str, str],
+        gate_up_names: tuple[str, ...],
+        down_names: tuple[str, ...],
         bias: bool = False,
         kernels: str = "reference",
     ) -> None:
         super().__init__()
         self.kernels = kernels
-        self.gate_up = FusedLinear(hidden_size, (intermediate_size, intermediate_size), names=names[:2], bias=bias)
-        self.down = FusedLinear(intermediate_size, (hidden_size,), names=names[2:], bias=bias)
+        self.gate_up = FusedLinear(hidden_size, (intermediate_size, intermediate_size), names=gate_up_names, bias=bias)
+        self.down = FusedLinear(intermediate_size, (hidden_size,), names=down_names, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""

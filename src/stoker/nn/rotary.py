@@ -1,5 +1,7 @@
 """Tables of cosines and sines for rotary position embeddings."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ class Rotary:
     state that a checkpoint or a cast to half precision should touch.
     """
 
-    def __init__(self, dim: int, *, theta: float, kind: str = "default", **scaling: float | bool) -> None:
+    def __init__(self, dim: int, *, theta: float, kind: str = "default", **scaling: Any) -> None:
         self.dim = dim
         self.theta = theta
         self.kind = kind
@@ -23,7 +25,7 @@ class Rotary:
         self._table: tuple[Tensor, Tensor] | None = None
 
     def span(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions start, ..., end - 1 of one document of `end` tokens: each [1, T, dim/2], fp32."""
+        """Cosines and sines of positions start to end - 1 of a document of `end` tokens: each [1, T, dim/2], fp32."""
         if self.kind == "dynamic" and end > self.scaling["original_max_positions"]:
             return self._compute(torch.arange(start, end, device=device)[None], end)
         cos, sin = self._grown_table(end, device)

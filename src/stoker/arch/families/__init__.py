@@ -30,8 +30,8 @@ FAMILIES: dict[str, Family] = {"llama": llama, "mistral": llama}
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     """The `ArchSpec` of a parsed `config.json`.
 
-    Raises ModelError for a model type that is not native, and for any setting that the family does not compute: a setting
-    is never ignored when it would change the result.
+    Raises ModelError for a model type that is not native, and for any setting that the family does not compute:
+    one that would change the result is never ignored.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):

@@ -119,7 +119,7 @@ def _window(reader: ConfigReader) -> int | None:
     layer_types = reader.get("layer_types")
     if layer_types is not None and any(kind != expected for kind in layer_types):
         raise reader.error(
-            f"layer_types mixes kinds of attention or contradicts sliding_window = {window}; a Mistral model has one kind."
+            f"layer_types contradicts sliding_window = {window}, and a Mistral model has one kind of attention."
         )
     return window
 

@@ -1,8 +1,8 @@
 """Reads rotary embeddings from a `config.json`, in both forms that Transformers accepts.
 
 Old: `rope_theta` beside `rope_scaling: {"type" or "rope_type": ..., "factor": ...}`. New (transformers 5):
-`rope_parameters: {"rope_type": ..., "rope_theta": ..., "factor": ...}`. Precedence and defaults follow transformers 5.24,
-`modeling_rope_utils.py`.
+`rope_parameters: {"rope_type": ..., "rope_theta": ..., "factor": ...}`. Precedence and defaults follow
+`modeling_rope_utils.py` of transformers 5.24.
 """
 
 import math
