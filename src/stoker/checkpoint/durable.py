@@ -14,7 +14,7 @@ class DurableFile:
     def __init__(self, path: Path) -> None:
         self.num_bytes = 0
         self._hash = hashlib.sha256()
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
 
     def write(self, data: bytes | memoryview) -> None:
         """Appends `data`, all of it: the system may take only a part at a time."""
@@ -46,6 +46,8 @@ class DurableFile:
 
 def sync_folder(folder: Path) -> None:
     """Flushes the names in `folder`, so that a rename or a new file survives a power cut."""
+    if os.name == "nt":
+        return  # Windows has no such call: it flushes names by itself.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

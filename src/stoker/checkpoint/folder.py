@@ -2,12 +2,15 @@
 
 Hidden names are unfinished work: `.step-000123.part` is being written, `.step-000123.deleted` is being removed.
 `step-000123.replaced` is whole: it stands in while a new checkpoint of the same step takes its name.
+`step-000123.damaged` was found not to be whole, and is left for a person to look at.
 """
 
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from stoker.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -49,6 +52,21 @@ def remove(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a checkpoint that is not whole, so that it no longer counts as one; returns its new path.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    aside = path.with_name(f"{path.name.removesuffix('.replaced')}.damaged")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    except OSError as error:
+        raise CheckpointError(f"{path} is not whole and cannot be set aside: {error.strerror}.") from error
+    return aside
 
 
 def remove_unfinished(folder: Path) -> None:

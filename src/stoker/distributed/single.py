@@ -1,8 +1,7 @@
 """One device: a CPU, a CUDA GPU or an Apple GPU; fp32, or bf16 and fp16 autocast over fp32 weights."""
 
-import resource
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -98,18 +97,28 @@ class SingleDevice:
         """Returns trained weights by their names in the task, and the optimiser's and loss scale's state."""
         tensors, numbers = optimizer_state.flatten(self._optimizer, self._trained)
         weights = {name: parameter.detach() for name, parameter in self._trained.items()}
-        values: dict[str, Any] = {"optimizer": numbers}
+        values: dict[str, Any] = {"optimizer": numbers, "optimizer_class": type(self._optimizer).__name__}
         if self._scaler.is_enabled():
             values["loss_scale"] = self._scaler.state_dict()
         return StrategyState(weights, tensors, values)
 
-    def load_state(self, state: StrategyState) -> None:
-        """Takes back what `state` returned."""
-        _check(state.weights, self._trained)
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes back the weights of a state alone, for example the best ones."""
+        _check(weights, self._trained)
         with torch.no_grad():
             for name, parameter in self._trained.items():
-                parameter.copy_(state.weights[name])
-        optimizer_state.restore(self._optimizer, self._trained, state.optimizer, state.values.get("optimizer", {}))
+                parameter.copy_(weights[name])
+
+    def load_state(self, state: StrategyState) -> None:
+        """Takes back what `state` returned."""
+        saved, ours = state.values["optimizer_class"], type(self._optimizer).__name__
+        if saved != ours:
+            raise CheckpointError(
+                f"The checkpoint holds the state of {saved}, but this run's optimiser is {ours}.",
+                fix="Resume with the optimiser that the run began with.",
+            )
+        self.load_weights(state.weights)
+        optimizer_state.restore(self._optimizer, self._trained, state.optimizer, state.values["optimizer"])
         if self._scaler.is_enabled() and "loss_scale" in state.values:
             self._scaler.load_state_dict(state.values["loss_scale"])
 
@@ -119,8 +128,7 @@ class SingleDevice:
             return torch.cuda.max_memory_allocated(self.device)
         if self.device.type == "mps":
             return torch.mps.driver_allocated_memory()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # Bytes on macOS, KiB elsewhere.
+        return _peak_resident_bytes()
 
     @contextmanager
     def _autocast(self) -> Generator[None]:
@@ -131,12 +139,23 @@ class SingleDevice:
             yield
 
 
+def _peak_resident_bytes() -> int:
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Bytes on macOS, KiB elsewhere.
+
+
 def _detached(result: Result) -> _Detached:
     metrics = {name: value.detach() for name, value in result.metrics.items()}
     return _Detached(result.loss_sum.detach(), result.num_trained_tokens, metrics)
 
 
-def _check(saved: Any, trained: dict[str, nn.Parameter]) -> None:
+def _check(saved: Mapping[str, Tensor], trained: Mapping[str, nn.Parameter]) -> None:
     missing = sorted(set(trained) - set(saved))
     unexpected = sorted(set(saved) - set(trained))
     misshapen = sorted(name for name in set(trained) & set(saved) if trained[name].shape != saved[name].shape)

@@ -94,6 +94,9 @@ class Strategy(Protocol):
     def state(self) -> StrategyState:
         """Returns the state, gathered; tensors may share memory with the live ones."""
 
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes back the weights of a state alone; raises CheckpointError when they are not this model's."""
+
     def load_state(self, state: StrategyState) -> None:
         """Takes back a state, also one that another number of ranks wrote.
 

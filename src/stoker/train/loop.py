@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stoker.checkpoint import rng
+from stoker.checkpoint.folder import set_aside
 from stoker.checkpoint.keep import keep
 from stoker.checkpoint.read import Loaded, load_latest
 from stoker.checkpoint.write import save
@@ -56,6 +57,8 @@ class Trainer:
         observers: Sequence[Observer] = (),
         description: Mapping[str, str] | None = None,
     ) -> None:
+        if settings.early_stopping is not None and validation is None:
+            raise ValueError("early stopping needs validation batches")
         self.state = TrainState()
         self._strategy = strategy
         self._batches = batches
@@ -81,15 +84,20 @@ class Trainer:
             CheckpointError: a checkpoint cannot be written (the last good one stands) or none can be read.
             DataError: the validation rows hold no trained token.
         """
-        if resume:
-            self._resume()
         started, reason = time.perf_counter(), "failed"
+        self._interrupt = Interrupt()
+        notices = self._resume() if resume else []
         self._emit(
             RunStarted(self._settings.total_steps, self.state.step, self._batches.steps_per_epoch, self._description)
         )
+        for notice in notices:
+            self._emit(notice)
         try:
             with self._interrupt:
                 reason = self._train()
+        except KeyboardInterrupt:
+            reason = "interrupted"
+            raise
         finally:
             seconds = time.perf_counter() - started
             self._emit(RunEnded(self.state.step, reason, seconds))
@@ -208,15 +216,16 @@ class Trainer:
         self._saved, self._last_checkpoint = position, path
         self._emit(CheckpointSaved(self.state.step, path, time.perf_counter() - started, num_bytes))
 
-    def _resume(self) -> None:
+    def _resume(self) -> list[Notice]:
         loaded = load_latest(self._checkpoints.folder) if self._checkpoints else None
         if loaded is None:
-            self._emit(Notice("There is no checkpoint to resume from yet; starting at the beginning."))
-            return
+            return [Notice("There is no checkpoint to resume from yet; starting at the beginning.")]
+        notices = []
         for rejected in loaded.rejected:
-            self._warn(f"Checkpoint passed over, it is not whole: {rejected}.")
+            aside = set_aside(rejected.path)
+            notices.append(Notice(f"A checkpoint is not whole: {rejected}. Set aside as {aside.name}.", "warning"))
         self._restore(loaded)
-        self._emit(Notice(f"Resuming from {loaded.path} after step {loaded.step}."))
+        return [*notices, Notice(f"Resuming from {loaded.path} after step {loaded.step}.")]
 
     def _restore(self, loaded: Loaded) -> None:
         self.state = TrainState.from_values(loaded.values["train"])
