@@ -89,7 +89,7 @@ class Source(Section):
     """What a row holds; `auto` looks at the first rows and reports what it found."""
     fields: dict[Text, Text] = {}
     """Other names for a format's fields, ours first: `{messages: dialogue}`."""
-    file_type: Literal["jsonl", "json", "csv", "parquet", "arrow", "text"] | None = None
+    file_type: Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text"] | None = None
     """How to read the file; by its ending unless set."""
     split: Text = "train"
     """Split of a Hub dataset."""

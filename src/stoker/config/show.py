@@ -32,14 +32,14 @@ def _lines(values: Mapping[str, Any], path: Path, origins: Mapping[Path, str] | 
         else:
             origin = "" if origins is None else origins.get(inside, "default")
             comment = f"  # {' '.join(origin.split())}" if origin else ""
-            lines.append(f"{indent}{_text(name)}: {_text(value)}{comment}")
+            lines.append(f"{indent}{inline(name)}: {inline(value)}{comment}")
     return lines
 
 
-def _text(value: Any) -> str:
+def inline(value: Any) -> str:
     """Returns a value on one line; text is quoted wherever it could be read as something else."""
     if isinstance(value, list):
-        return f"[{', '.join(map(_text, value))}]"
+        return f"[{', '.join(map(inline, value))}]"
     if isinstance(value, str) and _PLAIN_TEXT.fullmatch(value) and document.scalar(value) == value:
         return value
     return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

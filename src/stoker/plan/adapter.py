@@ -1,0 +1,44 @@
+"""Which layers an adapter's targets mean in an architecture, and how many parameters it adds there."""
+
+import difflib
+import re
+
+from stoker.arch import arithmetic
+from stoker.arch.spec import ArchSpec
+from stoker.config.schema import Adapter
+from stoker.errors import Problem
+
+_ALL = "all-linear"
+
+
+def targeted(spec: ArchSpec, targets: str | list[str]) -> list[str]:
+    """Returns the full Hugging Face names of the linear layers that `targets` means, as PEFT reads them."""
+    names = list(arithmetic.linear_shapes(spec))
+    if isinstance(targets, list):
+        return [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
+    return names if targets == _ALL else [name for name in names if re.fullmatch(targets, name)]
+
+
+def targets_problem(spec: ArchSpec, targets: str | list[str]) -> Problem | None:
+    """Returns what is wrong with `adapter.targets` for this model, or None."""
+    names = list(arithmetic.linear_shapes(spec))
+    last = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    if isinstance(targets, str):
+        if targeted(spec, targets):
+            return None
+        fix = f"It must match whole names such as {names[0]}; or use a list of {', '.join(last)}."
+        return Problem(f"adapter.targets = {targets!r} matches no layer of this model.", fix=fix)
+    unknown = [target for target in targets if not targeted(spec, [target])]
+    if not unknown:
+        return None
+    close = difflib.get_close_matches(unknown[0], last, 1, 0.6)
+    fix = f"{f'Did you mean {close[0]}? ' if close else ''}There are {', '.join(last)}."
+    return Problem(f"adapter.targets: this model has no layer called {', '.join(unknown)}.", fix=fix)
+
+
+def adapter_parameters(spec: ArchSpec, adapter: Adapter) -> int:
+    """Returns how many parameters the adapter trains: two matrices a layer, and DoRA's magnitude of each output row."""
+    names = targeted(spec, adapter.targets)
+    count = arithmetic.lora_parameters(spec, adapter.rank, names)
+    shapes = arithmetic.linear_shapes(spec)
+    return count + (sum(shapes[name][1] for name in names) if adapter.kind == "dora" else 0)

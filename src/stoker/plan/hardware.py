@@ -1,0 +1,28 @@
+"""What a machine has, as plain records: `build` probes it, the plan only reads it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DeviceKind = Literal["cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that PyTorch can train on; `memory_bytes`: free for a run; `bf16`: whether it computes in bf16."""
+
+    kind: DeviceKind
+    name: str
+    memory_bytes: int
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine: its devices, the CPU among them, and how many threads its physical cores allow."""
+
+    devices: tuple[Device, ...]
+    num_threads: int = 1
+
+    def first(self, kind: DeviceKind) -> Device | None:
+        """Returns the first device of a kind, or None."""
+        return next((device for device in self.devices if device.kind == kind), None)

@@ -1,0 +1,71 @@
+"""The plan: everything the engine decided, each with its reason; saved as `plan.json` and printed as a table."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from stoker.plan.memory import GIB, Memory
+
+CHOICES = ("device", "strategy", "precision", "kernels", "micro_batch_size", "recompute", "num_threads")
+"""The fields that are choices, in the order in which they are shown; each has a reason."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run will be run. `row_tokens`: tokens of a row at most; a step is `accumulation_steps` micro-batches."""
+
+    device: str
+    device_name: str
+    strategy: Literal["single"]
+    precision: Literal["fp32", "bf16", "fp16"]
+    kernels: Literal["reference"]
+    micro_batch_size: int
+    accumulation_steps: int
+    recompute: Literal["none", "block"]
+    num_threads: int
+    row_tokens: int
+    num_parameters: int
+    num_trained_parameters: int
+    flops_per_token: float
+    memory: Memory
+    available_bytes: int
+    reasons: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as JSON values."""
+        values = {**asdict(self), "reasons": dict(self.reasons)}
+        values["memory"] = {f"{name}_bytes": count for name, count in values["memory"].items()}
+        values["memory"]["total_bytes"] = self.memory.total
+        return values
+
+    def table(self) -> str:
+        """Returns the plan as aligned lines for people: each choice with its reason, then sizes and memory."""
+        rows = [(name, str(getattr(self, name)), self.reasons[name]) for name in CHOICES]
+        share = self.num_trained_parameters / self.num_parameters
+        rows += [
+            ("accumulation", str(self.accumulation_steps), "micro-batches a step"),
+            (
+                "parameters",
+                f"{_count(self.num_trained_parameters)} trained",
+                f"{share:.2%} of {_count(self.num_parameters)}",
+            ),
+            ("memory", size(self.memory.total), f"of {size(self.available_bytes)} free: {_parts(self.memory)}"),
+        ]
+        left, middle = (max(len(row[column]) for row in rows) for column in (0, 1))
+        return "\n".join(f"{name:<{left}}  {value:<{middle}}  {reason}" for name, value, reason in rows)
+
+
+def size(num_bytes: int) -> str:
+    """Returns bytes for people: 1.5 GiB, 320 MiB."""
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def _count(number: int) -> str:
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= unit:
+            return f"{number / unit:.1f}{name}"
+    return str(number)
+
+
+def _parts(memory: Memory) -> str:
+    return ", ".join(f"{name} {size(count)}" for name, count in asdict(memory).items())
