@@ -27,7 +27,7 @@ _MAX_NAMED = 4
 
 
 def save(model: nn.Module, folder: Path, *, base_name: str, revision: str | None = None) -> None:
-    """Writes the adapters of `model` to `folder`, in fp32; files already there are replaced, each in one move.
+    """Writes the adapters of `model` to `folder`, in fp32; an adapter already there is replaced once all is written.
 
     `base_name` is the Hub id or folder that PEFT will load the base from, `revision` its commit or tag. Raises
     ValueError when the model has no adapters, OutputError when the folder cannot be written.
@@ -44,16 +44,17 @@ def save(model: nn.Module, folder: Path, *, base_name: str, revision: str | None
     }
     targets = peft_config.target_modules([part.name for part in parts], list(linear_shapes(model)))
     config = peft_config.write(layers[0].settings, targets=targets, base_name=base_name, revision=revision)
+    fix = "Free space there, or name another folder."
+    aside = [folder / f"{name}.partial" for name in (WEIGHTS_FILE, peft_config.FILE)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f"{WEIGHTS_FILE}.partial"
-        save_file(tensors, aside, metadata={"format": "pt"})
-        aside.replace(folder / WEIGHTS_FILE)
-        aside = folder / f"{peft_config.FILE}.partial"
-        aside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        aside.replace(folder / peft_config.FILE)
+        save_file(tensors, aside[0], metadata={"format": "pt"})
+        aside[1].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for path in aside:
+            path.replace(path.with_suffix(""))
     except (OSError, SafetensorError) as error:
-        fix = "Free space there, or name another folder."
+        for path in aside:
+            path.unlink(missing_ok=True)
         raise OutputError(f"the adapter cannot be written: {error}.", where=str(folder), fix=fix) from error
 
 
@@ -81,6 +82,19 @@ def load(model: nn.Module, folder: Path) -> LoraSummary:
             for kind, parameter in _by_kind(part).items():
                 parameter.copy_(tensors[part.name, kind])
     return summary
+
+
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """Returns the base model that an adapter folder names, a Hub id or a folder, and its revision if one is named.
+
+    Raises ModelError when the folder holds no adapter, or one that names no base.
+    """
+    config = _read_config(folder)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not name:
+        where = str(folder / peft_config.FILE)
+        raise ModelError("base_model_name_or_path is empty.", where=where, fix="Name the base model yourself.")
+    return str(name), None if revision is None else str(revision)
 
 
 def _by_kind(part: LoraPart) -> dict[str, Tensor]:
