@@ -1,12 +1,15 @@
 """What a prepared dataset holds, counted before the first step, and what is wrong with it."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from stoker.errors import Problem
 
 LOW_TRAINED_SHARE = 0.01
+MAX_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,56 @@ class Audit:
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> "Audit":
         """Reads what `to_dict` returned."""
-        known = {name: value for name, value in facts.items() if name in cls.__dataclass_fields__}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+        known: dict[str, Any] = {name: value for name, value in facts.items() if name in cls.__dataclass_fields__}
+        known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+        return cls(**known)
+
+
+class Tally:
+    """Counts that grow while rows are prepared; `audit` turns them into an `Audit`."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.end_tokens: Counter[str] = Counter()
+        self.roles: Counter[str] = Counter()
+        self.formats: dict[str, str] = {}
+        self.bad_row_examples: list[str] = []
+        self.untrained_examples: list[str] = []
+        self.lengths: list[int] = []
+
+    def bad_row(self, problem: str) -> None:
+        """Counts a row that is left out because it is malformed."""
+        self.counts["bad_rows"] += 1
+        if len(self.bad_row_examples) < MAX_EXAMPLES:
+            self.bad_row_examples.append(problem)
+
+    def document(self, where: str, *, length: int, num_trained: int) -> None:
+        """Counts a finished document."""
+        self.lengths.append(length)
+        self.counts["tokens"] += length
+        self.counts["trained_tokens"] += num_trained
+        if not num_trained:
+            self.counts["rows_without_trained_token"] += 1
+            if len(self.untrained_examples) < MAX_EXAMPLES:
+                self.untrained_examples.append(where)
+
+    def audit(self, *, template: str, train_on: Sequence[str], end_of_turn_wanted: bool) -> Audit:
+        """Returns what was counted."""
+        counts: dict[str, Any] = dict(self.counts)
+        return Audit(
+            **counts,
+            documents=len(self.lengths),
+            longest=max(self.lengths, default=0),
+            median=int(median(self.lengths)) if self.lengths else 0,
+            bad_row_examples=tuple(self.bad_row_examples),
+            untrained_examples=tuple(self.untrained_examples),
+            end_tokens=dict(self.end_tokens.most_common()),
+            end_of_turn_wanted=end_of_turn_wanted,
+            roles=dict(self.roles.most_common()),
+            train_on=tuple(train_on),
+            formats=self.formats,
+            template=template,
+        )
 
 
 def problems(audit: Audit) -> list[Problem]:
@@ -88,7 +139,7 @@ def problems(audit: Audit) -> list[Problem]:
     elif audit.end_of_turn_wanted and audit.turns and not audit.turns_with_end:
         found.append(
             Problem(
-                f"the end-of-turn token is never trained in {audit.turns:,} turns, so the model would not learn to stop.",
+                f"the end-of-turn token is trained in none of {audit.turns:,} turns, so the model would never stop.",
                 fix="Use a chat template whose end-of-turn marker is a special token of this tokenizer, raise "
                 "data.sequence_length if turns are cut off, or set data.train_on_end_of_turn: false.",
             )

@@ -169,7 +169,9 @@ class StepLoader:
         return max(1, min(-(-length // PAD_MULTIPLE) * PAD_MULTIPLE, self.sequence_length))
 
     @staticmethod
-    def _document_lengths(contents: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], width: int):
+    def _document_lengths(
+        contents: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], width: int
+    ) -> tuple[tuple[int, ...], ...]:
         rows = []
         for row in contents:
             lengths = [len(ids) for ids, _ in row]

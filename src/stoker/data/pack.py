@@ -40,7 +40,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def split_long(ids: np.ndarray, trained: np.ndarray, limit: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns `(ids, trained)` in pieces of at most `limit` tokens, each beginning with the last token of the one before.
+    """Returns `(ids, trained)` pieces of at most `limit` tokens, each beginning with the last token of the one before.
 
     The shared token makes every token but the first a target exactly once. `limit` is at least two.
     """

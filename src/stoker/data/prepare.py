@@ -1,13 +1,29 @@
 """From sources to tokenised, masked documents: read, convert, render, tokenise, count, keep."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from stoker.data import cache, formats, sources, template
+from stoker.data.audit import Audit, Tally
+from stoker.data.formats import Conversation, Text
+from stoker.data.pack import split_long
 from stoker.data.prepared import Prepared, Selection
+from stoker.data.readers import Row
+from stoker.data.template import ChatTemplate, Rendered
+from stoker.data.tokenize import Document, Piece, Tokenizer, spans_to_train
+from stoker.errors import DataError
 
 __all__ = ["Prepared", "Selection", "SourceOptions", "prepare", "split"]
+
+ON_BAD_ROW = ("stop", "skip")
+ON_LONG = ("truncate", "drop", "stop", "split")
+_CHUNK_ROWS = 512
+_SAMPLE_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -49,37 +65,248 @@ def prepare(
     - `cache_folder`: where prepared data is kept by content; None keeps it in memory only.
     - `progress`: called with the number of rows done so far.
 
-    Raises DataError for what is wrong with a source, a row or the template, with its place.
+    Raises DataError for what is wrong with a source, a row or the template, with its place; OutputError if the cache
+    cannot be written.
     """
-    from stoker.data.build import build
-
-    return build(
-        sources,
-        tokenizer=tokenizer,
+    if on_bad_row not in ON_BAD_ROW or on_long not in ON_LONG:
+        raise ValueError(f"on_bad_row is one of {ON_BAD_ROW}, on_long one of {ON_LONG}")
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length must be at least 2, got {sequence_length}")
+    job = _Job(
+        sources=[_Opened.find(options) for options in sources],
+        tokenizer=Tokenizer(tokenizer, train_on_end_of_turn=train_on_end_of_turn),
+        hf_tokenizer=tokenizer,
+        template_choice=template,
         sequence_length=sequence_length,
-        train_on=train_on,
+        train_on=(train_on,) if isinstance(train_on, str) else tuple(train_on),
         train_on_end_of_turn=train_on_end_of_turn,
-        template=template,
         on_bad_row=on_bad_row,
         on_long=on_long,
-        cache_folder=cache_folder,
         progress=progress,
     )
+    return job.run() if cache_folder is None else _through_cache(job, Path(cache_folder))
 
 
-def split(prepared: Prepared, share_or_count: float | int, *, seed: int = 0) -> tuple[Selection, Selection]:
-    """Returns `(train, validation)`: validation is a share below 1 or a count of documents, drawn by `seed`."""
-    import numpy as np
+def split(prepared: Prepared, share_or_count: float, *, seed: int = 0) -> tuple[Selection, Selection]:
+    """Returns `(train, validation)`: validation is a share below 1 or a count of documents, drawn by `seed`.
 
-    from stoker.errors import DataError
-
+    Raises DataError if it would leave nothing to train on.
+    """
     total = len(prepared)
-    count = round(total * share_or_count) if share_or_count < 1 else int(share_or_count)
-    count = max(1, count)
+    count = max(1, round(total * share_or_count) if share_or_count < 1 else int(share_or_count))
     if count >= total:
         raise DataError(
-            f"data.validation = {share_or_count} takes {count} of {total} rows and leaves none to train on.",
+            f"data.validation = {share_or_count} takes {count} of {total} documents and leaves none to train on.",
             fix="Use a smaller share or count.",
         )
     order = np.random.default_rng(seed).permutation(total)
     return Selection(prepared, np.sort(order[count:])), Selection(prepared, np.sort(order[:count]))
+
+
+def _through_cache(job: "_Job", cache_folder: Path) -> Prepared:
+    folder = cache_folder.expanduser() / cache.key(job.identity())
+    notices: tuple[str, ...] = ()
+    try:
+        found = cache.load(folder)
+        if found is not None:
+            return found
+    except cache.DamagedError as damage:
+        notices = (f"The prepared data in {folder} was damaged ({damage}); it was made anew.",)
+    return job.run(folder, notices)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A source that was found, with its options."""
+
+    options: SourceOptions
+    source: sources.Source | None
+
+    @classmethod
+    def find(cls, options: SourceOptions) -> "_Opened":
+        if (options.path is None) == (options.rows is None):
+            raise ValueError("a source has either a path or rows")
+        if options.format != "auto":
+            formats.declared(options.format)
+        if options.path is None:
+            return cls(options, None)
+        found = sources.find(options.path, split=options.split, name=options.name, file_type=options.file_type)
+        return cls(options, found)
+
+    @property
+    def label(self) -> str:
+        return self.options.path or "rows in memory"
+
+    def rows(self) -> Iterator[Row]:
+        rows = self.source.rows() if self.source else sources.rows_from_list(self.options.rows or ())
+        return islice(rows, self.options.limit)
+
+    def identity(self) -> dict[str, Any]:
+        options = self.options
+        content = self.source.fingerprint() if self.source else sources.fingerprint_of_list(options.rows or ())
+        return {"content": content, "format": options.format, "fields": dict(options.fields), "limit": options.limit}
+
+
+@dataclass
+class _Job:
+    """One preparation: what was asked for, and the steps from rows to documents."""
+
+    sources: list[_Opened]
+    tokenizer: Tokenizer
+    hf_tokenizer: Any
+    template_choice: str | None
+    sequence_length: int
+    train_on: tuple[str, ...]
+    train_on_end_of_turn: bool
+    on_bad_row: str
+    on_long: str
+    progress: Callable[[int], None] | None
+    tally: Tally = field(default_factory=Tally)
+    template: ChatTemplate | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that shapes the result."""
+        return {
+            "sources": [source.identity() for source in self.sources],
+            "tokenizer": cache.tokenizer_fingerprint(self.hf_tokenizer),
+            "template": template.source_of(self.hf_tokenizer, self.template_choice),
+            "sequence_length": self.sequence_length,
+            "train_on": self.train_on,
+            "train_on_end_of_turn": self.train_on_end_of_turn,
+            "on_bad_row": self.on_bad_row,
+            "on_long": self.on_long,
+            "libraries": cache.library_versions(),
+        }
+
+    def run(self, folder: Path | None = None, notices: tuple[str, ...] = ()) -> Prepared:
+        """Prepares all rows, into `folder` or into memory."""
+        done = 0
+        with cache.MemoryWriter() if folder is None else cache.FolderWriter(folder) as writer:
+            for source in self.sources:
+                form, rows = self._opened(source)
+                while chunk := list(islice(rows, _CHUNK_ROWS)):
+                    self._chunk(chunk, form, source.options.fields, writer)
+                    done += len(chunk)
+                    if self.progress:
+                        self.progress(done)
+            prepared = writer.finish(self._audit())
+        return Prepared(prepared.ids, prepared.trained, prepared.offsets, prepared.audit, notices)
+
+    def _audit(self) -> Audit:
+        used = "none" if self.template is None else f"{self.template.origin}, by {self.template.method}"
+        return self.tally.audit(template=used, train_on=self.train_on, end_of_turn_wanted=self.train_on_end_of_turn)
+
+    def _opened(self, source: _Opened) -> tuple[formats.Format, Iterator[Row]]:
+        """Returns the source's format, detected on its first rows if not declared, and its rows."""
+        rows = source.rows()
+        sample = list(islice(rows, _SAMPLE_ROWS))
+        if not sample:
+            raise DataError(
+                "the source holds no rows.", where=source.label, fix="Check the file, or remove the source."
+            )
+        good = [row.value for row in sample if row.error is None]
+        options = source.options
+        if not good:
+            raise DataError(f"the first {len(sample)} rows are all malformed: {sample[0].error}", where=sample[0].where)
+        if options.format == "auto":
+            detection = formats.detect(good, source.label, fields=options.fields)
+            form, reason = detection.format, f"detected: {detection.reason}"
+        else:
+            form, reason = formats.declared(options.format), "declared"
+        formats.check_fields(form, options.fields, source.label)
+        self.tally.formats[source.label] = f"{form.name} ({reason})"
+        return form, chain(sample, rows)
+
+    def _chunk(self, rows: list[Row], form: formats.Format, fields: Mapping[str, str], writer: cache.Writer) -> None:
+        places, pieces = [], []
+        for row in rows:
+            try:
+                if row.error is not None:
+                    raise DataError(row.error)
+                pieces.append(self._piece(formats.convert(form, row.value, fields)))
+                places.append(row.where)
+            except DataError as error:
+                self._bad_row(row, error)
+        for where, document in zip(places, self.tokenizer.documents(pieces), strict=True):
+            self._keep(where, document, writer)
+
+    def _bad_row(self, row: Row, error: DataError) -> None:
+        problem = error.problems[0]
+        if problem.where is not None:
+            raise error
+        if self.on_bad_row == "stop":
+            fix = f"{problem.fix} " if problem.fix else ""
+            raise DataError(problem.what, where=row.where, fix=f"{fix}(data.on_bad_row: skip leaves such rows out.)")
+        self.tally.bad_row(f"{row.where}: {problem.what}")
+
+    def _piece(self, converted: Conversation | Text) -> Piece:
+        if isinstance(converted, Text):
+            return Piece(converted.text)
+        if self.template is None:
+            self.template = template.resolve(self.hf_tokenizer, self.template_choice)
+        by_tags = self.template.has_generation_tags and self.train_on == ("assistant",)
+        if not by_tags:
+            self._refuse_tool_calls(converted)
+        rendered = self.template.render(converted.messages, tools=converted.tools)
+        self._count_roles(converted, rendered)
+        spans = spans_to_train(rendered, train_on=self.train_on, use_generated=by_tags)
+        return Piece(rendered.text, spans, tuple((turn.start, turn.end) for turn in rendered.turns))
+
+    def _refuse_tool_calls(self, conversation: Conversation) -> None:
+        for index, message in enumerate(conversation.messages):
+            if message.get("tool_calls") and self._trains(message["role"]):
+                raise DataError(
+                    f"message {index} ({message['role']}) calls tools, and the chat template does not say which of its "
+                    "text the model writes.",
+                    fix="Use a chat template with {% generation %} tags and data.train_on: assistant.",
+                )
+
+    def _trains(self, role: str) -> bool:
+        return "all" in self.train_on or role in self.train_on
+
+    def _count_roles(self, conversation: Conversation, rendered: Rendered) -> None:
+        self.tally.counts["searched_rows"] += rendered.searched
+        shown = {turn.message for turn in rendered.turns}
+        for index, message in enumerate(conversation.messages):
+            self.tally.roles[message["role"]] += 1
+            if self._trains(message["role"]) and index not in shown and message.get("content"):
+                self.tally.counts["turns_not_rendered"] += 1
+
+    def _keep(self, where: str, document: Document, writer: cache.Writer) -> None:
+        """Applies the limit of length, counts, and writes."""
+        counts, limit, length = self.tally.counts, self.sequence_length, len(document.ids)
+        pieces = [(document.ids, document.trained)]
+        if length > limit:
+            if self.on_long == "stop":
+                raise DataError(
+                    f"the row has {length:,} tokens, more than data.sequence_length = {limit:,}.",
+                    where=where,
+                    fix="Raise data.sequence_length, or set data.on_long to truncate or drop.",
+                )
+            counts[_LONG_COUNTS[self.on_long]] += 1
+            if self.on_long == "drop":
+                return
+            if self.on_long == "truncate":
+                counts["truncated_tokens"] += length - limit
+                pieces = [(document.ids[:limit], document.trained[:limit])]
+            else:
+                pieces = split_long(document.ids, document.trained, limit)
+        self._count_turns(document, length if self.on_long == "split" else limit)
+        for ids, trained in pieces:
+            self.tally.document(where, length=len(ids), num_trained=int(np.count_nonzero(trained)))
+            writer.add(ids, trained)
+
+    def _count_turns(self, document: Document, limit: int) -> None:
+        counts = self.tally.counts
+        counts["rows"] += 1
+        counts["doubled_bos"] += document.doubled_bos
+        counts["special_in_content"] += document.special_in_content
+        for first, end in document.turns:
+            if first < limit:
+                counts["turns"] += 1
+                if 0 <= end < limit and document.trained[end]:
+                    counts["turns_with_end"] += 1
+                    self.tally.end_tokens[self.tokenizer.token_text(document.ids[end])] += 1
+
+
+_LONG_COUNTS = {"truncate": "truncated", "drop": "dropped", "split": "split"}

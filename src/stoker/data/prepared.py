@@ -1,7 +1,7 @@
 """Tokenised documents, in memory or mapped from the cache."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -47,7 +47,9 @@ class Prepared:
         return sums[self.offsets[1:]] - sums[self.offsets[:-1]]
 
     @classmethod
-    def from_documents(cls, documents: Sequence[tuple[Sequence[int], Sequence[bool]]], audit: Audit | None = None):
+    def from_documents(
+        cls, documents: Sequence[tuple[Sequence[int], Sequence[bool]]], audit: Audit | None = None
+    ) -> "Prepared":
         """Returns documents given as `(ids, trained)` pairs, for notebooks and tests."""
         lengths = [len(ids) for ids, _ in documents]
         ids = np.fromiter((token for document, _ in documents for token in document), np.uint32, sum(lengths))
@@ -70,7 +72,7 @@ class Selection:
 
     whole: Prepared
     indices: np.ndarray
-    notices: tuple[str, ...] = field(default=())
+    notices: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -92,8 +94,6 @@ class Selection:
     @property
     def audit(self) -> Audit:
         """The whole's counts, with those of this part where they can be told."""
-        from dataclasses import replace
-
         lengths = self.lengths
         return replace(
             self.whole.audit,

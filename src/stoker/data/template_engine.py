@@ -1,0 +1,120 @@
+"""The Jinja environment of chat templates, as Transformers sets it up, with `{% generation %}` rendered as marks."""
+
+import json
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+GENERATED_OPEN, GENERATED_CLOSE = "\U0010fff0", "\U0010fff1"
+
+_SAFE_FILTERS = {"trim", "tojson"}
+_SAFE_TESTS = {"defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "number", "boolean"}
+_SAFE_FUNCTIONS = {"raise_exception", "namespace", "strftime_now", "range"}
+
+
+class _Generation(Extension):
+    """Encloses the output of `{% generation %} ... {% endgeneration %}` in two private-use characters."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
+
+    def parse(self, parser: Any) -> nodes.Node:
+        """Reads the block and wraps it into a call of `_enclose`."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_enclose"), [], [], body).set_lineno(line)
+
+    def _enclose(self, caller: Any) -> str:
+        return GENERATED_OPEN + caller() + GENERATED_CLOSE
+
+
+def parse(source: str) -> tuple[jinja2.Template, nodes.Template]:
+    """Returns the compiled template and its syntax tree. Raises jinja2.TemplateSyntaxError."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update({"raise_exception": _raise_exception, "strftime_now": _strftime_now})
+    return environment.from_string(source), environment.parse(source)
+
+
+def only_prints_contents(tree: nodes.Template) -> bool:
+    """Whether a template does nothing with contents but print them, trimmed or not, and ask whether they are there.
+
+    Conservative: what is not known to be harmless (a comparison, a method, an unusual filter or a slice of something
+    that may hold a content) makes the answer no.
+    """
+    return (
+        all(node.name in _SAFE_FILTERS and not node.args for node in tree.find_all(nodes.Filter))
+        and all(node.name in _SAFE_TESTS for node in tree.find_all(nodes.Test))
+        and all(_is_safe_call(node) for node in tree.find_all(nodes.Call))
+        and all(_is_safe_comparison(node) for node in tree.find_all(nodes.Compare))
+        and all(_is_safe_item(node) for node in tree.find_all(nodes.Getitem))
+        and all(_is_message_list(node.iter) for node in tree.find_all(nodes.For))
+    )
+
+
+def _is_safe_call(node: nodes.Call) -> bool:
+    target = node.node
+    if isinstance(target, nodes.Name):
+        return target.name in _SAFE_FUNCTIONS
+    if isinstance(target, nodes.ExtensionAttribute):
+        return True
+    return isinstance(target, nodes.Getattr) and target.attr in {"strip", "lstrip", "rstrip"} and not node.args
+
+
+def _is_safe_comparison(node: nodes.Compare) -> bool:
+    sides = [node.expr, *(operand.expr for operand in node.ops)]
+    # No text equals true, false or none, marked or not.
+    if any(isinstance(side, nodes.Const) and not isinstance(side.value, str | int | float) for side in sides):
+        return True
+    if any(isinstance(side, nodes.Const) and isinstance(side.value, bool) for side in sides):
+        return True
+    return all(_is_structural(side) for side in sides)
+
+
+def _is_structural(node: nodes.Node) -> bool:
+    """Whether an expression cannot hold a content: constants, loop counters, roles, and arithmetic on them."""
+    match node:
+        case nodes.Const():
+            return True
+        case nodes.Getattr():
+            return node.attr == "role" or (isinstance(node.node, nodes.Name) and node.node.name == "loop")
+        case nodes.Getitem():
+            return isinstance(node.arg, nodes.Const) and node.arg.value == "role"
+        case nodes.Compare():
+            return _is_safe_comparison(node)
+        case nodes.BinExpr() | nodes.UnaryExpr() | nodes.List() | nodes.Tuple():
+            return all(_is_structural(child) for child in node.iter_child_nodes())
+    return False
+
+
+def _is_safe_item(node: nodes.Getitem) -> bool:
+    """Whether `x[...]` reads a named field, or an element or slice of the list of messages."""
+    if isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str):
+        return True
+    return _is_message_list(node.node)
+
+
+def _is_message_list(node: nodes.Node) -> bool:
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+        return _is_message_list(node.node)
+    return isinstance(node, nodes.Name) and node.name in {"messages", "loop_messages"}
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Jinja's own filter escapes for HTML, which no chat template means."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
