@@ -7,11 +7,15 @@
 Saved for backward: gate_up only; silu(g) is computed again.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from stoker.kernels.triton_support import as_rows, check_implementation, jit, next_power_of_2, tl, triton
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -20,13 +24,14 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def swiglu(gate_up: Tensor, *, implementation: str = "reference") -> Tensor:
+def swiglu(gate_up: Tensor, *, implementation: str = "reference", overwrite: bool = False) -> Tensor:
     """Returns `silu(gate) * up`: [..., 2F], gate first, to [..., F] of the same dtype.
 
-    Raises ValueError for an unknown implementation.
+    `implementation`: "reference" or "triton"; ValueError for an unknown one. `overwrite` lets Triton's backward write
+    the gradient over gate_up, for callers to whom it is of no further use; a second backward then raises RuntimeError.
     """
-    if implementation != "reference":
-        raise ValueError(f"swiglu has no implementation {implementation!r}; known: reference")
+    if check_implementation(implementation):
+        return _SwiGluTriton.apply(gate_up, overwrite)
     return _SwiGlu.apply(gate_up)
 
 
@@ -53,3 +58,92 @@ class _SwiGlu(torch.autograd.Function):
         torch.mul(torch.nn.functional.silu(gate), grad, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return grad_gate_up
+
+
+@jit
+def _swiglu_forward_kernel(
+    gate_up_ptr: Any, out_ptr: Any, row_stride: int, num_columns: int, BLOCK: tl.constexpr
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < num_columns
+    gate = tl.load(gate_up_ptr + row * row_stride + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * row_stride + num_columns + column, mask=mask, other=0.0).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * up
+    tl.store(out_ptr + row * num_columns + column, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _swiglu_backward_kernel(  # noqa: PLR0917
+    gate_up_ptr: Any,
+    grad_ptr: Any,
+    grad_gate_up_ptr: Any,
+    row_stride: int,
+    grad_stride: int,
+    num_columns: int,
+    BLOCK: tl.constexpr,
+) -> None:
+    # Reads its gate and up before it writes their gradients, which may lie in the same memory.
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < num_columns
+    gate = tl.load(gate_up_ptr + row * row_stride + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * row_stride + num_columns + column, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + row * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    dtype = grad_gate_up_ptr.dtype.element_ty
+    out = grad_gate_up_ptr + row * 2 * num_columns + column
+    tl.store(out, (grad * up * sigmoid * (1 + gate * (1 - sigmoid))).to(dtype), mask=mask)
+    tl.store(out + num_columns, (grad * gate * sigmoid).to(dtype), mask=mask)
+
+
+_SWIGLU_BLOCK = 1024
+
+
+def _swiglu_forward_triton(gate_up: Tensor) -> Tensor:
+    """gate_up [N, 2F], contiguous rows, to [N, F]."""
+    num_rows, num_columns = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((num_rows, num_columns), dtype=gate_up.dtype, device=gate_up.device)
+    if out.numel():
+        block = min(_SWIGLU_BLOCK, next_power_of_2(num_columns))
+        grid = (num_rows, triton.cdiv(num_columns, block))
+        _swiglu_forward_kernel[grid](gate_up, out, gate_up.stride(0), num_columns, BLOCK=block, num_warps=4)
+    return out
+
+
+def _swiglu_backward_triton(gate_up: Tensor, grad: Tensor, out: Tensor) -> Tensor:
+    """Gradient of gate_up [N, 2F] from grad [N, F] into `out`, which is contiguous and may be gate_up itself."""
+    num_rows, num_columns = grad.shape
+    if grad.numel():
+        block = min(_SWIGLU_BLOCK, next_power_of_2(num_columns))
+        grid = (num_rows, triton.cdiv(num_columns, block))
+        _swiglu_backward_kernel[grid](
+            gate_up, grad, out, gate_up.stride(0), grad.stride(0), num_columns, BLOCK=block, num_warps=4
+        )
+    return out
+
+
+class _SwiGluTriton(torch.autograd.Function):
+    """One launch a direction; with `overwrite` the gradient takes the memory of gate_up, the largest tensor kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, overwrite: bool) -> Tensor:
+        """gate_up: [..., 2F]."""
+        ctx.save_for_backward(gate_up)
+        ctx.overwrite = overwrite
+        ctx.overwritten = False
+        out = _swiglu_forward_triton(as_rows(gate_up))
+        return out.view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+    @staticmethod
+    @once_differentiable
+    # The decorator's type hides the name of `ctx`.
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
+        """Gradient of gate_up; raises RuntimeError at a second backward after one that overwrote gate_up."""
+        if ctx.overwritten:
+            raise RuntimeError("swiglu: gate_up was overwritten by an earlier backward; use overwrite=False for two")
+        (gate_up,) = ctx.saved_tensors
+        ctx.overwritten = ctx.overwrite and gate_up.is_contiguous()
+        out = gate_up if ctx.overwritten else torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+        _swiglu_backward_triton(as_rows(gate_up), as_rows(grads[0]), out)
+        return out, None

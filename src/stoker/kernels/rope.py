@@ -6,12 +6,16 @@
 The backward is the rotation by −a. Tables are fp32 and hold E/2 columns: both halves turn by the same angles.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from stoker.kernels.triton_support import check_implementation, jit, next_power_of_2, tl
 
 
 def frequencies(
@@ -109,10 +113,10 @@ def rotate(
 ) -> tuple[Tensor, Tensor]:
     """Returns q [B, T, H, E] and k [B, T, K, E] turned by the angles of cos and sin [1 or B, T, E/2], fp32.
 
-    Raises ValueError for an unknown implementation.
+    `implementation`: "reference" or "triton"; ValueError for an unknown one.
     """
-    if implementation != "reference":
-        raise ValueError(f"rotate has no implementation {implementation!r}; known: reference")
+    if check_implementation(implementation):
+        return _RotateTriton.apply(q, k, cos, sin)
     return rotate_reference(q, cos, sin), rotate_reference(k, cos, sin)
 
 
@@ -122,10 +126,10 @@ def split_and_rotate(
     """Splits a fused projection and turns its queries and keys: one pass forward, one backward.
 
     qkv: [B, T, (H + 2K) · E]; cos, sin: [1 or B, T, E/2], fp32. Returns q [B, T, H, E], k and v [B, T, K, E].
-    Raises ValueError for an unknown implementation.
+    `implementation`: "reference" or "triton" (whose results are views of one buffer); ValueError for an unknown one.
     """
-    if implementation != "reference":
-        raise ValueError(f"split_and_rotate has no implementation {implementation!r}; known: reference")
+    if check_implementation(implementation):
+        return _SplitAndRotateTriton.apply(qkv, cos, sin, num_heads, num_kv_heads)
     return _SplitAndRotate.apply(qkv, cos, sin, num_heads, num_kv_heads)
 
 
@@ -173,3 +177,183 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     out_first, out_second = out.chunk(2, dim=-1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+
+
+@jit
+def _turn_heads(  # noqa: PLR0917
+    source: Any,
+    target: Any,
+    source_head: int,
+    target_head: int,
+    cos: Any,
+    sin: Any,
+    num_heads: int,
+    half: int,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+) -> None:
+    channel = tl.arange(0, HALF)[None, :]
+    for first_head in range(0, num_heads, HEADS):
+        head = first_head + tl.arange(0, HEADS)[:, None]
+        mask = (head < num_heads) & (channel < half)
+        low = tl.load(source + head * source_head + channel, mask=mask, other=0.0).to(tl.float32)
+        high = tl.load(source + head * source_head + half + channel, mask=mask, other=0.0).to(tl.float32)
+        dtype = target.dtype.element_ty
+        tl.store(target + head * target_head + channel, (low * cos - high * sin).to(dtype), mask=mask)
+        tl.store(target + head * target_head + half + channel, (high * cos + low * sin).to(dtype), mask=mask)
+
+
+@jit
+def _rotate_kernel(  # noqa: PLR0917
+    q_ptr: Any,
+    k_ptr: Any,
+    v_ptr: Any,
+    new_q_ptr: Any,
+    new_k_ptr: Any,
+    new_v_ptr: Any,
+    cos_ptr: Any,
+    sin_ptr: Any,
+    q_batch: int,
+    q_token: int,
+    q_head: int,
+    k_batch: int,
+    k_token: int,
+    k_head: int,
+    v_batch: int,
+    v_token: int,
+    v_head: int,
+    new_q_token: int,
+    new_q_head: int,
+    new_k_token: int,
+    new_k_head: int,
+    new_v_token: int,
+    new_v_head: int,
+    length: int,
+    table_batch: int,
+    num_heads: int,
+    num_kv_heads: int,
+    half: int,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    WITH_VALUES: tl.constexpr,
+) -> None:
+    # One token a program: its angles are loaded once for all its heads.
+    token = tl.program_id(0).to(tl.int64)
+    batch, position = token // length, token % length
+    channel = tl.arange(0, HALF)[None, :]
+    angle = batch * table_batch + position * half + channel
+    cos = tl.load(cos_ptr + angle, mask=channel < half, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=channel < half, other=0.0)
+    if BACKWARD:
+        sin = -sin
+    q, k = q_ptr + batch * q_batch + position * q_token, k_ptr + batch * k_batch + position * k_token
+    new_q, new_k = new_q_ptr + token * new_q_token, new_k_ptr + token * new_k_token
+    _turn_heads(q, new_q, q_head, new_q_head, cos, sin, num_heads, half, HEADS, HALF)
+    _turn_heads(k, new_k, k_head, new_k_head, cos, sin, num_kv_heads, half, HEADS, HALF)
+    if WITH_VALUES:
+        v, new_v = v_ptr + batch * v_batch + position * v_token, new_v_ptr + token * new_v_token
+        both = tl.arange(0, 2 * HALF)[None, :]
+        for first_head in range(0, num_kv_heads, HEADS):
+            head = first_head + tl.arange(0, HEADS)[:, None]
+            mask = (head < num_kv_heads) & (both < 2 * half)
+            tl.store(new_v + head * new_v_head + both, tl.load(v + head * v_head + both, mask=mask), mask=mask)
+
+
+def _rotate_triton(
+    sources: tuple[Tensor, ...], targets: tuple[Tensor, ...], cos: Tensor, sin: Tensor, *, backward: bool
+) -> None:
+    """Writes q, k and, where given, unturned v [B, T, heads, E] of `sources` into the like of `targets`, in one launch.
+
+    Sources may be any views whose last dimension is contiguous; so may targets whose rows follow each other evenly.
+    """
+    q, k, v = (*sources, sources[1])[:3]
+    new_q, new_k, new_v = (*targets, targets[1])[:3]
+    batch, length, num_heads, head_dim = q.shape
+    half = head_dim // 2
+    if cos.shape[-1] != half or not (cos.is_contiguous() and sin.is_contiguous()):
+        raise ValueError(f"tables of {tuple(cos.shape)} must be contiguous with {half} columns")
+    if batch * length == 0:
+        return
+    _rotate_kernel[(batch * length,)](
+        q,
+        k,
+        v,
+        new_q,
+        new_k,
+        new_v,
+        cos,
+        sin,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *new_q.stride()[1:3],
+        *new_k.stride()[1:3],
+        *new_v.stride()[1:3],
+        length,
+        0 if cos.shape[0] == 1 else cos.stride(0),
+        num_heads,
+        k.shape[2],
+        half,
+        HEADS=min(32, next_power_of_2(num_heads)),
+        HALF=next_power_of_2(half),
+        BACKWARD=backward,
+        WITH_VALUES=len(sources) == 3,
+        num_warps=4,
+    )
+
+
+def _heads_of(qkv: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Views [B, T, heads, E] of a fused tensor [B, T, sum(heads) · E]."""
+    return qkv.unflatten(-1, (sum(sizes), -1)).split(sizes, dim=2)
+
+
+def _contiguous_channels(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+
+
+class _SplitAndRotateTriton(torch.autograd.Function):
+    """q, k and v are views of one new buffer, the gradient of qkv another: each direction one launch."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes positions
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+    ) -> tuple[Tensor, ...]:
+        """qkv: [B, T, (H + 2K) · E]."""
+        ctx.save_for_backward(cos, sin)
+        ctx.sizes = (num_heads, num_kv_heads, num_kv_heads)
+        targets = _heads_of(torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), ctx.sizes)
+        _rotate_triton(_contiguous_channels(_heads_of(qkv, ctx.sizes)), targets, cos, sin, backward=False)
+        return targets
+
+    @staticmethod
+    @once_differentiable
+    # The decorator's type hides the name of `ctx`.
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyrefly: ignore[bad-override]
+        """Gradient of qkv."""
+        cos, sin = ctx.saved_tensors
+        batch, length, _, head_dim = grads[0].shape
+        grad_qkv = grads[0].new_empty(batch, length, sum(ctx.sizes) * head_dim)
+        _rotate_triton(_contiguous_channels(grads), _heads_of(grad_qkv, ctx.sizes), cos, sin, backward=True)
+        return grad_qkv, None, None, None, None
+
+
+class _RotateTriton(torch.autograd.Function):
+    """q and k in one launch; saves the tables only."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """q: [B, T, H, E], k: [B, T, K, E]."""
+        ctx.save_for_backward(cos, sin)
+        turned = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+        _rotate_triton(_contiguous_channels((q, k)), turned, cos, sin, backward=False)
+        return turned
+
+    @staticmethod
+    @once_differentiable
+    # The decorator's type hides the name of `ctx`.
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        """Gradients of q and k."""
+        turned = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in grads)
+        _rotate_triton(_contiguous_channels(grads), turned, *ctx.saved_tensors, backward=True)
+        return (*turned, None, None)

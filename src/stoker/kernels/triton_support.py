@@ -38,7 +38,7 @@ def available() -> bool:
 def check_implementation(implementation: str) -> bool:
     """Returns whether Triton is asked for; raises ValueError for an unknown name, or when Triton is missing."""
     if implementation not in ("reference", "triton"):
-        raise ValueError(f"implementation = {implementation!r}; allowed: 'reference', 'triton'")
+        raise ValueError(f"no implementation {implementation!r}; known: reference, triton")
     if implementation == "triton" and triton is None:
         raise ValueError("implementation = 'triton', but Triton is not installed. Use 'reference'.")
     return implementation == "triton"
@@ -47,6 +47,12 @@ def check_implementation(implementation: str) -> bool:
 def next_power_of_2(value: int) -> int:
     """Returns the smallest power of two that is at least `value` (and at least 1)."""
     return 1 << max(value - 1, 0).bit_length()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """Returns x [..., D] as [N, D] whose rows are contiguous; a view wherever the strides allow it."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def num_programs(x: Tensor, *, per_multiprocessor: int = 4) -> int:
