@@ -5,7 +5,8 @@ import glob
 import re
 from pathlib import Path
 
-_FILE_ENDINGS = set(".jsonl .ndjson .json .csv .tsv .parquet .pq .arrow .feather .text .txt .md .gz .zip .xz".split())
+_FILE_ENDINGS = {f".{name}" for name in ("jsonl", "ndjson", "json", "csv", "tsv", "parquet", "pq", "arrow", "feather")}
+_FILE_ENDINGS |= {".text", ".txt", ".md", ".gz", ".zip", ".xz"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 
 
@@ -27,7 +28,7 @@ def may_be_model_id(name: str) -> bool:
 
 
 def may_be_dataset_id(name: str) -> bool:
-    """Whether a name that does not exist here can be a dataset's on the Hub: `owner/name` that does not end as a file."""
+    """Whether a name that does not exist here can be a dataset's on the Hub: `owner/name`, and no file's ending."""
     return bool(_HUB_ID.fullmatch(name)) and "/" in name and Path(name).suffix.lower() not in _FILE_ENDINGS
 
 

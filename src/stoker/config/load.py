@@ -66,7 +66,7 @@ def _text(path: pathlib.Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         beside = [item.name for item in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, beside, 1, 0.5)
+        close = difflib.get_close_matches(path.name, beside, 1, 0.7)
         fix = f"Did you mean {path.parent / close[0]}?" if close else "`stoker init` writes one to start from."
         raise ConfigError(f"There is no file {path}.", fix=fix) from None
     except IsADirectoryError:
