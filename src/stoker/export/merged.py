@@ -20,7 +20,7 @@ from stoker.models import native
 from stoker.models.folder import read_config, weight_files
 
 # Largest allowed difference of a logit, as a share of the largest one. fp32: sums in another order. bf16 and fp16
-# round a merged weight by up to 2^-9 and 2^-12 of itself; over some tens of layers such errors add up to many times that.
+# round a merged weight by up to 2^-9 and 2^-12 of itself; over tens of layers such errors add up to many times that.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 # Below this share of the largest logit, an adapter's effect is the noise of fp32 arithmetic: there is nothing to lose.
 _NOISE = 1e-5
