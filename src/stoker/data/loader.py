@@ -153,7 +153,7 @@ class StepLoader:
             for ids, trained in row:
                 end = start + len(ids)
                 input_ids[number, start:end] = ids
-                targets[number, start : end - 1] = np.where(trained[1:], ids[1:], IGNORED)
+                targets[number, start : end - 1] = np.where(trained[1:], input_ids[number, start + 1 : end], IGNORED)
                 start = end
         return Batch(
             input_ids=torch.from_numpy(input_ids),
