@@ -105,10 +105,13 @@ _TASKS = ("dpo", "orpo", "kto", "grpo", "ppo", "reward", "preference")
 NOT_YET: dict[tuple[Path, str], str] = {
     **{(("engine", "strategy"), name): "This version trains on one device; use auto." for name in _STRATEGIES},
     **{(("task", "kind"), name): "This version does not do that task yet." for name in _TASKS},
+    **{(("engine", "precision"), name): "Use fp16." for name in ("float16", "half", "16")},
+    **{(("engine", "precision"), name): "Use bf16." for name in ("bfloat16", "mixed", "amp")},
+    **{(("engine", "precision"), name): "Use fp32." for name in ("float32", "float", "full", "32", "tf32")},
     (("engine", "kernels"), "triton"): "This version has the reference kernels only; use auto.",
     (("engine", "recompute"), "selective"): "This version recomputes whole blocks or nothing; use block, or auto.",
     (("adapter", "kind"), "qlora"): "This version does not quantise the base model; use lora.",
     (("adapter", "kind"), "rslora"): "Use kind: lora with rank_stabilized: true.",
     (("engine", "device"), "gpu"): "Use cuda for an NVIDIA or AMD GPU, mps for Apple's.",
 }
-"""A value that is known but not done -> what to do; lists have no index in the path."""
+"""A value that is not done, or has another name -> what to do; lists have no index in the path."""

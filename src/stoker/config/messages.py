@@ -45,7 +45,7 @@ def _path(error: Mapping[str, Any], values: Any) -> Path:
             values = values[part]
         elif index == len(location) - 1 and error["type"] == "missing":
             path.append(part)
-    if error["type"] == "union_tag_invalid" and isinstance(values, dict):
+    if error["type"] == "union_tag_invalid" and isinstance(values, dict) and "kind" in values:
         path.append("kind")
     return tuple(path)
 

@@ -1,0 +1,45 @@
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.epochs=1", "train.steps=5"], "train.epochs and train.steps are both set"),
+        (["output.save_every_steps=5", "output.save_every_epochs=1"], "output.save_every_steps and"),
+        (["train.schedule={warmup_steps: 5, warmup_ratio: 0.1}"], "warmup_ratio are both set"),
+        (["train.steps=5", "train.schedule.warmup_steps=5"], "the whole run has only 5 steps"),
+        (["train.schedule={kind: wsd, warmup_ratio: 0.5, decay_ratio: 0.6}"], "exceed 1"),
+        (["engine.micro_batch_size=5"], "does not divide train.batch_size = 32. Use 4 or 8"),
+        (["engine.micro_batch_size=64"], "does not divide train.batch_size = 32. Use 32"),
+        (["train.evaluate_every_steps=5"], "train.evaluate_every_steps is set, but there are no validation rows"),
+        (["train.early_stopping={patience: 2}"], "train.early_stopping is set, but"),
+        (["task.kind=pretrain", "data.train_on=assistant"], "data.train_on has no effect: task pretrain learns"),
+        (["task.kind=pretrain", "data.on_long=drop"], "data.on_long has no effect"),
+        (["task.kind=pretrain", "data.train_on_end_of_turn=false"], "knows no turns"),
+        (["task.kind=pretrain", "model.chat_template=chatml"], "model.chat_template has no effect"),
+        (["task.kind=pretrain", "data.train.0.format=chat"], "data.train[0].format = chat"),
+        (["data.on_long=split"], "data.on_long = split is for task pretrain"),
+        (["data.train.0.path=s3://bucket/x.jsonl"], "s3://bucket/x.jsonl: this version reads files"),
+        (["data.validation=[{path: 'http://x/y'}]"], "http://x/y: this version reads files"),
+        (["adapter.targets='(['"], "is not a regular expression"),
+        (["engine.device=cpu", "engine.precision=fp16"], "needs a GPU"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(complaints, overrides, words):
+    (message,) = complaints(*overrides)
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.steps=5", "train.schedule.warmup_steps=4"],
+        ["engine.micro_batch_size=8"],
+        ["data.validation=3", "train.evaluate_every_steps=5", "train.early_stopping={patience: 2}"],
+        ["task.kind=pretrain", "data.train_on=all", "data.train.0.format=completion"],
+        ["adapter.targets='.*(q|v)_proj'"],
+        ["engine.device=cpu", "engine.precision=bf16"],
+    ],
+)
+def test_what_goes_together_is_accepted(parsed, overrides):
+    assert parsed(*overrides).model.base == "builtin:tiny-llama"
