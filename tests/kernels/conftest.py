@@ -1,14 +1,10 @@
-"""Kernels run on the GPU where there is one, else on the CPU under Triton's interpreter, chosen before Triton loads."""
+"""Kernels run on the GPU where there is one, else on the CPU under Triton's interpreter (see tests/conftest.py)."""
 
-import os
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton", reason="kernels need Triton (pip install 'stoker[triton]')")
 

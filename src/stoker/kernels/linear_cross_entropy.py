@@ -1,30 +1,73 @@
 """The head's matmul and the cross-entropy in one: the [N, V] logits never exist at once.
 
-    z = h Wᵀ + b        loss = Σ_n (log Σ_v exp z_nv − z_n,target(n))
-    p = softmax(z) − onehot(target)        dh = p W        dW = pᵀ h        db = Σ_n p
+    z = cap · tanh(s (h Wᵀ + b) / cap)         (s: logit scale; without a cap z = s (h Wᵀ + b))
+    L = log Σ_v exp z_v                        loss = L − (1 − ε) z_target − ε mean_v(z) + ζ L²      (a row's)
+    dz = softmax(z) (1 + 2 ζ L) − (1 − ε) onehot(target) − ε / V
+    p = dz · s (1 − (z / cap)²)                dh = p W        dW = pᵀ h        db = Σ_n p
 
-Rows whose target is `ignore_index` are left out before the first matmul. The rest runs in chunks; since the loss is the
-last thing that a forward computes, each chunk's gradients are computed while its logits are at hand (the idea of
-Liger-Kernel, arXiv:2410.10989), and the backward only multiplies them by the incoming scalar. A weight that is frozen
-costs no gradient matmul. The sums are fp32.
+ε is label smoothing (arXiv:1512.00567), ζ the z-loss (PaLM, arXiv:2204.02311), the cap that of Gemma 2
+(arXiv:2408.00118). Rows whose target is `ignore_index` are left out before the first matmul. The rest runs in chunks;
+since the loss is the last thing that a forward computes, each chunk's gradients are computed while its logits are at
+hand (the idea of Liger-Kernel, arXiv:2410.10989), and the backward only multiplies them by the incoming scalar. A
+weight that is frozen costs no gradient matmul. The sums are fp32.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stoker.kernels.triton_support import check_implementation, jit, next_power_of_2, tl
+
 DEFAULT_CHUNK_BYTES = 16 * 2**20
-"""Logits held at once by default, in bytes of fp32."""
+"""Logits held at once by default, in bytes of fp32: on a CPU they should stay in its cache."""
+
+TRITON_CHUNK_BYTES = 256 * 2**20
+"""The same for Triton, in bytes of the working dtype: enough rows to keep a large GPU's matmul busy."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Variations of the loss: `logit_scale` s, `soft_cap` (None: none), `label_smoothing` ε and `z_loss` ζ."""
+
+    logit_scale: float = 1.0
+    soft_cap: float | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+class _Setting(NamedTuple):
+    """How chunks run: rows held at once, the target that trains nothing, the loss's variations, the implementation."""
+
+    chunk_tokens: int
+    ignore_index: int
+    options: LossOptions
+    triton: bool
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    options: LossOptions | None = None,
 ) -> Tensor:
-    """The formula with all logits at once; the oracle of the implementation below."""
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
-    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    """The formula with all logits at once; the oracle of the implementations below."""
+    options = options or LossOptions()
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * options.logit_scale
+    if options.soft_cap is not None:
+        logits = options.soft_cap * torch.tanh(logits / options.soft_cap)
+    loss = torch.nn.functional.cross_entropy(
+        logits, targets, ignore_index=ignore_index, reduction="sum", label_smoothing=options.label_smoothing
+    )
+    return loss + options.z_loss * logits.logsumexp(-1)[targets != ignore_index].square().sum()
 
 
 def linear_cross_entropy(
@@ -35,19 +78,62 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     chunk_tokens: int | None = None,
     ignore_index: int = -100,
+    options: LossOptions | None = None,
     implementation: str = "reference",
 ) -> Tensor:
     """Returns the cross-entropy summed over the trained rows: an fp32 scalar, 0 when there are none.
 
     hidden: [N, D]; weight: [V, D]; targets: [N] int64, `ignore_index` where nothing is trained; bias: [V] or None.
-    `chunk_tokens`: rows of logits held at once, by default as many as fit `DEFAULT_CHUNK_BYTES`. Under autocast the
-    matmuls run in its dtype. Raises ValueError for an unknown implementation.
+    `chunk_tokens`: rows of logits held at once, by default as many as fit `DEFAULT_CHUNK_BYTES` (`TRITON_CHUNK_BYTES`
+    with Triton). Under autocast the matmuls run in its dtype. `implementation`: "reference" or "triton"; ValueError for
+    an unknown one.
     """
-    if implementation != "reference":
-        raise ValueError(f"linear_cross_entropy has no implementation {implementation!r}; known: reference")
-    rows = chunk_tokens or max(1, DEFAULT_CHUNK_BYTES // (4 * weight.shape[0]))
-    needs_gradients = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, rows, ignore_index, needs_gradients)
+    setting = _setting(hidden, weight, chunk_tokens, ignore_index, options, check_implementation(implementation))
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, setting, torch.is_grad_enabled())
+
+
+def token_log_probabilities(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_tokens: int | None = None,
+    ignore_index: int = -100,
+    options: LossOptions | None = None,
+    implementation: str = "reference",
+) -> Tensor:
+    """Returns log softmax(z)[target] of every row, fp32 [N], 0 where the target is `ignore_index`.
+
+    The arguments are those of `linear_cross_entropy`; of `options` only logit scale and soft-cap may be set (ValueError
+    otherwise). With a frozen head the gradient of hidden is ready after the forward, as each row's only scales with
+    that of its log-probability; a trained head computes its logits once more in the backward.
+    """
+    if options is not None and (options.label_smoothing or options.z_loss):
+        raise ValueError("label_smoothing and z_loss change the loss, not the log-probabilities")
+    setting = _setting(hidden, weight, chunk_tokens, ignore_index, options, check_implementation(implementation))
+    return _TokenLogProbabilities.apply(hidden, weight, bias, targets, setting, torch.is_grad_enabled())
+
+
+def _setting(  # noqa: PLR0917 - private, in the order of the public arguments
+    hidden: Tensor,
+    weight: Tensor,
+    chunk_tokens: int | None,
+    ignore_index: int,
+    options: LossOptions | None,
+    triton: bool,
+) -> _Setting:
+    if chunk_tokens is None and triton:
+        rows = TRITON_CHUNK_BYTES // (_working_dtype(hidden).itemsize * weight.shape[0])
+        chunk_tokens = rows // 128 * 128 or rows  # matmul tiles have 128 rows
+    elif chunk_tokens is None:
+        chunk_tokens = DEFAULT_CHUNK_BYTES // (4 * weight.shape[0])
+    return _Setting(max(1, chunk_tokens), ignore_index, options or LossOptions(), triton)
+
+
+def _working_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -60,23 +146,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        chunk_tokens: int,
-        ignore_index: int,
+        setting: _Setting,
         needs_gradients: bool,
     ) -> Tensor:
         """hidden: [N, D], weight: [V, D]; returns the summed loss."""
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = _working_dtype(hidden)
         wants = [needs_gradients and need for need in ctx.needs_input_grad[:3]]
-        trained = (targets != ignore_index).nonzero().squeeze(1)
-        with torch.autocast(device, enabled=False):
+        trained = (targets != setting.ignore_index).nonzero().squeeze(1)
+        with torch.autocast(hidden.device.type, enabled=False):
             rows = hidden.index_select(0, trained).to(dtype)
             gradients = _Gradients(rows, weight, bias, wants)
-            loss = _chunked_loss(rows, weight.to(dtype), bias, targets[trained], gradients, chunk_tokens=chunk_tokens)
+            losses = _chunked_losses(rows, weight.to(dtype), bias, targets[trained], gradients, setting=setting)
         ctx.dtypes = (hidden.dtype, weight.dtype)
         ctx.num_rows = hidden.shape[0]
         ctx.save_for_backward(trained, gradients.hidden, gradients.weight, gradients.bias)
-        return loss
+        return losses.sum()
 
     @staticmethod
     @once_differentiable
@@ -85,15 +169,68 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """Scales what the forward computed; the gradient of hidden gets its untrained rows back as zeros."""
         trained, grad_rows, grad_weight, grad_bias = ctx.saved_tensors
         (grad,) = grads
-        grad_hidden = None
         if grad_rows is not None:
-            grad_hidden = grad_rows.new_zeros(ctx.num_rows, grad_rows.shape[1], dtype=ctx.dtypes[0])
-            grad_hidden.index_copy_(0, trained, (grad_rows * grad).to(ctx.dtypes[0]))
+            grad_rows = _to_all_rows((grad_rows * grad).to(ctx.dtypes[0]), trained, ctx.num_rows)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.dtypes[1])
         if grad_bias is not None:
             grad_bias = grad_bias * grad
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_rows, grad_weight, grad_bias, None, None, None
+
+
+class _TokenLogProbabilities(torch.autograd.Function):
+    """A row's log-probability is minus its plain loss."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes positions
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        setting: _Setting,
+        needs_gradients: bool,
+    ) -> Tensor:
+        """hidden: [N, D], weight: [V, D]; returns [N]."""
+        dtype = _working_dtype(hidden)
+        ctx.again = needs_gradients and any(ctx.needs_input_grad[1:3])
+        wants = [needs_gradients and ctx.needs_input_grad[0] and not ctx.again, False, False]
+        trained = (targets != setting.ignore_index).nonzero().squeeze(1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = hidden.index_select(0, trained).to(dtype)
+            gradients = _Gradients(rows, weight, bias, wants)
+            losses = _chunked_losses(rows, weight.to(dtype), bias, targets[trained], gradients, setting=setting)
+        ctx.hidden_dtype, ctx.setting, ctx.num_rows = hidden.dtype, setting, hidden.shape[0]
+        ctx.save_for_backward(trained, gradients.hidden, *((rows, weight, bias, targets) if ctx.again else ()))
+        return _to_all_rows(losses.neg_(), trained, hidden.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    # The decorator's type hides the name of `ctx`.
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        """Scales the rows that the forward computed, or runs the chunks again when the head is trained."""
+        trained, grad_rows, *saved = ctx.saved_tensors
+        factor = grads[0][trained].neg()
+        grad_weight = grad_bias = None
+        if ctx.again:
+            rows, weight, bias, targets = saved
+            made = _Gradients(rows, weight, bias, ctx.needs_input_grad[:3])
+            with torch.autocast(rows.device.type, enabled=False):
+                weight = weight.to(rows.dtype)
+                _chunked_losses(rows, weight, bias, targets[trained], made, setting=ctx.setting, row_factor=factor)
+            grad_rows = made.hidden
+            grad_weight = None if made.weight is None else made.weight.to(saved[1].dtype)
+            grad_bias = made.bias
+        elif grad_rows is not None:
+            grad_rows = grad_rows * factor[:, None]
+        if grad_rows is not None:
+            grad_rows = _to_all_rows(grad_rows.to(ctx.hidden_dtype), trained, ctx.num_rows)
+        return grad_rows, grad_weight, grad_bias, None, None, None
+
+
+def _to_all_rows(values: Tensor, trained: Tensor, num_rows: int) -> Tensor:
+    """Values of the trained rows among zeros for the others."""
+    return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, trained, values)
 
 
 class _Gradients:
@@ -105,14 +242,17 @@ class _Gradients:
         self.bias = torch.zeros_like(bias, dtype=torch.float32) if wants[2] and bias is not None else None
 
     def add(self, chunk: slice, h: Tensor, weight: Tensor, p: Tensor) -> None:
-        """Adds a chunk's: h [c, D] in the compute dtype, p [c, V] in fp32, softmax minus one-hot."""
+        """Adds a chunk's: h [c, D] in the compute dtype, p [c, V], the gradient of its matmul, there or in fp32."""
         if self.bias is not None:
-            self.bias += p.sum(0)
+            self.bias += p.sum(0, dtype=torch.float32)
         p = p.to(h.dtype)
         if self.hidden is not None:
             torch.mm(p, weight, out=self.hidden[chunk])
         if self.weight is not None and h.dtype == torch.float32:
             self.weight.addmm_(p.t(), h)
+        elif self.weight is not None and h.is_cuda:
+            # Summed in fp32 inside the matmul: no [V, D] product in half precision is written and read again.
+            torch.addmm(self.weight, p.t(), h, out_dtype=torch.float32, out=self.weight)
         elif self.weight is not None:
             self.weight += p.t() @ h
 
@@ -120,21 +260,166 @@ class _Gradients:
         return any(buffer is not None for buffer in (self.hidden, self.weight, self.bias))
 
 
-def _chunked_loss(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradients: _Gradients, *, chunk_tokens: int
+def _chunked_losses(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    gradients: _Gradients,
+    *,
+    setting: _Setting,
+    row_factor: Tensor | None = None,
 ) -> Tensor:
-    """The summed loss of trained `rows` [n, D], and their gradients into `gradients`."""
-    loss = rows.new_zeros((), dtype=torch.float32)
-    for start in range(0, rows.shape[0], chunk_tokens):
-        chunk = slice(start, min(start + chunk_tokens, rows.shape[0]))
-        h, target = rows[chunk], targets[chunk, None]
-        logits = torch.mm(h, weight.t()).float()
-        if bias is not None:
-            logits += bias
-        log_sum = logits.logsumexp(-1, keepdim=True)
-        loss += (log_sum - logits.gather(1, target)).sum()
+    """The losses [n] of trained `rows` [n, D], fp32; their gradients, each row's times its factor, into `gradients`."""
+    losses = rows.new_empty(rows.shape[0], dtype=torch.float32)
+    for start in range(0, rows.shape[0], setting.chunk_tokens):
+        chunk = slice(start, min(start + setting.chunk_tokens, rows.shape[0]))
+        h = rows[chunk]
+        factor = None if row_factor is None else row_factor[chunk]
+        logits = torch.mm(h, weight.t())
+        turn = _turn_logits_triton if setting.triton else _turn_logits_reference
+        losses[chunk], p = turn(
+            logits, bias, targets[chunk], factor, options=setting.options, with_gradient=bool(gradients)
+        )
         if gradients:
-            p = logits.sub_(log_sum).exp_()
-            p.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
             gradients.add(chunk, h, weight, p)
-    return loss
+    return losses
+
+
+def _turn_logits_reference(
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    factor: Tensor | None,
+    *,
+    options: LossOptions,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Losses [c] of the head's outputs [c, V], and the gradient of those (fp32), which takes the place of `logits`."""
+    logits = logits.float()
+    if bias is not None:
+        logits += bias
+    if options.logit_scale != 1.0:
+        logits *= options.logit_scale
+    slope = None
+    if options.soft_cap is not None:
+        logits.div_(options.soft_cap).tanh_()
+        slope = 1 - logits.square() if with_gradient else None
+        logits *= options.soft_cap
+    target, smoothing = targets[:, None], options.label_smoothing
+    log_sum = logits.logsumexp(-1, keepdim=True)
+    loss = log_sum - (1 - smoothing) * logits.gather(1, target)
+    if smoothing:
+        loss -= smoothing * logits.mean(-1, keepdim=True)
+    if options.z_loss:
+        loss += options.z_loss * log_sum.square()
+    if with_gradient:
+        logits.sub_(log_sum).exp_()
+        if options.z_loss:
+            logits *= 1 + 2 * options.z_loss * log_sum
+        logits.scatter_add_(1, target, torch.full_like(log_sum, smoothing - 1))
+        if smoothing:
+            logits -= smoothing / logits.shape[1]
+        if slope is not None:
+            logits *= slope
+        if options.logit_scale != 1.0:
+            logits *= options.logit_scale
+        if factor is not None:
+            logits *= factor[:, None]
+    return loss.squeeze(1), logits
+
+
+@jit
+def _capped(logit: Any, bias: Any, scale: float, cap: float, HAS_CAP: tl.constexpr) -> Any:
+    z = (logit.to(tl.float32) + bias) * scale
+    if HAS_CAP:
+        z = cap * (2.0 * tl.sigmoid(2.0 * z / cap) - 1.0)  # tanh
+    return z
+
+
+@jit
+def _turn_logits_kernel(  # noqa: PLR0917
+    logits_ptr: Any,
+    bias_ptr: Any,
+    targets_ptr: Any,
+    factor_ptr: Any,
+    losses_ptr: Any,
+    num_columns: int,
+    scale: float,
+    cap: float,
+    smoothing: float,
+    z_loss: float,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+) -> None:
+    # A row a program, read twice: once for the maximum and the sum, once to be replaced by its gradient.
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * num_columns
+    target = tl.load(targets_ptr + row)
+    maximum = -float("inf")
+    exponentials, total = 0.0, 0.0
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        mask = column < num_columns
+        bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+        z = _capped(tl.load(logits_ptr + column, mask=mask, other=0.0), bias, scale, cap, HAS_CAP)
+        total += tl.sum(tl.where(mask, z, 0.0), axis=0)
+        z = tl.where(mask, z, -float("inf"))
+        new_maximum = tl.maximum(maximum, tl.max(z, axis=0))
+        exponentials = exponentials * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(z - new_maximum), axis=0)
+        maximum = new_maximum
+    log_sum = maximum + tl.log(exponentials)
+    target_bias = tl.load(bias_ptr + target).to(tl.float32) if HAS_BIAS else 0.0
+    z_target = _capped(tl.load(logits_ptr + target), target_bias, scale, cap, HAS_CAP)
+    loss = log_sum - (1.0 - smoothing) * z_target - smoothing * (total / num_columns) + z_loss * log_sum * log_sum
+    tl.store(losses_ptr + row, loss)
+    if WITH_GRADIENT:
+        factor = scale
+        if HAS_FACTOR:
+            factor *= tl.load(factor_ptr + row)
+        for start in range(0, num_columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            mask = column < num_columns
+            bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+            z = _capped(tl.load(logits_ptr + column, mask=mask, other=0.0), bias, scale, cap, HAS_CAP)
+            gradient = tl.exp(z - log_sum) * (1.0 + 2.0 * z_loss * log_sum) - smoothing / num_columns
+            gradient = tl.where(column == target, gradient - (1.0 - smoothing), gradient) * factor
+            if HAS_CAP:
+                gradient *= 1.0 - (z / cap) * (z / cap)
+            tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+def _turn_logits_triton(
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    factor: Tensor | None,
+    *,
+    options: LossOptions,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `_turn_logits_reference`, but in place and in the dtype of `logits`."""
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    block = min(4096, next_power_of_2(logits.shape[1]))
+    _turn_logits_kernel[(logits.shape[0],)](
+        logits,
+        logits if bias is None else bias,
+        targets,
+        losses if factor is None else factor,
+        losses,
+        logits.shape[1],
+        options.logit_scale,
+        1.0 if options.soft_cap is None else options.soft_cap,
+        options.label_smoothing,
+        options.z_loss,
+        BLOCK=block,
+        HAS_BIAS=bias is not None,
+        HAS_CAP=options.soft_cap is not None,
+        HAS_FACTOR=factor is not None,
+        WITH_GRADIENT=with_gradient,
+        num_warps=max(1, min(8, block // 512)),
+    )
+    return losses, logits
