@@ -54,11 +54,20 @@ def _model(config: RunConfig) -> tuple[ArchSpec | None, list[tuple[ConfigPath, P
     path: ConfigPath = ("model", "base")
     base = config.model.base
     try:
-        folder = _model_folder(base)
-        spec = _read_spec(folder) if folder else None
+        spec = local_spec(base)
     except ModelError as error:
         return None, [(path, problem) for problem in error.problems]
     return spec, limits.problems(config, spec) if spec else []
+
+
+def local_spec(base: str) -> ArchSpec | None:
+    """Returns the architecture of a model whose config.json lies on this disk, or None when it is still to be fetched.
+
+    Raises:
+        ModelError: `base` can be no model, or its config.json is broken or of an architecture that is not native.
+    """
+    folder = _model_folder(base)
+    return _read_spec(folder) if folder else None
 
 
 def _model_folder(base: str) -> Path | None:
@@ -192,9 +201,9 @@ def _data_line(config: RunConfig) -> str:
 
 def _length_line(config: RunConfig) -> str:
     train = config.train
-    length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
+    length, unit = (train.steps, "step") if train.steps else (train.epochs or 1.0, "epoch")
     return (
-        f"{length} of {train.batch_size} sequences a step; learning rate {train.learning_rate:g}, "
+        f"{length:g} {unit}{'' if length == 1 else 's'} of {train.batch_size} sequences a step; learning rate {train.learning_rate:g}, "
         f"{train.schedule.kind} schedule, {train.optimizer.kind}"
     )
 

@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from stoker.cli import check
 from stoker.config.show import inline
-from stoker.errors import ConfigError, OutputError
+from stoker.errors import ConfigError, ModelError, OutputError
+from stoker.plan import limits
 
 ADAPTERS = ("lora", "dora", "none")
 _MODEL = "builtin:tiny-llama"
 _DATA = "builtin:fine-tuning"
+_USUAL_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def _asked(model: str | None, data: str | None, adapter: str | None, folder: str
     """Returns the answers: flags first, then questions on a terminal, then what can run anywhere."""
     given = {"model": model, "data": data, "adapter": adapter, "folder": folder}
     answers = Answers(**{name: value for name, value in given.items() if value})
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not _is_terminal():
         return answers
     return Answers(
         model=model or typer.prompt("Model to start from (Hub id or folder)", default=answers.model),
@@ -62,6 +65,10 @@ def _asked(model: str | None, data: str | None, adapter: str | None, folder: str
         adapter=adapter or _prompt_adapter(answers.adapter),
         folder=folder or typer.prompt("Folder for the run", default=answers.folder),
     )
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _prompt_adapter(default: str) -> str:
@@ -80,10 +87,19 @@ def starter(answers: Answers, *, file: Path) -> str:
         model=inline(answers.model),
         adapter=_FULL if answers.adapter == "none" else _ADAPTER.format(kind=answers.adapter),
         data=inline(answers.data),
-        sequence_length=512 if tiny else 2048,
+        sequence_length=512 if tiny else _sequence_length(answers.model),
         rate="1.0e-3" if tiny else rate,
         folder=inline(answers.folder),
     )
+
+
+def _sequence_length(model: str) -> int:
+    """Returns a usual length, or the longest that a model on this disk allows; `check` says what is wrong with others."""
+    try:
+        spec = check.local_spec(model)
+    except ModelError:
+        return _USUAL_LENGTH
+    return min(_USUAL_LENGTH, limits.max_sequence_length(spec)) if spec else _USUAL_LENGTH
 
 
 _ADAPTER = """\

@@ -1,0 +1,103 @@
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+
+from stoker.cli import check
+from stoker.errors import ConfigError
+
+IMPORTED = "import sys; print('FRAMEWORKS', *{'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules))"
+
+
+def problems(path, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        check.command(path, list(overrides))
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_a_sound_run_is_summed_up(write_run, capsys):
+    path = write_run(extra="adapter: {rank: 4}")
+    check.command(path, [])
+    shown = capsys.readouterr().out
+    assert "is fine." in shown
+    assert "model: llama, 0.1 million parameters" in shown
+    assert "LoRA of rank 4 on all-linear" in shown
+    assert "1 epoch of 32 sequences a step; learning rate 0.001, cosine schedule, adamw" in shown
+    assert f"stoker train {path}" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "line", "words"),
+    [
+        ({"path": "row.jsonl"}, 5, "data.train[0]: row.jsonl does not exist. Did you mean rows.jsonl?"),
+        ({"path": "data/*.jsonl"}, 5, "data.train[0]: no file matches data/*.jsonl."),
+        ({"path": "builtin:nothing"}, 5, "there are no rows builtin:nothing. Known: builtin:fine-tuning"),
+        ({"base": "./modl"}, 2, "model.base: ./modl does not exist. Did you mean model?"),
+        ({"base": "rows.jsonl"}, 2, "model.base = rows.jsonl is a file."),
+        ({"base": "builtin:huge"}, 2, "there is no such built-in model. Known: builtin:tiny-llama"),
+        ({"base": "."}, 2, "the folder holds no config.json."),
+        ({"length": "2048"}, 6, "data.sequence_length = 2048: model was made for sequences of at most 1024"),
+        ({"extra": "adapter: {targets: [q_prj]}"}, 9, "no layer called q_prj. Did you mean q_proj?"),
+    ],
+)
+def test_what_is_not_there_is_reported_with_its_line(write_run, changes, line, words):
+    path = write_run(**changes)
+    (problem,) = problems(path)
+    assert problem.startswith(f"{path}:{line}: ")
+    assert words in problem
+
+
+def test_names_of_template_and_tokenizer_are_looked_at(write_run):
+    path = write_run()
+    template, tokenizer = problems(path, "model.chat_template=chatmll", "model.tokenizer=./tok")[::-1]
+    assert "Use one of alpaca, chatml" in template
+    assert "./tok does not exist" in tokenizer
+    check.command(path, ["model.chat_template=chatml"])
+
+
+def test_an_unknown_architecture_is_named_with_what_runs_it(write_run):
+    (problem,) = problems(write_run(config={"model_type": "bloom"}))
+    assert '"bloom" is not native' in problem
+    assert "PEFT" in problem
+
+
+def test_a_broken_config_json_is_named(write_run, here):
+    path = write_run()
+    (here / "model" / "config.json").write_text("{")
+    (problem,) = problems(path)
+    assert "config.json cannot be read" in problem
+
+
+def test_an_empty_data_file_is_reported(write_run, here):
+    path = write_run()
+    (here / "rows.jsonl").write_text("")
+    assert "rows.jsonl is empty" in problems(path)[0]
+
+
+def test_names_that_may_be_hub_ids_are_accepted_and_said_to_be(write_run, capsys):
+    check.command(write_run(base="some/model", path="some/rows"), [])
+    shown = capsys.readouterr().out
+    assert "some/model: no folder of this name here, so it is taken for a Hub id" in shown
+    assert "some/rows: not found here, taken for a Hub id" in shown
+
+
+def test_a_folder_that_holds_a_run_is_mentioned(write_run, here, capsys):
+    path = write_run()
+    (here / "runs" / "x" / "checkpoints").mkdir(parents=True)
+    check.command(path, [])
+    assert "--resume or --overwrite" in capsys.readouterr().out
+
+
+def test_checking_takes_under_a_second_and_imports_no_framework(write_run):
+    path = write_run(extra="adapter: {rank: 4}")
+    code = f"from pathlib import Path; from stoker.cli import check; check.command(Path({str(path)!r}), []); {IMPORTED}"
+    seconds = [math.inf]
+    # The fastest of three: other processes may slow any one of them.
+    while seconds[-1] >= 1.0 and len(seconds) <= 3:
+        start = time.perf_counter()
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+        assert result.stdout.splitlines()[-1] == "FRAMEWORKS"
+    assert min(seconds) < 1.0

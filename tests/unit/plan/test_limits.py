@@ -1,0 +1,34 @@
+import pytest
+
+from stoker.arch import families
+from stoker.plan import limits
+
+
+def _spec(scaling):
+    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return families.read(config | {"max_position_embeddings": 1024, "rope_scaling": scaling}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("scaling", "length"),
+    [
+        (None, 1024),
+        ({"rope_type": "linear", "factor": 2.0}, 2048),
+        ({"rope_type": "dynamic", "factor": 4.0}, 4096),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
+    ],
+)
+def test_scaling_stretches_the_context(scaling, length):
+    assert limits.max_sequence_length(_spec(scaling)) == length
+
+
+def test_a_longer_sequence_is_a_problem_with_its_setting(run):
+    ((path, problem),) = limits.problems(run(), _spec(None))
+    assert path == ("data", "sequence_length")
+    assert "some/model was made for sequences of at most 1024 tokens" in problem.what
+    assert limits.problems(run("data.sequence_length=1024"), _spec(None)) == []
+
+
+def test_targets_that_match_no_layer_are_a_problem_with_their_setting(run):
+    ((path, _),) = limits.problems(run("data.sequence_length=512", "adapter.targets=[nope]"), _spec(None))
+    assert path == ("adapter", "targets")

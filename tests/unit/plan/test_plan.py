@@ -1,0 +1,27 @@
+import json
+
+from stoker.plan.choose import choose
+from stoker.plan.plan import CHOICES, size
+
+
+def test_the_plan_is_json_with_reasons_and_bytes(run, llama_8b, machine):
+    plan = choose(run(), llama_8b, machine(80))
+    values = json.loads(json.dumps(plan.to_dict()))
+    assert values["reasons"]["device"] == "GPU"
+    assert values["memory"]["total_bytes"] == plan.memory.total
+    assert values["memory"]["weights_bytes"] == plan.memory.weights
+    assert values["micro_batch_size"] == plan.micro_batch_size
+
+
+def test_the_table_shows_each_choice_with_its_reason(run, llama_8b, machine):
+    plan = choose(run(), llama_8b, machine(80))
+    lines = plan.table().splitlines()
+    for line, name in zip(lines, CHOICES, strict=False):
+        assert line.split()[:2] == [name, str(getattr(plan, name))]
+        assert line.endswith(plan.reasons[name])
+    assert "8.1B" in plan.table()
+
+
+def test_sizes_are_for_people():
+    assert size(3 * 2**29) == "1.5 GiB"
+    assert size(5 * 2**20) == "5 MiB"
