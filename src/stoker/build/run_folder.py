@@ -22,6 +22,11 @@ class RunFolder:
 
     path: Path
 
+    @classmethod
+    def of(cls, name: str) -> "RunFolder":
+        """Returns the folder that a configuration names; `~` is the user's home."""
+        return cls(Path(name).expanduser())
+
     @property
     def checkpoints(self) -> Path:
         """Checkpoints, one folder each."""
@@ -47,12 +52,12 @@ class RunFolder:
         """One JSON object a line."""
         return self.path / "metrics.jsonl"
 
-    def claim(self, *, resume: bool, overwrite: bool) -> None:
-        """Makes the folder ready for a run; one that holds another run is used only when told to.
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Looks whether a run may use the folder, without touching it; one that holds another run only when told to.
 
         Raises:
-            OutputError: the folder holds a run and neither `resume` nor `overwrite` was given, there is nothing to
-                resume, or it cannot be written.
+            OutputError: the folder holds a run and neither `resume` nor `overwrite` was given, or there is nothing to
+                resume.
         """
         holds_run = self.config.exists() or self.checkpoints.exists()
         if holds_run and not (resume or overwrite):
@@ -60,10 +65,17 @@ class RunFolder:
                 f"output.folder {self.path} already holds a run.",
                 fix="Use --resume to go on with it, --overwrite to start anew in it, or name another folder.",
             )
-        if resume and not holds_run:
+        if resume and not self.config.exists():
             raise OutputError(f"There is no run to resume in {self.path}.", fix="Leave out --resume to start one.")
+
+    def claim(self, *, overwrite: bool) -> None:
+        """Makes the folder ready to be written; with `overwrite`, what an earlier run wrote is removed.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         try:
-            if overwrite and not resume:
+            if overwrite:
                 self._clear()
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

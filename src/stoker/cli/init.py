@@ -7,10 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stoker.cli import check
-from stoker.config.show import inline
 from stoker.errors import ConfigError, ModelError, OutputError
-from stoker.plan import limits
 
 ADAPTERS = ("lora", "dora", "none")
 _MODEL = "builtin:tiny-llama"
@@ -80,6 +77,8 @@ def _prompt_adapter(default: str) -> str:
 
 def starter(answers: Answers, *, file: Path) -> str:
     """Returns the YAML, whose first line is the command that runs it."""
+    from stoker.config.show import inline
+
     tiny = answers.model.startswith("builtin:")
     rate = "2.0e-5" if answers.adapter == "none" else "2.0e-4"
     return _TEMPLATE.format(
@@ -94,9 +93,13 @@ def starter(answers: Answers, *, file: Path) -> str:
 
 
 def _sequence_length(model: str) -> int:
-    """Returns a usual length, or the longest that a model on this disk allows; `check` says what is wrong with others."""
+    """Returns a usual length, or the longest that a model on this disk allows."""
+    from stoker.cli import preflight
+    from stoker.plan import limits
+
+    # What is wrong with the model is for `stoker check` to say.
     try:
-        spec = check.local_spec(model)
+        spec = preflight.local_spec(model)
     except ModelError:
         return _USUAL_LENGTH
     return min(_USUAL_LENGTH, limits.max_sequence_length(spec)) if spec else _USUAL_LENGTH

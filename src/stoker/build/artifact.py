@@ -1,0 +1,79 @@
+"""What a name on the command line stands for: a run's folder, an adapter's folder, or a model."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stoker.build.run_folder import RunFolder
+from stoker.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model to load: `base` is a folder, Hub id or builtin name; `adapter` a folder in PEFT's format, or None.
+
+    `tokenizer` is the folder whose tokenizer goes with it, or None for the base's own.
+    """
+
+    base: str
+    revision: str | None = None
+    adapter: Path | None = None
+    tokenizer: Path | None = None
+
+    @property
+    def description(self) -> str:
+        """One line that says what is loaded."""
+        return f"{self.adapter} on {self.base}" if self.adapter else self.base
+
+
+def find(name: str, *, base: str | None = None) -> Artifact:
+    """Returns what `name` stands for; `base` overrides the base that an adapter names.
+
+    Raises:
+        ModelError: a run that has not finished, an adapter whose settings cannot be read, or `base` given for a name
+            that is no adapter.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "adapter_config.json").is_file():
+        return _adapter(folder, base)
+    run = RunFolder(folder)
+    if run.config.is_file():
+        if (run.adapter / "adapter_config.json").is_file():
+            return _adapter(run.adapter, base)
+        if not (run.model / "config.json").is_file():
+            raise ModelError(
+                f"{folder} holds a run that has not finished: it has no adapter/ and no model/ yet.",
+                fix="Finish it with stoker train RUN.YAML --resume.",
+            )
+        folder = run.model
+        name = str(folder)
+    if base is not None:
+        raise ModelError(f"{name} is not an adapter, so it has no base.", fix="Leave out --base.")
+    return Artifact(base=name)
+
+
+def _adapter(folder: Path, base: str | None) -> Artifact:
+    settings = _settings(folder / "adapter_config.json")
+    name = base or settings.get("base_model_name_or_path")
+    if not name:
+        raise ModelError(f"{folder}/adapter_config.json names no base model.", fix="Give it with --base.")
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    return Artifact(
+        base=str(name),
+        revision=None if base else settings.get("revision"),
+        adapter=folder,
+        tokenizer=folder if has_tokenizer else None,
+    )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"{path} is not valid JSON: {error}.", fix="The file is damaged; save the adapter again."
+        ) from error
+    if not isinstance(settings, dict):
+        raise ModelError(f"{path} must hold an object, not a {type(settings).__name__}.")
+    return settings

@@ -1,0 +1,70 @@
+"""`stoker eval`: loss and perplexity of a model on the rows of a run."""
+
+import json
+import math
+from typing import Any
+
+from rich.console import Console
+
+from stoker.build import artifact
+from stoker.build.data import loader, prepare_data, refuse_faults
+from stoker.build.hardware import probe
+from stoker.build.model import load_decoder, load_tokenizer, open_base, pad_id
+from stoker.build.run_folder import RunFolder
+from stoker.build.trainer import compute_dtype
+from stoker.config.schema import RunConfig
+from stoker.plan.choose import Statistics, choose
+
+
+def evaluate(
+    config: RunConfig, *, model: str | None = None, json_output: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Prints and returns the loss on data.validation, or on data.train when there is none.
+
+    `model` is what to evaluate (a run's, adapter's or model's folder, Hub id or builtin); None: what the run in
+    output.folder trained.
+    """
+    import torch
+
+    from stoker.distributed.single import SingleDevice
+    from stoker.export import adapter
+    from stoker.tasks.supervised import SupervisedTask
+    from stoker.train.evaluate import evaluate as run
+
+    console = console or Console()
+    quiet = Console(stderr=True)
+    found = artifact.find(model or str(RunFolder.of(config.output.folder).path))
+    base = open_base(found.base, revision=found.revision)
+    template = None if found.tokenizer else config.model.chat_template
+    tokenizer = load_tokenizer(base, override=found.tokenizer or config.model.tokenizer, chat_template=template)
+    data = prepare_data(config, tokenizer, console=quiet)
+    refuse_faults(data.audits)
+    split = "train" if data.validation is None else "validation"
+    documents = data.train if data.validation is None else data.validation
+    plan = choose(config, base.spec, probe(), statistics=Statistics(data.longest))
+    torch.set_num_threads(plan.num_threads)
+    decoder = load_decoder(base, device=plan.device, dtype=compute_dtype(plan), kernels=plan.kernels)
+    if found.adapter is not None:
+        adapter.load(decoder, found.adapter)
+    strategy = SingleDevice(plan.device, precision=plan.precision)
+    strategy.prepare_for_evaluation(SupervisedTask(decoder, kernels=plan.kernels))
+    batches = loader(config, documents, micro_batch_size=plan.micro_batch_size, pad_id=pad_id(tokenizer))
+    result = run(strategy, batches.all())
+    facts = {
+        "model": found.description,
+        "split": split,
+        "loss": result.loss,
+        "perplexity": math.exp(min(result.loss, 700.0)),
+        "num_trained_tokens": result.num_trained_tokens,
+        "seconds": round(result.seconds, 3),
+    }
+    if json_output:
+        console.print_json(json.dumps(facts))
+    else:
+        console.print(
+            f"{facts['model']} on {split}: loss [bold]{result.loss:.4f}[/], perplexity {facts['perplexity']:.3f} "
+            f"({result.num_trained_tokens:,} trained tokens, {result.seconds:.1f}s)",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return facts

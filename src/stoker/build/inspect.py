@@ -1,0 +1,30 @@
+"""`stoker inspect`: the data as the model will see it, and what is wrong with it."""
+
+from rich.console import Console
+
+from stoker.build.data import prepare_data, refuse_faults
+from stoker.build.model import load_tokenizer, open_base
+from stoker.config.schema import RunConfig
+from stoker.data import inspect as show
+from stoker.errors import ConfigError
+
+
+def inspect(config: RunConfig, *, rows: int, split: str, console: Console | None = None) -> None:
+    """Prints the audit and the first `rows` documents of a split, trained tokens in colour.
+
+    Raises:
+        DataError: the data cannot be read, or the audit finds a fault; that comes after the rows are shown.
+    """
+    console = console or Console()
+    base = open_base(config.model.base, revision=config.model.revision)
+    tokenizer = load_tokenizer(base, override=config.model.tokenizer, chat_template=config.model.chat_template)
+    data = prepare_data(config, tokenizer, console=console)
+    documents = data.train if split == "train" else data.validation
+    if documents is None:
+        raise ConfigError("--split validation: data.validation is not set.", fix="Set it, or look at --split train.")
+    for index in range(min(rows, len(documents))):
+        console.print(show.document(documents, index, tokenizer))
+    console.print(show.audit_table(data.audits))
+    for sentence in [*data.notices, *refuse_faults(data.audits)]:
+        console.print(f"[yellow]{sentence}[/]", highlight=False)
+    console.print("[green]nothing is wrong with the data[/]")

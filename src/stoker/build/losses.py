@@ -1,0 +1,75 @@
+"""The loss before and after training, on the same rows of each split."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from stoker.build.trainer import Engine
+from stoker.train.evaluate import evaluate
+
+if TYPE_CHECKING:
+    from stoker.data.batch import Batch
+
+_SECONDS_A_SPLIT = 20.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Mean loss of the first `num_batches` micro-batches of a split, in nats; `whole`: these are all of its rows."""
+
+    loss: float
+    num_batches: int
+    num_trained_tokens: int
+    whole: bool
+
+
+def measure(engine: Engine, console: Console) -> dict[str, Measured]:
+    """Returns the loss on each split; on a split that takes longer than some seconds, on as many rows as those allow."""
+    return {split: _timed(engine, split, console) for split in _splits(engine)}
+
+
+def measure_again(engine: Engine, before: dict[str, Measured], console: Console) -> dict[str, float]:
+    """Returns the loss on the same rows as `before`."""
+    losses = {}
+    for split, measured in before.items():
+        with console.status(f"loss after training: {split}"):
+            losses[split] = evaluate(engine.strategy, islice(_batches(engine, split), measured.num_batches)).loss
+    return losses
+
+
+def _timed(engine: Engine, split: str, console: Console) -> Measured:
+    batches = _Timed(_batches(engine, split))
+    with console.status(f"loss before training: {split}"):
+        evaluation = evaluate(engine.strategy, batches)
+    return Measured(evaluation.loss, batches.count, evaluation.num_trained_tokens, batches.is_whole)
+
+
+def _splits(engine: Engine) -> list[str]:
+    return ["train"] if engine.validation is None else ["train", "validation"]
+
+
+def _batches(engine: Engine, split: str) -> "Iterable[Batch]":
+    return engine.train.all() if split == "train" else engine.validation_batches()
+
+
+class _Timed:
+    """Batches until the time is up, at least one of them with a trained token."""
+
+    def __init__(self, batches: "Iterable[Batch]") -> None:
+        self._batches = batches
+        self.count = 0
+        self.is_whole = True
+
+    def __iter__(self) -> "Iterator[Batch]":
+        started, trained = time.monotonic(), 0
+        for batch in self._batches:
+            if trained and time.monotonic() - started > _SECONDS_A_SPLIT:
+                self.is_whole = False
+                return
+            self.count += 1
+            trained += batch.num_trained_tokens
+            yield batch

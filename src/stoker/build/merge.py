@@ -1,0 +1,36 @@
+"""`stoker merge`: from names to folders, and the report in words."""
+
+from pathlib import Path
+
+from stoker.build import artifact
+from stoker.build.model import open_base
+from stoker.errors import ConfigError, ModelError
+
+_DTYPES = {"auto": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def merge(name: str, output: Path, *, base: str | None = None, dtype: str = "auto") -> str:
+    """Merges the adapter that `name` stands for into its base, in `output`, and returns what was verified.
+
+    Raises:
+        ConfigError: an unknown dtype. ModelError: `name` is no adapter, or it does not fit. OutputError: `output` is
+            not empty.
+    """
+    if dtype not in _DTYPES:
+        raise ConfigError(f"--dtype {dtype!r} is not a number format.", fix=f"Use one of {', '.join(_DTYPES)}.")
+    found = artifact.find(name, base=base)
+    if found.adapter is None:
+        raise ModelError(f"{name} is not an adapter, so there is nothing to merge.", fix="Use it as it is.")
+    import torch
+
+    from stoker.export import merged
+
+    chosen = _DTYPES[dtype]
+    folder = open_base(found.base, revision=found.revision).folder
+    report = merged.merge(folder, found.adapter, output, dtype=getattr(torch, chosen) if chosen else None)
+    return (
+        f"merged {report.num_layers} layers of {found.adapter} into {found.base} as {str(report.dtype).split('.')[-1]}\n"
+        f"verified: logits differ from adapter and base by {report.max_difference:.2g} at most "
+        f"(allowed {report.tolerance:.2g}; the adapter itself moves them by {report.adapter_effect:.2g})\n"
+        f"written to {report.folder}"
+    )

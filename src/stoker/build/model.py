@@ -1,0 +1,77 @@
+"""A base model and its tokenizer, from a folder, the Hub or `builtin:`, as the rooms take them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stoker import builtin
+from stoker.arch import families
+from stoker.arch.spec import ArchSpec
+from stoker.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from stoker.nn.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model as it was found: `name` as the user wrote it, the folder of its files, its configuration and facts."""
+
+    name: str
+    revision: str | None
+    folder: Path
+    config: dict[str, Any]
+    spec: ArchSpec
+
+
+def open_base(name: str, *, revision: str | None = None) -> Base:
+    """Finds (and for a Hub id fetches, for a builtin makes) a model, and reads its architecture.
+
+    Raises:
+        ModelError: it is not there, its configuration is broken, or its architecture is not native.
+    """
+    from stoker.models import folder as folders
+
+    folder = builtin.resolve_model(name) if builtin.is_builtin(name) else folders.resolve(name, revision=revision)
+    config = folders.read_config(folder)
+    return Base(name, revision, folder, config, families.read(config, str(folder / "config.json")))
+
+
+def load_tokenizer(
+    base: Base, *, override: str | Path | None = None, chat_template: str | None = None
+) -> "PreTrainedTokenizerBase":
+    """Returns the base's tokenizer, or that of `override` (folder or Hub id), with `chat_template` put in if given.
+
+    `chat_template` is the name of a shipped template or a Jinja file.
+    """
+    from stoker.data import template
+    from stoker.models import folder as folders
+
+    tokenizer = folders.load_tokenizer(folders.resolve(str(override)) if override else base.folder)
+    if len(tokenizer) > base.spec.vocab_size:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer):,} tokens, the model only {base.spec.vocab_size:,}.",
+            where=str(override or base.folder),
+            fix="Use the tokenizer that belongs to the model.",
+        )
+    if chat_template is not None:
+        tokenizer.chat_template = template.source_of(tokenizer, chat_template)
+    return tokenizer
+
+
+def load_decoder(base: Base, *, device: "torch.device | str", dtype: "torch.dtype", kernels: str) -> "Decoder":
+    """Streams the base's weights on to `device` as `dtype`."""
+    from stoker.models import native
+
+    return native.load(base.folder, base.spec, device=device, dtype=dtype, kernels=kernels)
+
+
+def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Returns the id that fills rows; any id will do, since padding is never attended to or trained."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(candidate, int):
+            return candidate
+    return 0

@@ -1,0 +1,57 @@
+"""What may differ between a run and its continuation, and what would make it another run."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stoker.build.run_folder import RunFolder
+from stoker.config.load import load
+from stoker.config.schema import RunConfig
+from stoker.errors import ConfigError, Problem
+
+# A change of these would change what the steps so far have meant: the rows of each step, or the weights that are trained.
+_FIXED = (
+    "model.base",
+    "model.revision",
+    "model.tokenizer",
+    "model.chat_template",
+    "adapter",
+    "data",
+    "task",
+    "train.batch_size",
+    "train.seed",
+    "train.optimizer.kind",
+)
+_FREE = ("data.cache_folder", "data.on_bad_row")
+
+
+def changes(config: RunConfig, folder: RunFolder) -> list[str]:
+    """Returns a sentence for each setting that differs from the run in `folder` and may.
+
+    Raises:
+        ConfigError: a setting differs that would make it another run.
+    """
+    before = dict(_flat(load(folder.config).model_dump()))
+    after = dict(_flat(config.model_dump()))
+    different = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    different = [name for name in different if name not in _FREE and name != "output.folder"]
+    fixed = [name for name in different if any(name == one or name.startswith(f"{one}.") for one in _FIXED)]
+    if fixed:
+        raise ConfigError(
+            [
+                Problem(
+                    f"{name} was {before.get(name)!r} when this run began and is {after.get(name)!r} now.",
+                    where=str(folder.config),
+                    fix="Set it back to resume, or start a new run in another output.folder.",
+                )
+                for name in fixed
+            ]
+        )
+    return [f"{name} changes from {before.get(name)!r} to {after.get(name)!r} from here on." for name in different]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,136 @@
+"""A model with its tokenizer, ready to answer: what `chat`, `generate`, the end of a run and notebooks use."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stoker.build import artifact
+from stoker.build.hardware import probe
+from stoker.build.model import Base, load_decoder, load_tokenizer, open_base
+from stoker.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from stoker.nn.decoder import Decoder
+
+Message = Mapping[str, str]
+
+
+@dataclass
+class Session:
+    """A loaded model that answers; `dtype` is what its matrix products run in on `device`."""
+
+    base: Base
+    decoder: "Decoder"
+    tokenizer: "PreTrainedTokenizerBase"
+    device: str
+    dtype: "torch.dtype"
+    description: str
+
+    def stream_chat(self, messages: Sequence[Message], **settings: Any) -> Iterator[str]:
+        """Yields the answer to `messages` piece by piece; `settings` are those of `generate.decode.generate`.
+
+        Raises:
+            ModelError: the tokenizer has no chat template, or the conversation does not fit the model's context.
+        """
+        if not self.tokenizer.chat_template:
+            raise ModelError(
+                f"the tokenizer of {self.base.name} has no chat template, so it cannot chat.",
+                fix="Continue plain text instead: stoker generate --raw.",
+            )
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        yield from self._stream(self.tokenizer(text, add_special_tokens=False)["input_ids"], settings)
+
+    def stream_text(self, text: str, **settings: Any) -> Iterator[str]:
+        """Yields the continuation of `text` piece by piece."""
+        yield from self._stream(self.tokenizer(text)["input_ids"], settings)
+
+    def answer(self, question: str, **settings: Any) -> str:
+        """Returns the whole answer to one question of a user, or the text's continuation without a chat template."""
+        if self.tokenizer.chat_template:
+            pieces = self.stream_chat([{"role": "user", "content": question}], **settings)
+        else:
+            pieces = self.stream_text(question, **settings)
+        return "".join(pieces).strip()
+
+    def _stream(self, prompt_ids: list[int], settings: Mapping[str, Any]) -> Iterator[str]:
+        from stoker.generate.decode import generate
+        from stoker.generate.stream import stream_text
+
+        room = self.base.spec.max_positions - len(prompt_ids)
+        if not prompt_ids or room < 1:
+            raise ModelError(
+                f"the prompt has {len(prompt_ids):,} tokens; the model takes 1 to {self.base.spec.max_positions - 1:,}.",
+                fix="Shorten it, or start over with /new.",
+            )
+        settings = {"max_new_tokens": 256, **settings}
+        settings["max_new_tokens"] = min(settings["max_new_tokens"], room)
+        with self._autocast():
+            ids = generate(self.decoder, prompt_ids, stop_ids=self.stop_ids(), **settings)
+            yield from stream_text(ids, self.tokenizer)
+
+    def stop_ids(self) -> set[int]:
+        """Returns the tokens that end an answer: the tokenizer's and the model's ends, and the template's end of turn."""
+        ids: set[int] = set()
+        path = self.base.folder / "generation_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for value in (self.tokenizer.eos_token_id, self.base.config.get("eos_token_id"), settings.get("eos_token_id")):
+            ids.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
+        return ids | self._end_of_turn()
+
+    def _end_of_turn(self) -> set[int]:
+        """Returns the special token that the chat template writes right after an answer, if it writes one."""
+        from stoker.data.template import resolve
+        from stoker.data.tokenize import Piece, Tokenizer, spans_to_train
+
+        if not self.tokenizer.chat_template:
+            return set()
+        exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        rendered = resolve(self.tokenizer).render(exchange)
+        spans = spans_to_train(rendered, train_on=("assistant",), use_generated=False)
+        (document,) = Tokenizer(self.tokenizer).documents([Piece(rendered.text, spans)])
+        return {int(document.ids[end]) for _, end in document.turns if end >= 0}
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        import torch
+
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device, dtype=self.dtype) if enabled else contextlib.nullcontext()
+
+
+def open_session(name: str, *, base: str | None = None, device: str = "auto") -> Session:
+    """Loads what `name` stands for: a run's folder, an adapter's folder, or a model.
+
+    Raises:
+        ModelError: it cannot be found or loaded.
+        ConfigError: the device does not exist here.
+    """
+    found = artifact.find(name, base=base)
+    opened = open_base(found.base, revision=found.revision)
+    tokenizer = load_tokenizer(opened, override=found.tokenizer)
+    kind, dtype = choose_device(device)
+    decoder = load_decoder(opened, device=kind, dtype=dtype, kernels="reference")
+    if found.adapter is not None:
+        from stoker.export import adapter
+
+        adapter.load(decoder, found.adapter)
+    return Session(opened, decoder.eval(), tokenizer, kind, dtype, found.description)
+
+
+def choose_device(asked: str) -> "tuple[str, torch.dtype]":
+    """Returns where to decode and in which number format: fp32 on a CPU, bf16 or fp16 on a GPU."""
+    import torch
+
+    hardware = probe()
+    kinds = [device.kind for device in hardware.devices]
+    if asked != "auto" and asked not in kinds:
+        raise ConfigError(f"--device {asked}: this machine has {', '.join(kinds)}.", fix="Use one of these, or auto.")
+    kind = kinds[0] if asked == "auto" else asked
+    device = hardware.first(kind)  # type: ignore[arg-type]
+    if kind != "cuda" or device is None:
+        return kind, torch.float32
+    return kind, torch.bfloat16 if device.bf16 else torch.float16

@@ -1,0 +1,212 @@
+"""`stoker train`, whole: from a configuration to a tuned model, its report and a word on what to do next."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+import stoker
+from stoker.build import finish, losses, resume
+from stoker.build.data import Data, prepare_data, refuse_faults, summary
+from stoker.build.hardware import probe
+from stoker.build.model import Base, load_decoder, load_tokenizer, open_base, pad_id
+from stoker.build.run_folder import Journal, RunFolder, now, versions
+from stoker.build.session import Session
+from stoker.build.trainer import Engine, add_adapter, compute_dtype, describe, make_engine, make_trainer
+from stoker.config import show
+from stoker.config.load import Loaded
+from stoker.config.schema import RunConfig
+from stoker.observe import progress, trackers
+from stoker.observe.metrics import MetricsFile
+from stoker.observe.observer import Observer
+from stoker.plan.choose import Statistics, choose
+from stoker.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stoker.nn.decoder import Decoder
+
+_EXIT_CODES = {"finished": 0, "early stopping": 0, "interrupted": 130}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended. `losses`: split -> {"before", "after"}; `weights`: the folder of the adapter or the model."""
+
+    folder: Path
+    reason: str
+    step: int
+    seconds: float
+    losses: Mapping[str, Mapping[str, float]]
+    answers: tuple[tuple[str, str], ...]
+    weights: Path | None
+    checkpoint: Path | None
+
+    @property
+    def exit_code(self) -> int:
+        """0 when the run is done, 130 when it was interrupted and can be resumed."""
+        return _EXIT_CODES[self.reason]
+
+
+@dataclass
+class Model:
+    """What is trained: the base, its tokenizer, and the live decoder once it is loaded."""
+
+    base: Base
+    tokenizer: "PreTrainedTokenizerBase"
+    decoder: "Decoder | None" = None
+
+    def session(self, plan: Plan, description: str) -> Session:
+        """Returns the loaded model ready to answer, on the device it is trained on."""
+        assert self.decoder is not None
+        return Session(self.base, self.decoder, self.tokenizer, plan.device, compute_dtype(plan), description)
+
+
+@dataclass
+class _Notes:
+    """What `run.json` holds: facts about the run for its report, kept across a resume."""
+
+    folder: RunFolder
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, **facts: Any) -> None:
+        self.facts |= facts
+        self.folder.write_json("run.json", self.facts)
+
+
+def train(
+    loaded: Loaded,
+    *,
+    resume_run: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    model: Model | None = None,
+) -> RunResult:
+    """Trains what the configuration describes and returns how it ended; every step of the way is shown on `console`.
+
+    `model` is one that is loaded already (notebooks); None loads model.base.
+
+    Raises:
+        UserError: something the user can mend, before the first step. TrainingError: training cannot go on.
+    """
+    console = console or Console()
+    config, folder = loaded.config, RunFolder.of(loaded.config.output.folder)
+    folder.check(resume=resume_run, overwrite=overwrite)
+    changed = resume.changes(config, folder) if resume_run else []
+    _say(console, f"[bold]stoker {stoker.__version__}[/]  {describe(config)}")
+    model = model or _open(config)
+    data = prepare_data(config, model.tokenizer, console=console)
+    for split, text in summary(data.audits):
+        _say(console, f"[dim]{split:<10}[/]  {text}")
+    warnings = [*data.notices, *refuse_faults(data.audits), *changed]
+    for sentence in warnings:
+        _say(console, f"[yellow]{sentence}[/]")
+    plan = choose(config, model.base.spec, probe(), statistics=Statistics(data.longest))
+    _say(console, plan.table(), markup=False)
+    folder.claim(overwrite=overwrite)
+    notes = _Notes(folder, _read_notes(folder) if resume_run else {})
+    _write_inputs(folder, loaded, plan, data)
+    notes.add(
+        title=describe(config),
+        versions=versions(),
+        device=plan.device_name,
+        notices=[{"level": "warning", "message": sentence} for sentence in warnings],
+    )
+    return _run(config, plan, model, data, folder=folder, notes=notes, resume_run=resume_run, console=console)
+
+
+def _open(config: RunConfig) -> Model:
+    chosen = config.model
+    base = open_base(chosen.base, revision=chosen.revision)
+    return Model(base, load_tokenizer(base, override=chosen.tokenizer, chat_template=chosen.chat_template))
+
+
+def _write_inputs(folder: RunFolder, loaded: Loaded, plan: Plan, data: Data) -> None:
+    folder.write_text("config.yaml", show.to_yaml(loaded.config, loaded.origins))
+    folder.write_json("plan.json", plan.to_dict())
+    folder.write_json("audit.json", {split: audit.to_dict() for split, audit in data.audits.items()})
+
+
+def _run(
+    config: RunConfig,
+    plan: Plan,
+    model: Model,
+    data: Data,
+    *,
+    folder: RunFolder,
+    notes: _Notes,
+    resume_run: bool,
+    console: Console,
+) -> RunResult:
+    engine = _make_engine(config, plan, model, data)
+    journal = Journal()
+    with _observers(config, folder, journal, console) as observers:
+        if "before" not in notes.facts:
+            notes.add(before={split: asdict(one) for split, one in losses.measure(engine, console).items()})
+        before = {split: losses.Measured(**one) for split, one in notes.facts["before"].items()}
+        trainer = make_trainer(config, engine, folder, observers=observers, description={"title": describe(config)})
+        result = trainer.run(resume=resume_run)
+    notes.add(
+        outcome=result.reason,
+        finished=now(),
+        seconds=notes.facts.get("seconds", 0.0) + result.seconds,
+        notices=[*notes.facts["notices"], *journal.notices],
+        memory={"predicted": plan.memory.total, "measured": engine.strategy.peak_memory_bytes()},
+    )
+    if result.reason == "interrupted":
+        finish.say_interrupted(console, folder, result)
+        return RunResult(folder.path, result.reason, result.step, result.seconds, {}, (), None, result.checkpoint)
+    assert model.decoder is not None
+    is_adapter = config.adapter is not None
+    weights = finish.save_weights(model.base, model.decoder, model.tokenizer, folder, is_adapter=is_adapter)
+    after = losses.measure_again(engine, before, console)
+    pairs = {split: {"before": before[split].loss, "after": loss} for split, loss in after.items()}
+    answers = finish.answer(model.session(plan, describe(config)), config.output.questions, console)
+    notes.add(losses=pairs, answers=[{"question": question, "answer": text} for question, text in answers])
+    finish.conclude(console, folder, losses=pairs, answers=answers, weights=weights, result=result)
+    return RunResult(
+        folder.path, result.reason, result.step, result.seconds, pairs, answers, weights, result.checkpoint
+    )
+
+
+def _make_engine(config: RunConfig, plan: Plan, model: Model, data: Data) -> Engine:
+    """Loads the weights unless they are loaded, adds a new adapter, and makes everything that takes a step."""
+    import torch
+
+    torch.set_num_threads(plan.num_threads)
+    torch.manual_seed(config.train.seed)
+    if model.decoder is None:
+        dtype = compute_dtype(plan) if config.adapter is not None else torch.float32
+        model.decoder = load_decoder(model.base, device=plan.device, dtype=dtype, kernels=plan.kernels)
+        if config.adapter is not None:
+            add_adapter(model.decoder, config.adapter, seed=config.train.seed)
+    return make_engine(config, plan, model.decoder, data, pad_id=pad_id(model.tokenizer))
+
+
+@contextmanager
+def _observers(config: RunConfig, folder: RunFolder, journal: Journal, console: Console) -> Iterator[list[Observer]]:
+    """Opens everything that watches the run, and closes it whatever happens."""
+    names = config.output.trackers
+    if names == "auto":
+        names = ["tensorboard"] if trackers.is_installed("tensorboard") else []
+    watching = trackers.build(names, folder.path, run_name=folder.path.name, config=config.model_dump())
+    observers: list[Observer] = [journal, MetricsFile(folder.metrics), *watching, progress.build(console)]
+    try:
+        yield observers
+    finally:
+        for observer in observers:
+            observer.close()
+
+
+def _read_notes(folder: RunFolder) -> dict[str, Any]:
+    path = folder.path / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _say(console: Console, text: str, *, markup: bool = True) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=markup)

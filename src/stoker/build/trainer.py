@@ -1,0 +1,154 @@
+"""From a configuration, a plan, a model and documents to a `Trainer`."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stoker.build.data import Data, loader
+from stoker.build.run_folder import RunFolder
+from stoker.config.schema import Adapter, Optimizer, RunConfig, WarmupStableDecay
+from stoker.data.loader import Documents, StepLoader
+from stoker.observe.observer import Observer
+from stoker.optim import optimizers, schedules
+from stoker.plan.plan import Plan
+from stoker.tasks.supervised import SupervisedTask
+from stoker.train.loop import Trainer
+from stoker.train.settings import Checkpoints, EarlyStopping, Every, Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from stoker.data.batch import Batch
+    from stoker.distributed.single import SingleDevice
+    from stoker.nn.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs the steps: the strategy with the task prepared in it, and the batches."""
+
+    strategy: "SingleDevice"
+    train: StepLoader
+    validation: StepLoader | None
+    total_steps: int
+
+    def validation_batches(self) -> "Iterable[Batch]":
+        """Yields the held-out rows in order."""
+        return self.validation.all() if self.validation is not None else ()
+
+
+def compute_dtype(plan: Plan) -> "torch.dtype":
+    """Returns the number format of the plan's matrix products."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.precision]
+
+
+def add_adapter(decoder: "Decoder", adapter: Adapter, *, seed: int) -> None:
+    """Puts a new adapter on the model and freezes the rest."""
+    from stoker.adapters.lora import add_lora
+
+    add_lora(
+        decoder,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        targets=adapter.targets if isinstance(adapter.targets, str) else tuple(adapter.targets),
+        dropout=adapter.dropout,
+        rank_stabilized=adapter.rank_stabilized,
+        dora=adapter.kind == "dora",
+        seed=seed,
+    )
+
+
+def make_engine(config: RunConfig, plan: Plan, decoder: "Decoder", data: Data, *, pad_id: int) -> Engine:
+    """Wraps the model in its task, prepares the strategy and cuts the documents into steps."""
+    from stoker.distributed.recompute import recompute_blocks
+    from stoker.distributed.single import SingleDevice
+
+    if plan.recompute == "block":
+        recompute_blocks(decoder)
+    strategy = SingleDevice(plan.device, precision=plan.precision)
+    strategy.prepare(
+        SupervisedTask(decoder, kernels=plan.kernels),
+        lambda named: make_optimizer(named, config.train.optimizer, config.train.learning_rate),
+    )
+
+    def batches(documents: Documents) -> StepLoader:
+        return loader(config, documents, micro_batch_size=plan.micro_batch_size, pad_id=pad_id)
+
+    train = batches(data.train)
+    validation = batches(data.validation) if data.validation is not None else None
+    return Engine(strategy, train, validation, total_steps(config, train.steps_per_epoch))
+
+
+def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
+    """Returns the optimiser steps of the run: `train.steps`, or the epochs rounded up to whole steps."""
+    if config.train.steps is not None:
+        return config.train.steps
+    epochs = config.train.epochs or 1.0
+    # Rounded first: 0.1 * 30 epochs of 10 steps must not become 31 steps through a last binary digit.
+    return max(1, math.ceil(round(epochs * steps_per_epoch, 6)))
+
+
+def make_optimizer(
+    named_parameters: "Iterable[tuple[str, torch.nn.Parameter]]", chosen: Optimizer, learning_rate: float
+) -> "torch.optim.Optimizer":
+    """Returns the optimiser that the configuration names, over `named_parameters`."""
+    return optimizers.build(list(named_parameters), learning_rate=learning_rate, **chosen.model_dump())
+
+
+def make_schedule(config: RunConfig, steps: int) -> schedules.Schedule:
+    """Returns the schedule of a run of `steps`, with ratios turned into steps."""
+    chosen = config.train.schedule
+    warmup = chosen.warmup_steps
+    if warmup is None:
+        warmup = math.ceil((chosen.warmup_ratio or 0.0) * steps)
+    decay = math.ceil(chosen.decay_ratio * steps) if isinstance(chosen, WarmupStableDecay) else None
+    floor = getattr(chosen, "floor", 0.0)
+    return schedules.build(chosen.kind, steps, warmup_steps=min(warmup, steps), floor=floor, decay_steps=decay)
+
+
+def make_trainer(
+    config: RunConfig,
+    engine: Engine,
+    folder: RunFolder,
+    *,
+    observers: Sequence[Observer],
+    description: Mapping[str, str] | None = None,
+) -> Trainer:
+    """Returns the trainer of a run, which saves its checkpoints in `folder`."""
+    train, output = config.train, config.output
+    stopping = train.early_stopping
+    settings = Settings(
+        total_steps=engine.total_steps,
+        learning_rate=train.learning_rate,
+        schedule=make_schedule(config, engine.total_steps),
+        max_gradient_norm=train.max_gradient_norm,
+        evaluate=Every(train.evaluate_every_steps, train.evaluate_every_epochs),
+        early_stopping=EarlyStopping(stopping.patience, stopping.min_improvement) if stopping else None,
+        log_every_steps=train.log_every_steps,
+    )
+    return Trainer(
+        engine.strategy,
+        engine.train,
+        settings=settings,
+        validation=engine.validation_batches if engine.validation is not None else None,
+        checkpoints=Checkpoints(
+            folder.checkpoints,
+            Every(output.save_every_steps, output.save_every_epochs),
+            keep_last=output.keep_last,
+            keep_best=output.keep_best,
+        ),
+        observers=observers,
+        description=description,
+    )
+
+
+def describe(config: RunConfig) -> str:
+    """Returns what the run does in a few words: "LoRA of rank 16 on builtin:tiny-llama"."""
+    adapter: Any = config.adapter
+    if adapter is None:
+        return f"full fine-tuning of {config.model.base}"
+    name = {"lora": "rsLoRA" if adapter.rank_stabilized else "LoRA", "dora": "DoRA"}[adapter.kind]
+    return f"{name} of rank {adapter.rank} on {config.model.base}"

@@ -1,0 +1,193 @@
+"""What can be said of a run before anything is loaded: whether its names lead somewhere, and what it will do."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import stoker
+from stoker.arch import families
+from stoker.arch.spec import ArchSpec
+from stoker.cli import places
+from stoker.config.document import Path as ConfigPath
+from stoker.config.document import dotted
+from stoker.config.load import Loaded
+from stoker.config.schema import RunConfig, Source
+from stoker.errors import ModelError, Problem
+from stoker.plan import limits
+
+BUILTIN = "builtin:"
+
+
+def look(loaded: Loaded) -> tuple[ArchSpec | None, list[Problem]]:
+    """Returns the model's architecture where it lies on this disk, and what is wrong with the names in the YAML."""
+    config = loaded.config
+    spec, problems = _model(config)
+    found = [*problems, *_files(config)]
+    placed = [Problem(problem.what, problem.where or loaded.origins.get(path), problem.fix) for path, problem in found]
+    return spec, placed
+
+
+def _model(config: RunConfig) -> tuple[ArchSpec | None, list[tuple[ConfigPath, Problem]]]:
+    path: ConfigPath = ("model", "base")
+    base = config.model.base
+    try:
+        spec = local_spec(base)
+    except ModelError as error:
+        return None, [(path, problem) for problem in error.problems]
+    return spec, limits.problems(config, spec) if spec else []
+
+
+def local_spec(base: str) -> ArchSpec | None:
+    """Returns the architecture of a model whose config.json lies on this disk, or None when it is still to be fetched.
+
+    Raises:
+        ModelError: `base` can be no model, or its config.json is broken or of an architecture that is not native.
+    """
+    folder = _model_folder(base)
+    return _read_spec(folder) if folder else None
+
+
+def _model_folder(base: str) -> Path | None:
+    """Returns the model's folder, or None when it is still to be fetched or made."""
+    if base.startswith(BUILTIN):
+        from stoker import builtin
+
+        name = base.removeprefix(BUILTIN)
+        if name not in builtin.model_names():
+            known = ", ".join(BUILTIN + known for known in builtin.model_names())
+            raise ModelError(f"model.base = {base}: there is no such built-in model.", fix=f"Known: {known}.")
+        folder = builtin.default_folder(name)
+        return folder if (folder / "config.json").exists() else None
+    folder = Path(base).expanduser()
+    if folder.is_file():
+        raise ModelError(f"model.base = {base} is a file.", fix="Name the folder that holds config.json.")
+    if folder.is_dir():
+        return folder
+    if places.may_be_model_id(base):
+        return None
+    what, fix = places.missing(base)
+    raise ModelError(f"model.base: {what}.", fix=fix)
+
+
+def _read_spec(folder: Path) -> ArchSpec:
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"model.base = {folder}: the folder holds no config.json.",
+            fix="Name the folder that a model was saved in, with its config.json and *.safetensors.",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}.", fix="Fetch or save the model again.") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{file} is not a JSON object.", fix="Fetch or save the model again.")
+    return families.read(values, str(file))
+
+
+def _files(config: RunConfig) -> Iterator[tuple[ConfigPath, Problem]]:
+    """Yields what is wrong with the data's and the tokenizer's names."""
+    for path, source in _sources(config):
+        problem = _source(source, dotted(path))
+        if problem:
+            yield (*path, "path"), problem
+    tokenizer, template = config.model.tokenizer, config.model.chat_template
+    if tokenizer and not places.exists(tokenizer) and not places.may_be_model_id(tokenizer):
+        what, fix = places.missing(tokenizer)
+        yield ("model", "tokenizer"), Problem(f"model.tokenizer: {what}.", fix=fix)
+    if template and template not in shipped_templates() and not places.exists(template):
+        known = ", ".join(shipped_templates())
+        what = f"model.chat_template = {template} is neither a template that comes with Stoker nor a file."
+        yield ("model", "chat_template"), Problem(what, fix=f"Use one of {known}, or name a Jinja file.")
+
+
+def shipped_templates() -> tuple[str, ...]:
+    """Returns the names of the chat templates that come with Stoker."""
+    folder = Path(stoker.__file__).parent / "data" / "templates"
+    return tuple(sorted(file.stem for file in folder.glob("*.jinja")))
+
+
+def _sources(config: RunConfig) -> list[tuple[ConfigPath, Source]]:
+    found: list[tuple[ConfigPath, Source]] = [(("data", "train", i), one) for i, one in enumerate(config.data.train)]
+    if isinstance(config.data.validation, list):
+        found += [(("data", "validation", i), one) for i, one in enumerate(config.data.validation)]
+    return found
+
+
+def _source(source: Source, where: str) -> Problem | None:
+    name = source.path
+    if name.startswith(BUILTIN):
+        from stoker import builtin
+
+        known = [BUILTIN + known for known in builtin.row_names()]
+        unknown = name not in known
+        return Problem(f"{where}: there are no rows {name}.", fix=f"Known: {', '.join(known)}.") if unknown else None
+    if not places.exists(name):
+        what, fix = places.missing(name)
+        return None if places.may_be_dataset_id(name) else Problem(f"{where}: {what}.", fix=fix)
+    path = Path(name).expanduser()
+    if not places.is_pattern(name) and path.is_file() and path.stat().st_size == 0:
+        return Problem(f"{where}: {name} is empty.", fix="Name a file with rows in it.")
+    return None
+
+
+def summary(config: RunConfig, spec: ArchSpec | None) -> list[tuple[str, str]]:
+    """Returns what the run will do, as short lines with their headings."""
+    return [
+        ("model", _model_line(config, spec)),
+        ("trains", _trained_line(config)),
+        ("data", _data_line(config)),
+        ("for", _length_line(config)),
+        ("output", _output_line(config)),
+    ]
+
+
+def _model_line(config: RunConfig, spec: ArchSpec | None) -> str:
+    base = config.model.base
+    if spec is not None:
+        from stoker.arch import arithmetic
+
+        return f"{base}: {spec.family}, {arithmetic.num_parameters(spec) / 1e6:,.1f} million parameters"
+    return base if base.startswith(BUILTIN) else f"{base}: no folder of this name here, so it is taken for a Hub id"
+
+
+def _trained_line(config: RunConfig) -> str:
+    adapter = config.adapter
+    if adapter is None:
+        return "every weight"
+    name = {"lora": "LoRA", "dora": "DoRA"}[adapter.kind]
+    targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+    return f"{name} of rank {adapter.rank} on {targets}; the base stays frozen"
+
+
+def _data_line(config: RunConfig) -> str:
+    data = config.data
+    names = [source.path for source in data.train]
+    hub = [name for name in names if not name.startswith(BUILTIN) and not places.exists(name)]
+    held_out = data.validation
+    if isinstance(held_out, list):
+        rest = f"validated on {', '.join(source.path for source in held_out)}"
+    elif held_out is None:
+        rest = "no validation"
+    else:
+        rest = f"{held_out:.1%} held out" if isinstance(held_out, float) else f"{held_out} rows held out"
+    packing = "packed into" if data.packing else "in"
+    taken = f" ({', '.join(hub)}: not found here, taken for a Hub id)" if hub else ""
+    return f"{', '.join(names)}{taken}; {rest}; {packing} sequences of {data.sequence_length} tokens"
+
+
+def _length_line(config: RunConfig) -> str:
+    train = config.train
+    length, unit = (train.steps, "step") if train.steps else (train.epochs or 1.0, "epoch")
+    return (
+        f"{length:g} {unit}{'' if length == 1 else 's'} of {train.batch_size} sequences a step; "
+        f"learning rate {train.learning_rate:g}, {train.schedule.kind} schedule, {train.optimizer.kind}"
+    )
+
+
+def _output_line(config: RunConfig) -> str:
+    from stoker.build.run_folder import RunFolder
+
+    folder = RunFolder(Path(config.output.folder).expanduser())
+    holds_run = folder.config.exists() or folder.checkpoints.exists()
+    return f"{folder.path}{' (holds a run already: train with --resume or --overwrite)' if holds_run else ''}"
