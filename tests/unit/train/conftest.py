@@ -1,0 +1,15 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+TOY = Path(__file__).parent / "toy.py"
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """The module beside this file: a tiny model, its rows and the pieces of a trainer."""
+    spec = importlib.util.spec_from_file_location("toy_for_train_tests", TOY)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
