@@ -1,14 +1,13 @@
-import math
 import subprocess
 import sys
-import time
 
 import pytest
 
 from stoker.cli import check
 from stoker.errors import ConfigError
 
-IMPORTED = "import sys; print('FRAMEWORKS', *{'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules))"
+FRAMEWORKS = {"torch", "transformers", "datasets", "peft"}
+REPORT = f"import sys, time; print(time.process_time(), *{FRAMEWORKS} & set(sys.modules))"
 
 
 def problems(path, *overrides):
@@ -92,12 +91,9 @@ def test_a_folder_that_holds_a_run_is_mentioned(write_run, here, capsys):
 
 def test_checking_takes_under_a_second_and_imports_no_framework(write_run):
     path = write_run(extra="adapter: {rank: 4}")
-    code = f"from pathlib import Path; from stoker.cli import check; check.command(Path({str(path)!r}), []); {IMPORTED}"
-    seconds = [math.inf]
-    # The fastest of three: other processes may slow any one of them.
-    while seconds[-1] >= 1.0 and len(seconds) <= 3:
-        start = time.perf_counter()
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-        assert result.stdout.splitlines()[-1] == "FRAMEWORKS"
-    assert min(seconds) < 1.0
+    code = f"from pathlib import Path; from stoker.cli import check; check.command(Path({str(path)!r}), []); {REPORT}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, *frameworks = result.stdout.splitlines()[-1].split()
+    assert frameworks == []
+    # Of the processor's time, start of Python included: a busy machine must not fail this.
+    assert float(seconds) < 1.0
