@@ -10,13 +10,19 @@ in blocks of queries, each against the keys within reach: the only masks are [bl
 precision, packed rows take `torch.nn.attention.varlen`.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from stoker.kernels.triton_support import check_implementation
 
 DocumentLengths = Sequence[Sequence[int]]
 
@@ -59,11 +65,32 @@ def attention(
 
     q: [B, T, H, E]; k, v: [B, T, K, E] with H a multiple of K. `document_lengths`: for each row the lengths of its
     documents, which sum to T; None: a row is one document. `window`: a position sees itself and the `window - 1` before
-    it. `scale`: of the scores, by default E^-½. Raises ValueError for an unknown implementation, and for lengths that
-    do not sum to T.
+    it. `scale`: of the scores, by default E^-½. `implementation`: "reference" or "triton". Raises ValueError for an
+    unknown implementation, and for lengths that do not sum to T.
     """
-    if implementation != "reference":
-        raise ValueError(f"attention has no implementation {implementation!r}; known: reference")
+    with _fastest_kernels(q) if check_implementation(implementation) else nullcontext():
+        return _attention(q, k, v, document_lengths=document_lengths, window=window, scale=scale)
+
+
+def _fastest_kernels(q: Tensor) -> AbstractContextManager[None]:
+    """Lets `scaled_dot_product_attention` choose in the order of speed on the device of `q`."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return nullcontext()
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if torch.cuda.get_device_capability(q.device) >= (9, 0):
+        order.insert(0, SDPBackend.CUDNN_ATTENTION)
+    return sdpa_kernel(order, set_priority=True)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    document_lengths: DocumentLengths | None,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
     batch, length = q.shape[:2]
     if document_lengths is None:
         return _one_document(q, k, v, window, scale)
