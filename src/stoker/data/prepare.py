@@ -11,10 +11,11 @@ import numpy as np
 from stoker.data import cache, formats, sources, template
 from stoker.data.audit import Audit, Tally
 from stoker.data.formats import Conversation, Text
+from stoker.data.marks import Rendered
 from stoker.data.pack import split_long
 from stoker.data.prepared import Prepared, Selection
 from stoker.data.readers import Row
-from stoker.data.template import ChatTemplate, Rendered
+from stoker.data.template import ChatTemplate
 from stoker.data.tokenize import Document, Piece, Tokenizer, spans_to_train
 from stoker.errors import DataError
 
@@ -247,7 +248,8 @@ class _Job:
         by_tags = self.template.has_generation_tags and self.train_on == ("assistant",)
         if not by_tags:
             self._refuse_tool_calls(converted)
-        rendered = self.template.render(converted.messages, tools=converted.tools)
+        roles = None if "all" in self.train_on else self.train_on
+        rendered = self.template.render(converted.messages, tools=converted.tools, roles=roles)
         self._count_roles(converted, rendered)
         spans = spans_to_train(rendered, train_on=self.train_on, use_generated=by_tags)
         return Piece(rendered.text, spans, tuple((turn.start, turn.end) for turn in rendered.turns))

@@ -9,66 +9,26 @@ text and every position, in time linear in the conversation.
 Marks change what a template sees, so a template that looks into contents (`startswith`, `split`, ...) could render
 otherwise. The text that Transformers renders from the unmarked messages is the truth: the first rows of a dataset are
 compared with it, and every row if the template does more with contents than print and trim them. Where the two
-differ, contents are searched for, in order, in Transformers' text.
+differ, only the contents that train are marked, and if that does not help, contents are searched for, in order, in
+Transformers' text.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from stoker.data.template_engine import GENERATED_CLOSE, GENERATED_OPEN, only_prints_contents, parse
+from stoker.data import marks
+from stoker.data.marks import Rendered, Slot, Turn
+from stoker.data.template_engine import only_prints_contents, parse
 from stoker.errors import DataError
 
 NAMED = ("alpaca", "chatml", "llama2", "llama3", "mistral")
 CHECKED_ROWS = 32
-
-_MARKED_KEYS = ("reasoning_content", "thinking", "reasoning", "instruction", "input", "content")
-_OPEN, _CLOSE, _MAX_SLOTS = 0xF0000, 0x100000, 0xFF00
-_SPACE = "\u205f"
-_RESERVED = re.compile("[\U000f0000-\U0010ffff]")
-_MARKS = re.compile(
-    f"(?P<lead>{_SPACE}*)(?P<open>[\U000f0000-\U000fffff])"
-    f"|(?P<close>[\U00100000-\U0010feff])(?P<trail>{_SPACE}*)"
-    f"|{GENERATED_OPEN}|{GENERATED_CLOSE}"
-)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """The content of message number `message` stands at `text[start:end]`."""
-
-    message: int
-    role: str
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation's text, where its contents are (in the text's order), and what `{% generation %}` encloses.
-
-    `searched`: the contents were searched for, because marking would have changed the text.
-    """
-
-    text: str
-    turns: tuple[Turn, ...]
-    generated: tuple[tuple[int, int], ...] = ()
-    searched: bool = False
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """One marked string of a message: outer white space and core."""
-
-    message: int
-    lead: str
-    core: str
-    trail: str
 
 
 class ChatTemplate:
@@ -91,6 +51,7 @@ class ChatTemplate:
         self.has_generation_tags = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
         self._checks_all_rows = not only_prints_contents(tree)
         self._mentions_tools = "tools" in source
+        self._looks_like_marks = marks.MARK.search(source) is not None
         self._rows_seen = 0
 
     @property
@@ -100,11 +61,18 @@ class ChatTemplate:
             return "its generation tags"
         return "marks, every row checked" if self._checks_all_rows else "marks"
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any] | None = None) -> Rendered:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        roles: Collection[str] | None = None,
+    ) -> Rendered:
         """Returns the conversation's text and positions.
 
-        Messages are mappings with `role` and `content`; other keys go to the template as they are. Raises DataError
-        (without a place) if the template refuses the conversation or does not print it faithfully.
+        Messages are mappings with `role` and `content`; other keys go to the template as they are. `roles` are those
+        whose positions matter most (None: all): if a template trips over marks in other messages, it is tried without.
+        Raises DataError (without a place) if the template refuses the conversation or does not print it faithfully.
         """
         if tools and not self._mentions_tools:
             raise DataError(
@@ -113,23 +81,36 @@ class ChatTemplate:
             )
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
         self._rows_seen += 1
-        marked, slots = _mark(plain)
-        if marked is None:
+        stand_ins = marks.stand_ins(plain)
+        if self._looks_like_marks or stand_ins is None or not marks.can_be_marked(plain, tools):
             return _search(self._render_plain(plain, tools), plain)
-        marked_text = self._render_marked(marked, tools)
-        rendered = _unmark(marked_text, slots, plain)
-        if self._checks_all_rows or self._rows_seen <= CHECKED_ROWS or any(not slot.core for slot in slots):
-            truth = self._render_plain(plain, tools)
-            if truth != rendered.text:
-                return _search(truth, plain)
-        return rendered
+        rendered, slots = self._render_marked(plain, tools, stand_ins, None)
+        is_sure = not self._checks_all_rows and self._rows_seen > CHECKED_ROWS
+        if is_sure and not stand_ins and all(slot.core for slot in slots):
+            return rendered
+        truth = self._render_plain(plain, tools)
+        if rendered.text != truth and roles is not None:
+            rendered, _ = self._render_marked(plain, tools, stand_ins, roles)
+        return rendered if rendered.text == truth else _search(truth, plain)
 
-    def _render_marked(self, messages: list[dict[str, Any]], tools: Sequence[Any] | None) -> str:
+    def _render_marked(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[Any] | None,
+        stand_ins: dict[str, str],
+        roles: Collection[str] | None,
+    ) -> tuple[Rendered, list[Slot]]:
+        marked, slots = marks.mark(messages, str.maketrans(stand_ins), roles)
         variables = self._variables | ({"tools": list(tools)} if tools else {})
         try:
-            return self._template.render(messages=messages, add_generation_prompt=False, **variables)
+            text = self._template.render(messages=marked, add_generation_prompt=False, **variables)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise _refused(error) from error
+        rendered = marks.unmark(text, slots, messages)
+        if stand_ins:
+            back = str.maketrans({stand_in: original for original, stand_in in stand_ins.items()})
+            rendered = replace(rendered, text=rendered.text.translate(back))
+        return rendered, slots
 
     def _render_plain(self, messages: list[dict[str, Any]], tools: Sequence[Any] | None) -> str:
         try:
@@ -190,109 +171,6 @@ def _template_variables(tokenizer: Any) -> dict[str, Any]:
 
 def _refused(error: Exception) -> DataError:
     return DataError(f"the chat template refuses this conversation: {error}")
-
-
-def _mark(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]] | None, list[_Slot]]:
-    """Returns copies of the messages with marked contents, and the slots; None if a text holds marks already."""
-    marked, slots = [], []
-    for index, message in enumerate(messages):
-        copy = dict(message)
-        for key in _MARKED_KEYS:
-            text = message.get(key)
-            if not isinstance(text, str) or (not text and key != "content"):
-                continue
-            if not text.isascii() and _RESERVED.search(text):
-                return None, []
-            core = text.strip()
-            start = text.find(core) if core else 0
-            slot = _Slot(index, text[:start], core, text[start + len(core) :])
-            number = len(slots)
-            copy[key] = "".join(
-                (_SPACE * len(slot.lead), chr(_OPEN + number), core, chr(_CLOSE + number), _SPACE * len(slot.trail))
-            )
-            slots.append(slot)
-        marked.append(copy)
-    return (marked, slots) if len(slots) < _MAX_SLOTS else (None, [])
-
-
-def _unmark(marked: str, slots: list[_Slot], messages: list[dict[str, Any]]) -> Rendered:
-    """Takes the marks out of a rendered text, restores outer white space and notes where everything stands."""
-    pieces: list[str] = []
-    length = position = 0
-    opened: dict[int, int] = {}
-    spans: list[tuple[int, int | None, int | None]] = []  # slot, start, end; None where the template cut a mark off
-    generated: list[tuple[int, int]] = []
-    generation_start = 0
-    for mark in _MARKS.finditer(marked):
-        piece = marked[position : mark.start()]
-        position = mark.end()
-        pieces.append(piece)
-        length += len(piece)
-        if mark["open"]:
-            number = ord(mark["open"]) - _OPEN
-            kept = len(mark["lead"])
-            pieces.append(slots[number].lead[len(slots[number].lead) - kept :])
-            opened[number] = length
-            length += kept
-        elif mark["close"]:
-            number = ord(mark["close"]) - _CLOSE
-            trail = slots[number].trail[: len(mark["trail"])]
-            pieces.append(trail)
-            length += len(trail)
-            spans.append((number, opened.pop(number, None), length))
-        elif mark[0] == GENERATED_OPEN:
-            generation_start = length
-        else:
-            generated.append((generation_start, length))
-    pieces.append(marked[position:])
-    text = "".join(pieces)
-    spans.extend((number, start, None) for number, start in opened.items())
-    return Rendered(text, _turns(text, spans, slots, messages), tuple(generated))
-
-
-def _turns(
-    text: str,
-    spans: list[tuple[int, int | None, int | None]],
-    slots: list[_Slot],
-    messages: list[dict[str, Any]],
-) -> tuple[Turn, ...]:
-    """Joins the spans of each message that follow one another (reasoning and answer) into one turn."""
-    whole = sorted(
-        (*_repaired(text, start, end, slots[number].core), slots[number].message) for number, start, end in spans
-    )
-    turns: list[Turn] = []
-    for start, end, message in whole:
-        if turns and turns[-1].message == message:
-            turns[-1] = replace(turns[-1], end=max(end, turns[-1].end))
-        else:
-            turns.append(Turn(message, str(messages[message].get("role")), start, end))
-    return tuple(turns)
-
-
-def _repaired(text: str, start: int | None, end: int | None, core: str) -> tuple[int, int]:
-    """Finds the end of a span whose mark the template cut off, as it does with thoughts before the answer."""
-    if start is None:
-        assert end is not None
-        return end - _common_suffix(text, end, core), end
-    return start, start + _common_prefix(text, start, core) if end is None else end
-
-
-def _common_suffix(text: str, end: int, core: str) -> int:
-    """Returns how much of the end of `core` stands before `text[end]`; a part of it is taken without leading space."""
-    count = 0
-    while count < len(core) and count < end and text[end - 1 - count] == core[-1 - count]:
-        count += 1
-    if count < len(core):
-        count = len(core[len(core) - count :].lstrip())
-    return count
-
-
-def _common_prefix(text: str, start: int, core: str) -> int:
-    """Returns how much of the beginning of `core` stands at `text[start]`; a part is taken without trailing space."""
-    count = 0
-    while count < len(core) and start + count < len(text) and text[start + count] == core[count]:
-        count += 1
-    return count if count == len(core) else len(core[:count].rstrip())
 
 
 def _search(text: str, messages: list[dict[str, Any]]) -> Rendered:

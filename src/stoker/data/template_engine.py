@@ -37,7 +37,8 @@ def parse(source: str) -> tuple[jinja2.Template, nodes.Template]:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals.update({"raise_exception": _raise_exception, "strftime_now": _strftime_now})
+    functions: dict[str, Any] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    environment.globals.update(functions)
     return environment.from_string(source), environment.parse(source)
 
 

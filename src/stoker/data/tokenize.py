@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stoker.data.template import Rendered
+from stoker.data.marks import Rendered
 from stoker.errors import DataError
 
 

@@ -1,0 +1,198 @@
+"""Marks that follow contents through a chat template's render (`stoker.data.template` says why and how).
+
+A content's core stands between two private-use characters that carry its number: U+F0000 + n before, U+100000 + n
+behind. Runs of two rare white-space characters stand for the white space around it.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stoker.data.template_engine import GENERATED_CLOSE, GENERATED_OPEN
+
+_MARKED_KEYS = ("reasoning_content", "thinking", "reasoning", "instruction", "input", "content")
+_OPEN, _CLOSE, _MAX_SLOTS = 0xF0000, 0x100000, 0xFF00
+# Rare white space that stands for what surrounds a core: one for before, one for after, so that neighbours stay apart.
+_LEAD, _TRAIL = "\u205f", "\u2007"
+# Templates cut thoughts out of contents or print them anew, so what follows such a tag is marked as a beginning too.
+_THOUGHT = re.compile(r"</?think>\s*")
+MARK = re.compile("([\U000f0000-\U0010ffff])")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The content of message number `message` stands at `text[start:end]`."""
+
+    message: int
+    role: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation's text, where its contents are (in the text's order), and what `{% generation %}` encloses.
+
+    `searched`: the contents were searched for, because marking would have changed the text.
+    """
+
+    text: str
+    turns: tuple[Turn, ...]
+    generated: tuple[tuple[int, int], ...] = ()
+    searched: bool = False
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One marked string of a message: outer white space and core."""
+
+    message: int
+    lead: str
+    core: str
+    trail: str
+
+
+def can_be_marked(messages: list[dict[str, Any]], tools: Sequence[Any] | None) -> bool:
+    """Whether there are numbers enough, and no private-use characters where they cannot be replaced for the render."""
+    others = [
+        {key: value for key, value in message.items() if key not in _MARKED_KEYS and key != "role"}
+        for message in messages
+    ]
+    if any(others) or tools:
+        text = json.dumps([others, tools], ensure_ascii=False, default=str)
+        if MARK.search(text):
+            return False
+    return len(messages) * len(_MARKED_KEYS) < _MAX_SLOTS and not any(MARK.search(str(m.get("role"))) for m in messages)
+
+
+def stand_ins(messages: list[dict[str, Any]]) -> dict[str, str] | None:
+    """Returns what stands in, during the render, for characters of the contents that look like marks (icon fonts).
+
+    None if there are too many of them.
+    """
+    texts = [
+        text
+        for message in messages
+        for key in _MARKED_KEYS
+        if isinstance(text := message.get(key), str) and not text.isascii()
+    ]
+    reserved = {character for text in texts for character in MARK.findall(text)}
+    if not reserved:
+        return {}
+    used = set("".join(texts))
+    free = [chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used]
+    return dict(zip(sorted(reserved), free, strict=False)) if len(reserved) <= len(free) else None
+
+
+def mark(
+    messages: list[dict[str, Any]], stand_ins: Mapping[int, str], roles: Collection[str] | None
+) -> tuple[list[dict[str, Any]], list[Slot]]:
+    """Returns copies of the messages, with the contents of `roles` (None: all) marked, and the slots."""
+    marked, slots = [], []
+    for index, message in enumerate(messages):
+        copy = dict(message)
+        for key in _MARKED_KEYS:
+            text = message.get(key)
+            if not isinstance(text, str) or (not text and key != "content"):
+                continue
+            if stand_ins:
+                text = text.translate(stand_ins)
+            copy[key] = text
+            if roles is None or message.get("role") in roles:
+                core = text.strip()
+                start = text.find(core) if core else 0
+                slot = Slot(index, text[:start], core, text[start + len(core) :])
+                number = len(slots)
+                opening, closing = chr(_OPEN + number), chr(_CLOSE + number)
+                if "think>" in core:
+                    core = _THOUGHT.sub(lambda tag, opening=opening: tag[0] + opening, core)
+                copy[key] = f"{_LEAD * len(slot.lead)}{opening}{core}{closing}{_TRAIL * len(slot.trail)}"
+                slots.append(slot)
+        marked.append(copy)
+    return marked, slots
+
+
+def unmark(marked: str, slots: list[Slot], messages: list[dict[str, Any]]) -> Rendered:
+    """Takes the marks out of a rendered text, restores outer white space and notes where everything stands."""
+    first, *rest = MARK.split(marked)
+    pieces, length = [first], len(first)
+    opened: dict[int, int] = {}
+    spans: list[tuple[int, int | None, int | None]] = []  # slot, start, end; None where the template cut a mark off
+    generated: list[tuple[int, int]] = []
+    generation_start = 0
+    for mark, following in zip(rest[::2], rest[1::2], strict=True):
+        piece = following
+        if mark == GENERATED_OPEN:
+            generation_start = length
+        elif mark == GENERATED_CLOSE:
+            generated.append((generation_start, length))
+        elif ord(mark) < _CLOSE:
+            number = ord(mark) - _OPEN
+            if number not in opened:
+                opened[number] = length - _kept_lead(pieces, slots[number].lead)
+        else:
+            number = ord(mark) - _CLOSE
+            trail = min(len(piece) - len(piece.lstrip(_TRAIL)), len(slots[number].trail))
+            piece = slots[number].trail[:trail] + piece[trail:]
+            spans.append((number, opened.pop(number, None), length + trail))
+        pieces.append(piece)
+        length += len(piece)
+    spans.extend((number, start, None) for number, start in opened.items())
+    text = "".join(pieces)
+    return Rendered(text, _turns(text, spans, slots, messages), tuple(generated))
+
+
+def _kept_lead(pieces: list[str], lead: str) -> int:
+    """Restores the leading white space that the template kept, at the end of the pieces; returns how much it is."""
+    last = pieces[-1]
+    kept = min(len(last) - len(last.rstrip(_LEAD)), len(lead))
+    if kept:
+        pieces[-1] = last[:-kept] + lead[-kept:]
+    return kept
+
+
+def _turns(
+    text: str,
+    spans: list[tuple[int, int | None, int | None]],
+    slots: list[Slot],
+    messages: list[dict[str, Any]],
+) -> tuple[Turn, ...]:
+    """Joins the spans of each message that follow one another (reasoning and answer) into one turn."""
+    whole = sorted(
+        (*_repaired(text, start, end, slots[number].core), slots[number].message) for number, start, end in spans
+    )
+    turns: list[Turn] = []
+    for start, end, message in whole:
+        if turns and turns[-1].message == message:
+            turns[-1] = replace(turns[-1], end=max(end, turns[-1].end))
+        else:
+            turns.append(Turn(message, str(messages[message].get("role")), start, end))
+    return tuple(turns)
+
+
+def _repaired(text: str, start: int | None, end: int | None, core: str) -> tuple[int, int]:
+    """Finds the end of a span whose mark the template cut off, as it does with thoughts before the answer."""
+    if start is None:
+        assert end is not None
+        return end - _common_suffix(text, end, core), end
+    return start, start + _common_prefix(text, start, core) if end is None else end
+
+
+def _common_suffix(text: str, end: int, core: str) -> int:
+    """Returns how much of the end of `core` stands before `text[end]`; a part of it is taken without leading space."""
+    count = 0
+    while count < len(core) and count < end and text[end - 1 - count] == core[-1 - count]:
+        count += 1
+    if count < len(core):
+        count = len(core[len(core) - count :].lstrip())
+    return count
+
+
+def _common_prefix(text: str, start: int, core: str) -> int:
+    """Returns how much of the beginning of `core` stands at `text[start]`; a part is taken without trailing space."""
+    count = 0
+    while count < len(core) and start + count < len(text) and text[start + count] == core[count]:
+        count += 1
+    return count if count == len(core) else len(core[:count].rstrip())
