@@ -72,7 +72,7 @@ def attention(
         return _attention(q, k, v, document_lengths=document_lengths, window=window, scale=scale)
 
 
-def _fastest_kernels(q: Tensor) -> AbstractContextManager[None]:
+def _fastest_kernels(q: Tensor) -> AbstractContextManager[Any]:
     """Lets `scaled_dot_product_attention` choose in the order of speed on the device of `q`."""
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
         return nullcontext()
