@@ -49,12 +49,21 @@ class ToyTask(nn.Module):
         return ToyResult(error.sum(), error.numel(), {"largest": error.max().detach()})
 
 
-def make_strategy(kind="adamw", *, precision="fp32", dropout=0.0, seed=0):
+def make_strategy(kind="adamw", *, precision="fp32", dropout=0.0, seed=0, device="cpu"):
     torch.manual_seed(seed)
-    strategy = SingleDevice("cpu", precision=precision)
+    strategy = SingleDevice(device, precision=precision)
     task = ToyTask(dropout=dropout)
     strategy.prepare(task, partial(optimizers.build, kind=kind, learning_rate=1e-2))
     return strategy, task
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are several times slower when two threads share them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -188,3 +188,38 @@ def test_peak_memory_is_this_process_in_bytes(toy_strategy):
     strategy, _ = toy_strategy()
     # A Python process with torch loaded takes more than 50 MiB and, in these tests, less than 16 GiB.
     assert 50 * 2**20 < strategy.peak_memory_bytes() < 16 * 2**30
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestCuda:
+    @pytest.mark.parametrize("kind", optimizers.KINDS)
+    @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+    def test_loading_into_a_fresh_strategy_goes_on_bit_for_bit(self, toy_strategy, toy_batch, kind, precision):
+        if kind == "adamw_8bit":
+            pytest.importorskip("bitsandbytes")
+        strategy, task = toy_strategy(kind, precision=precision, device="cuda")
+        take_steps(strategy, toy_batch(4), 2)
+        state = strategy.state()
+        # As a checkpoint would: by way of the CPU.
+        state = StrategyState(
+            {name: tensor.cpu() for name, tensor in state.weights.items()},
+            {name: tensor.cpu() for name, tensor in state.optimizer.items()},
+            state.values,
+        )
+        fresh, fresh_task = toy_strategy(kind, precision=precision, device="cuda", seed=1)
+        fresh_task.frozen.load_state_dict(task.frozen.state_dict())
+        fresh.load_state(state)
+        for each in (strategy, fresh):
+            take_steps(each, toy_batch(4, seed=3), 2)
+        for ours, theirs in zip(task.parameters(), fresh_task.parameters(), strict=True):
+            assert ours.device.type == "cuda"
+            assert torch.equal(ours, theirs)
+
+    def test_peak_memory_is_the_devices(self, toy_strategy, toy_batch):
+        strategy, _ = toy_strategy(device="cuda")
+        take_steps(strategy, toy_batch(4), 1)
+        before = strategy.peak_memory_bytes()
+        block = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+        assert strategy.peak_memory_bytes() >= 2**28
+        assert strategy.peak_memory_bytes() > before
+        del block

@@ -2,8 +2,18 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 TOY = Path(__file__).parent / "toy.py"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are several times slower when two threads share them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -131,3 +131,34 @@ def test_the_message_of_this_machines_own_allocator_is_recognised():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_real_lack_of_device_memory_is_split_and_loss_and_gradients_are_unchanged(toy):
+    """Activations that each row needs 256 MiB for, on a device that may use 2 GiB: eight rows fail, two fit."""
+    total = torch.cuda.get_device_properties(0).total_memory
+
+    def run(limit_bytes):
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total))
+        strategy, task = toy.make_strategy(device="cuda")
+        model, notices = task.model, []
+        model.hidden.register_forward_hook(lambda module, inputs, output: output + hungry(output))
+        results = MemoryGuard(strategy, notices.append).forward_backward(toy.ToyLoader().step(0), 30.0)
+        return sum(result.loss_sum.item() for result in results), gradients(task), notices
+
+    def hungry(output):
+        rows = torch.ones(output.shape[0], 2**26, device="cuda", requires_grad=True)
+        return (rows.square() * 0.0).sum(1).reshape(-1, 1, 1)
+
+    try:
+        loss, found, notices = run(2 * 2**30)
+        expected_loss, expected, none = run(total)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert none == []
+    assert len(notices) >= 1
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for name, gradient in expected.items():
+        # Only the order of fp32 sums differs.
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)

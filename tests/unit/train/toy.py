@@ -62,9 +62,9 @@ def make_batch(ids, targets):
     return Batch(ids, targets, None, ids.numel(), int((targets != -100).sum()))
 
 
-def make_strategy(*, kind="adamw", dropout=0.0, precision="fp32", seed=0):
+def make_strategy(*, kind="adamw", dropout=0.0, precision="fp32", seed=0, device="cpu"):
     torch.manual_seed(seed)
-    strategy = SingleDevice("cpu", precision=precision)
+    strategy = SingleDevice(device, precision=precision)
     task = SupervisedTask(ToyModel(dropout=dropout))
     strategy.prepare(task, partial(optimizers.build, kind=kind, learning_rate=1e-2))
     return strategy, task
