@@ -75,15 +75,14 @@ class _RmsNorm(torch.autograd.Function):
         wide = x if x.dtype == torch.float32 else x.float()
         grad = grads[0] if grads[0].dtype == torch.float32 else grads[0].float()
         grad_x = grad_weight = None
+        # dy · x serves both sums, each of them then a matrix-vector product.
+        product = grad * wide
         if ctx.needs_input_grad[1]:
-            # Σ_rows (dy · x) · r as a matrix-vector product: no [rows, D] product is kept.
-            product = (grad * wide).reshape(-1, x.shape[-1])
-            grad_weight = torch.mv(product.t(), rstd.reshape(-1)).to(weight.dtype)
+            grad_weight = torch.mv(product.reshape(-1, x.shape[-1]).t(), rstd.flatten()).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            scaled = grad * weight
-            dot = (scaled * wide).sum(-1, keepdim=True)
+            dot = torch.mv(product.reshape(-1, x.shape[-1]), weight.float()).view(rstd.shape)
             coefficient = dot.mul_(rstd.pow(3)).div_(x.shape[-1])
-            grad_x = scaled.mul_(rstd).addcmul_(wide, coefficient, value=-1).to(x.dtype)
+            grad_x = torch.mul(grad, weight, out=product).mul_(rstd).addcmul_(wide, coefficient, value=-1).to(x.dtype)
         return grad_x, grad_weight, None
 
 
