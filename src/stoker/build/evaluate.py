@@ -47,7 +47,7 @@ def evaluate(
     if found.adapter is not None:
         adapter.load(decoder, found.adapter)
     strategy = SingleDevice(plan.device, precision=plan.precision)
-    strategy.prepare_for_evaluation(SupervisedTask(decoder, kernels=plan.kernels))
+    strategy.prepare(SupervisedTask(decoder, kernels=plan.kernels))
     batches = loader(config, documents, micro_batch_size=plan.micro_batch_size, pad_id=pad_id(tokenizer))
     result = run(strategy, batches.all())
     facts = {

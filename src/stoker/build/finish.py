@@ -24,13 +24,12 @@ _ANSWER_TOKENS = 128
 
 
 def save_weights(
-    base: Base, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", folder: RunFolder, *, is_adapter: bool
+    base: Base, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", target: Path, *, is_adapter: bool
 ) -> Path:
-    """Writes adapter/ in PEFT's format, or model/ in Transformers', with the tokenizer beside it; returns the folder."""
+    """Writes the adapter in PEFT's format, or the model in Transformers', with the tokenizer, to `target`; returns it."""
     from stoker.export import adapter
     from stoker.models import native
 
-    target = folder.adapter if is_adapter else folder.model
     with _whole_disk_named(target):
         if is_adapter:
             adapter.save(decoder, target, base_name=_portable_name(base), revision=base.revision)

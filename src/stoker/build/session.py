@@ -4,11 +4,13 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stoker.build import artifact
 from stoker.build.hardware import probe
 from stoker.build.model import Base, load_decoder, load_tokenizer, open_base
+from stoker.config.schema import Adapter
 from stoker.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class Session:
     device: str
     dtype: "torch.dtype"
     description: str
+    adapter: Adapter | None = None
 
     def stream_chat(self, messages: Sequence[Message], **settings: Any) -> Iterator[str]:
         """Yields the answer to `messages` piece by piece; `settings` are those of `generate.decode.generate`.
@@ -74,7 +77,7 @@ class Session:
             yield from stream_text(ids, self.tokenizer)
 
     def stop_ids(self) -> set[int]:
-        """Returns the tokens that end an answer: the tokenizer's and the model's ends, and the template's end of turn."""
+        """Returns the tokens that end an answer: ends of the tokenizer and the model, and the template's end of turn."""
         ids: set[int] = set()
         path = self.base.folder / "generation_config.json"
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -114,11 +117,25 @@ def open_session(name: str, *, base: str | None = None, device: str = "auto") ->
     tokenizer = load_tokenizer(opened, override=found.tokenizer)
     kind, dtype = choose_device(device)
     decoder = load_decoder(opened, device=kind, dtype=dtype, kernels="reference")
-    if found.adapter is not None:
-        from stoker.export import adapter
+    adapter = _load_adapter(decoder, found.adapter) if found.adapter is not None else None
+    return Session(opened, decoder.eval(), tokenizer, kind, dtype, found.description, adapter)
 
-        adapter.load(decoder, found.adapter)
-    return Session(opened, decoder.eval(), tokenizer, kind, dtype, found.description)
+
+def _load_adapter(decoder: "Decoder", folder: Path) -> Adapter:
+    """Puts a saved adapter on the model and returns its settings as a configuration would write them."""
+    from stoker.adapters.lora import lora_layers
+    from stoker.export import adapter
+
+    summary = adapter.load(decoder, folder)
+    settings = next(lora_layers(decoder)).settings
+    return Adapter(
+        kind="dora" if settings.dora else "lora",
+        rank=settings.rank,
+        alpha=float(settings.alpha),
+        dropout=float(settings.dropout),
+        targets=list(summary.names),
+        rank_stabilized=settings.rank_stabilized,
+    )
 
 
 def choose_device(asked: str) -> "tuple[str, torch.dtype]":

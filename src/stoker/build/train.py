@@ -163,7 +163,8 @@ def _run(
         return RunResult(folder.path, result.reason, result.step, result.seconds, {}, (), None, result.checkpoint)
     assert model.decoder is not None
     is_adapter = config.adapter is not None
-    weights = finish.save_weights(model.base, model.decoder, model.tokenizer, folder, is_adapter=is_adapter)
+    target = folder.adapter if is_adapter else folder.model
+    weights = finish.save_weights(model.base, model.decoder, model.tokenizer, target, is_adapter=is_adapter)
     after = losses.measure_again(engine, before, console)
     pairs = {split: {"before": before[split].loss, "after": loss} for split, loss in after.items()}
     answers = finish.answer(model.session(plan, describe(config)), config.output.questions, console)

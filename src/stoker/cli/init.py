@@ -25,7 +25,7 @@ class Answers:
     folder: str = "runs/first"
 
 
-def command(  # noqa: PLR0917 - typer passes options by name
+def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("run.yaml"),
     model: Annotated[str | None, typer.Option(help="Hub id, local folder or builtin:tiny-llama.")] = None,
     data: Annotated[str | None, typer.Option(help="File, folder, glob or Hub id of the rows.")] = None,

@@ -30,7 +30,7 @@ app = typer.Typer(
 
 def _show_version(value: bool) -> None:
     if value:
-        print(f"stoker {__version__}")
+        typer.echo(f"stoker {__version__}")
         raise typer.Exit
 
 

@@ -37,11 +37,17 @@ class SingleDevice:
         self._dtype = PRECISIONS[precision]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
-    def prepare(self, task: nn.Module, make_optimizer: MakeOptimizer) -> None:
+    def prepare(self, task: nn.Module, make_optimizer: MakeOptimizer | None = None) -> None:
         """Moves `task` to the device and makes the optimiser of the parameters that require a gradient."""
         self._task = task.to(self.device)
         self._trained = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
-        self._optimizer = make_optimizer(self._trained.items())
+        self._made_optimizer = None if make_optimizer is None else make_optimizer(self._trained.items())
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        if self._made_optimizer is None:
+            raise RuntimeError("prepared for evaluation only: there is no optimiser")
+        return self._made_optimizer
 
     def forward_backward(self, batch: Batch, *, divisor: float, is_last: bool) -> Result:
         """Adds the gradient of `loss_sum / divisor`; `is_last` makes no difference on one device."""
@@ -54,7 +60,7 @@ class SingleDevice:
 
     def discard_gradients(self) -> None:
         """Clears gradients and gives cached device memory back."""
-        self._optimizer.zero_grad(set_to_none=True)
+        self._task.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         elif self.device.type == "mps":

@@ -73,8 +73,11 @@ class Strategy(Protocol):
     rank: int
     world_size: int
 
-    def prepare(self, task: nn.Module, make_optimizer: MakeOptimizer) -> None:
-        """Takes over `task`: places and wraps it, and makes the optimiser of its trained parameters."""
+    def prepare(self, task: nn.Module, make_optimizer: MakeOptimizer | None = None) -> None:
+        """Takes over `task`: places and wraps it, and makes the optimiser of its trained parameters.
+
+        Without `make_optimizer` it can only evaluate.
+        """
 
     def forward_backward(self, batch: Batch, *, divisor: float, is_last: bool) -> Result:
         """Adds the gradient of `loss_sum / divisor` and returns the task's result, detached and undivided."""
