@@ -1,7 +1,7 @@
 """The schema in words: what a field may hold, which section a path leads to. Error messages and docs share it."""
 
 import types
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -59,14 +59,14 @@ def section_at(path: Path, values: Any) -> type[Section] | None:
 
 
 def annotation_at(path: Path, values: Any) -> Any:
-    """Returns the annotation of the field at `path`, or None when the schema has no such field."""
+    """Returns the annotation of the field, or of the entry of a list or mapping, at `path`; None if there is none."""
     *parent, name = path
-    if isinstance(name, int):
-        outer = annotation_at(tuple(parent), values)
-        items = [get_args(plain(member)) for member in members(outer) if get_origin(plain(member)) is list]
-        return items[0][0] if items else None
-    section = section_at(tuple(parent), values)
-    return annotations(section).get(name) if section else None
+    section = section_at(tuple(parent), values) if isinstance(name, str) else None
+    if section is not None or not parent:
+        return annotations(section or RunConfig).get(str(name))
+    container, inside = (list, 0) if isinstance(name, int) else (dict, 1)
+    outer = map(plain, members(annotation_at(tuple(parent), values)))
+    return next((get_args(member)[inside] for member in outer if get_origin(member) is container), None)
 
 
 def field_at(path: Path, values: Any) -> FieldInfo | None:
@@ -84,11 +84,11 @@ def _inside(values: Any, part: str | int) -> Any:
 def _chosen(annotation: Any, value: Any) -> type[Section] | None:
     """Returns the section among the annotation's that `value` is meant for, by its kind or the default kind."""
     found = sections(annotation)
-    by_kind = {kind_of(section): section for section in found}
-    kind = value.get("kind") if isinstance(value, dict) else None
-    if len(found) < 2 or (isinstance(kind, Hashable) and kind in by_kind):
-        return by_kind.get(kind, found[0] if found else None)
-    return next((section for section in found if kind_of(section) in DEFAULT_KINDS), found[0])
+    if len(found) < 2:
+        return found[0] if found else None
+    kind = str(value.get("kind")) if isinstance(value, dict) else None
+    defaults = [section for section in found if kind_of(section) in DEFAULT_KINDS]
+    return next((section for section in found if kind_of(section) == kind), (defaults or found)[0])
 
 
 def plain(annotation: Any) -> Any:

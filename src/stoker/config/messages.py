@@ -38,6 +38,7 @@ def findings(errors: Iterable[Mapping[str, Any]], values: Mapping[str, Any]) -> 
 def _path(error: Mapping[str, Any], values: Any) -> Path:
     """Returns the error's path in the user's own values, without the names of union members that pydantic adds."""
     path: list[str | int] = []
+    root = values
     location: Sequence[str | int] = error["loc"]
     for index, part in enumerate(location):
         if (isinstance(values, dict) and part in values) or (isinstance(values, list) and isinstance(part, int)):
@@ -46,7 +47,8 @@ def _path(error: Mapping[str, Any], values: Any) -> Path:
         elif index == len(location) - 1 and error["type"] == "missing":
             path.append(part)
     if error["type"] == "union_tag_invalid" and isinstance(values, dict) and "kind" in values:
-        path.append("kind")
+        by_kind = any(map(describe.kind_of, describe.sections(describe.annotation_at(tuple(path), root))))
+        path += ["kind"] if by_kind else []
     return tuple(path)
 
 
@@ -107,10 +109,10 @@ def _wrong(path: Path, value: Any, values: Mapping[str, Any]) -> tuple[str, str]
     name = dotted(path)
     annotation = describe.annotation_at(path, values)
     words = describe.choices(annotation)
-    if path[-1] == "kind":
-        outer = describe.annotation_at(path[:-1], values)
-        words = tuple(filter(None, map(describe.kind_of, describe.sections(outer)))) or words
-    expected = _either(words) if path[-1] == "kind" else describe.expectation(annotation)
+    outer = describe.annotation_at(path[:-1], values) if path[-1] == "kind" else None
+    kinds = tuple(kind for kind in map(describe.kind_of, describe.sections(outer)) if kind)
+    words = kinds or words
+    expected = _either(kinds) if kinds else describe.expectation(annotation)
     if value is None:
         return f"{name} is empty; it must be {expected}.", "Fill it in, or remove the line for the default."
     what = f"{name} = {_show(value)}: must be {expected}."

@@ -1,9 +1,12 @@
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from stoker.config import describe
 from stoker.config.load import load, load_with_origins, parse
 from stoker.errors import ConfigError
 
@@ -158,6 +161,30 @@ def test_parse_takes_paths_and_tuples_from_python():
     assert config.model.base == "models/m"
     assert config.adapter is not None
     assert config.adapter.targets == ["q_proj"]
+
+
+ODD = [None, True, -1, 1.5, math.nan, "", "x", [], [1], [None], [[]], {}, {"kind": "x"}, {"kind": [1]}, {"a": {"b": 1}}]
+
+
+@pytest.mark.parametrize("path", [path for path, _ in describe.walk()] + [("nope",)], ids=".".join)
+def test_no_value_anywhere_ends_in_anything_but_sentences(path):
+    for odd in ODD:
+        values: dict[str, Any] = {
+            "model": {"base": "m"},
+            "adapter": {"rank": 4},
+            "data": {"train": [{"path": "x"}], "validation": [{"path": "y"}]},
+            "train": {"learning_rate": 1e-3, "schedule": {"kind": "wsd"}, "optimizer": {"kind": "muon"}},
+            "output": {"folder": "r"},
+        }
+        target: Any = values
+        for part in path[:-1]:
+            target = target.setdefault(part, {})
+            target = target[0] if isinstance(target, list) else target
+        target[path[-1]] = odd
+        try:
+            parse(values)
+        except ConfigError as error:
+            assert all(problem.what.endswith(".") for problem in error.problems)
 
 
 def test_loading_imports_no_framework():

@@ -56,3 +56,8 @@ def test_optimizers_differ_by_their_state():
     assert optimizer_bytes(Sgd(momentum=0.9)) == 4
     assert optimizer_bytes(Adafactor()) < 0.1
     assert optimizer_bytes(Muon()) <= 8
+
+
+def test_autocast_holds_a_copy_of_each_trained_weight(llama_8b):
+    half = _estimate(llama_8b, trained=1000, frozen=0)
+    assert half.weights == 1000 * (4 + 2)
