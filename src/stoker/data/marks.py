@@ -12,7 +12,8 @@ from typing import Any
 
 from stoker.data.template_engine import GENERATED_CLOSE, GENERATED_OPEN
 
-_MARKED_KEYS = ("reasoning_content", "thinking", "reasoning", "instruction", "input", "content")
+_THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
+_MARKED_KEYS = (*_THOUGHT_KEYS, "instruction", "input", "content")
 _OPEN, _CLOSE, _MAX_SLOTS = 0xF0000, 0x100000, 0xFF00
 # Rare white space that stands for what surrounds a core: one for before, one for after, so that neighbours stay apart.
 _LEAD, _TRAIL = "\u205f", "\u2007"
@@ -52,6 +53,7 @@ class Slot:
     lead: str
     core: str
     trail: str
+    thinks: bool = False
 
 
 def can_be_marked(messages: list[dict[str, Any]], tools: Sequence[Any] | None) -> bool:
@@ -103,7 +105,8 @@ def mark(
             if roles is None or message.get("role") in roles:
                 core = text.strip()
                 start = text.find(core) if core else 0
-                slot = Slot(index, text[:start], core, text[start + len(core) :])
+                thinks = "think>" in core or key in _THOUGHT_KEYS
+                slot = Slot(index, text[:start], core, text[start + len(core) :], thinks)
                 number = len(slots)
                 opening, closing = chr(_OPEN + number), chr(_CLOSE + number)
                 if "think>" in core:
@@ -160,9 +163,7 @@ def _turns(
     messages: list[dict[str, Any]],
 ) -> tuple[Turn, ...]:
     """Joins the spans of each message that follow one another (reasoning and answer) into one turn."""
-    whole = sorted(
-        (*_repaired(text, start, end, slots[number].core), slots[number].message) for number, start, end in spans
-    )
+    whole = sorted((*_repaired(text, start, end, slots[number]), slots[number].message) for number, start, end in spans)
     turns: list[Turn] = []
     for start, end, message in whole:
         if turns and turns[-1].message == message:
@@ -172,12 +173,18 @@ def _turns(
     return tuple(turns)
 
 
-def _repaired(text: str, start: int | None, end: int | None, core: str) -> tuple[int, int]:
-    """Finds the end of a span whose mark the template cut off, as it does with thoughts before the answer."""
+def _repaired(text: str, start: int | None, end: int | None, slot: Slot) -> tuple[int, int]:
+    """Finds the end of a span whose mark the template cut off, and takes in the tag that opens a thought."""
     if start is None:
         assert end is not None
-        return end - _common_suffix(text, end, core), end
-    return start, start + _common_prefix(text, start, core) if end is None else end
+        start = end - _common_suffix(text, end, slot.core)
+    elif end is None:
+        end = start + _common_prefix(text, start, slot.core)
+    if slot.thinks:
+        before = text[:start].rstrip() if start < 32 else text[start - 32 : start].rstrip()
+        if before.endswith("<think>"):
+            start = text.rindex("<think>", 0, start)
+    return start, end
 
 
 def _common_suffix(text: str, end: int, core: str) -> int:

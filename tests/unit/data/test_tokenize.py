@@ -131,7 +131,7 @@ def test_thought_and_answer_are_trained_as_one_turn(template_case, trained_texts
     assert audit.searched_rows == 0
     apart = [{"role": "user", "content": "a"}, {"role": "assistant", "reasoning_content": "hot?", "content": "It is."}]
     ids, trained, _ = masked(tokenizer, apart)
-    assert trained_texts(tokenizer, ids, trained) == ["hot?\n</think>\n\nIt is.<|im_end|>"]
+    assert trained_texts(tokenizer, ids, trained) == ["<think>\nhot?\n</think>\n\nIt is.<|im_end|>"]
 
 
 def test_thought_that_the_template_drops_is_not_trained(template_case, trained_texts):
@@ -156,7 +156,7 @@ def test_marks_on_users_that_change_the_render_are_left_out(template_case, train
     ]
     ids, trained, audit = masked(tokenizer, messages)
     assert audit.searched_rows == 0
-    assert trained_texts(tokenizer, ids, trained) == ["t\n</think>\n\nb<|im_end|>", "assistant<|im_end|>"]
+    assert trained_texts(tokenizer, ids, trained) == ["<think>\nt\n</think>\n\nb<|im_end|>", "assistant<|im_end|>"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,55 @@
+from rich.console import Console
+
+from stoker.data.audit import Audit
+from stoker.data.inspect import TRAINED_STYLE, audit_table, coloured, findings, rows
+from stoker.data.prepare import SourceOptions, prepare
+
+
+def prepared_rows(tokenizer, answer="It is hot 🙂 [b]"):
+    messages = [{"role": "user", "content": "hot?"}, {"role": "assistant", "content": answer}]
+    return prepare([SourceOptions(rows=[{"messages": messages}])], tokenizer=tokenizer, sequence_length=100)
+
+
+def printed(*renderables):
+    console = Console(width=100, no_color=True)
+    with console.capture() as capture:
+        for renderable in renderables:
+            console.print(renderable)
+    return capture.get()
+
+
+def test_trained_tokens_are_coloured_and_bracketed(chatml):
+    text = coloured(*prepared_rows(chatml).document(0), chatml)
+    spans = [text.plain[span.start : span.end] for span in text.spans if span.style == TRAINED_STYLE]
+    assert spans == ["⟦It is hot 🙂 [b]<|im_end|>⟧"]
+
+
+def test_uncoloured_text_is_the_document_with_brackets(chatml):
+    prepared = prepared_rows(chatml)
+    text = coloured(*prepared.document(0), chatml).plain
+    assert text.replace("⟦", "").replace("⟧", "") == chatml.decode(prepared.document(0)[0])
+
+
+def test_rows_say_how_much_trains_and_stop_at_the_last(chatml):
+    prepared = prepared_rows(chatml)
+    shown = list(rows(prepared, chatml, count=5))
+    ids, trained = prepared.document(0)
+    assert len(shown) == 1
+    assert f"Document 0: {len(ids)} tokens, {trained.sum()} trained" in printed(*shown)
+
+
+def test_table_shows_format_template_and_end_tokens(chatml):
+    text = printed(audit_table(prepared_rows(chatml).audit, title="train"))
+    assert "rows in memory: chat (detected: rows have 'messages' with role/content)" in text
+    assert "'<|im_end|>': 1" in text
+    assert "the tokenizer's own, by marks" in text
+
+
+def test_findings_tell_problems_from_notes():
+    lines = [
+        line.plain for line in findings(Audit(documents=2, rows=2, tokens=10, trained_tokens=5, turns=2, doubled_bos=1))
+    ]
+    assert [line.split(":")[0] for line in lines] == ["Problem", "Problem"]
+    assert [
+        line.plain.split(":")[0] for line in findings(Audit(documents=1, tokens=10, trained_tokens=5, dropped=3))
+    ] == ["Note"]
