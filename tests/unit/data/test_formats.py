@@ -1,0 +1,132 @@
+import json
+
+import pytest
+
+from stoker.data import formats
+from stoker.data.formats import Conversation, Text
+from stoker.errors import DataError
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
+ALPACA = {"instruction": "hi", "input": "", "output": "ho"}
+TEXT = {"text": "hi ho"}
+HI_HO = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"})
+
+
+def converted(row, name=None, fields=None):
+    form = formats.declared(name) if name else formats.detect([row], "rows", fields=fields).format
+    return formats.convert(form, row, fields or {})
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "reason"),
+    [
+        (CHAT, "chat", "rows have 'messages' with role/content"),
+        (SHAREGPT, "chat", "rows have 'conversations' with from/value"),
+        (CHAT | TEXT, "chat", "rows have 'messages' with role/content"),
+        (ALPACA, "alpaca", "rows have 'instruction' and 'output'"),
+        (TEXT, "completion", "rows have 'text'"),
+    ],
+)
+def test_format_is_detected_with_its_reason(row, name, reason):
+    detection = formats.detect([row, row], "rows")
+    assert (detection.format.name, detection.reason) == (name, reason)
+
+
+def test_detection_needs_all_sampled_rows_to_agree():
+    with pytest.raises(DataError, match="fit no known format"):
+        formats.detect([CHAT, TEXT], "rows")
+
+
+def test_unknown_fields_are_named_with_those_expected():
+    with pytest.raises(DataError) as raised:
+        formats.detect([{"question": "a", "answer": "b"}], "data.jsonl")
+    assert str(raised.value).startswith("data.jsonl: the rows fit no known format; their fields are: question, answer.")
+    assert "alpaca (instruction, output)" in str(raised.value)
+
+
+@pytest.mark.parametrize("row", [CHAT, SHAREGPT, ALPACA, {"messages": json.dumps(CHAT["messages"])}])
+def test_chat_like_rows_become_the_same_messages(row):
+    assert converted(row) == Conversation(HI_HO)
+
+
+def test_completion_is_its_text():
+    assert converted(TEXT) == Text("hi ho")
+
+
+def test_fields_rename_columns_and_keys_of_messages():
+    row = {"dialog": [{"speaker": "user", "words": "hi"}, {"speaker": "assistant", "words": "ho"}]}
+    fields = {"messages": "dialog", "role": "speaker", "content": "words"}
+    assert converted(row, fields=fields) == Conversation(HI_HO)
+    assert converted({"q": "hi", "a": "ho"}, fields={"instruction": "q", "output": "a"}) == Conversation(HI_HO)
+    assert converted({"body": "x"}, fields={"text": "body"}) == Text("x")
+
+
+def test_mapping_a_field_that_the_format_lacks_is_refused():
+    with pytest.raises(DataError, match="fields names 'txt', which the format completion does not have"):
+        formats.check_fields(formats.declared("completion"), {"txt": "body"}, "rows")
+
+
+def test_alpaca_input_is_joined_and_kept_apart_for_its_own_template():
+    user = converted(ALPACA | {"input": "there", "system": "s"}).messages[1]
+    assert user == {"role": "user", "content": "hi\n\nthere", "instruction": "hi", "input": "there"}
+
+
+def test_system_field_becomes_the_first_message():
+    assert converted(SHAREGPT | {"system": "brief"}).messages == ({"role": "system", "content": "brief"}, *HI_HO)
+
+
+def test_text_parts_are_joined_and_other_keys_kept():
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    messages = [{"role": "user", "content": parts, "name": "Ann", "weight": None}]
+    assert converted({"messages": messages}).messages == ({"role": "user", "content": "hi", "name": "Ann"},)
+
+
+def test_tools_and_calls_without_content_pass_through():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    conversation = converted({"messages": [HI_HO[0], call], "tools": '[{"name": "f"}]'})
+    assert conversation.tools == ({"name": "f"},)
+    assert conversation.messages[1] == {"role": "assistant", "tool_calls": [{"name": "f"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a"}, "field 'messages' (or 'conversations') is missing or null; the row has: text."),
+        ({"messages": []}, "field 'messages' is empty."),
+        ({"messages": "hello"}, "field 'messages' is str, not a list."),
+        ({"messages": ["hello"]}, "messages[0] is str, not an object with role and content."),
+        ({"messages": [{"content": "a"}]}, "messages[0] has no 'role'; it has: content."),
+        (
+            {"messages": [{"role": "user", "text": "a"}]},
+            "messages[0].content is missing or null; the message has: role, text.",
+        ),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content is missing or null"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content is int, not text."),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has a part that is not text (image)"),
+        ({"conversations": [{"from": "alien", "value": "a"}]}, "conversations[0] is from 'alien', which is not known"),
+        (CHAT | {"tools": 3}, "field 'tools' is int, not a list."),
+        (
+            {"system": "a", "messages": [{"role": "system", "content": "b"}]},
+            "a field 'system' and a system message too",
+        ),
+    ],
+)
+def test_malformed_chat_rows_say_what_is_wrong(row, message):
+    with pytest.raises(DataError) as raised:
+        converted(row, "chat")
+    assert message in str(raised.value)
+
+
+def test_malformed_flat_rows_say_what_is_wrong():
+    with pytest.raises(DataError, match="field 'body' is missing or null; the row has: title"):
+        converted({"title": "t"}, "completion", {"text": "body"})
+    with pytest.raises(DataError, match="field 'output' is int, not text"):
+        converted(ALPACA | {"output": 3}, "alpaca")
+    with pytest.raises(DataError, match="field 'text' is empty"):
+        converted({"text": " \n"}, "completion")
+
+
+def test_unknown_format_names_those_that_exist():
+    with pytest.raises(DataError, match="Use auto or one of chat, alpaca, completion"):
+        formats.declared("sharegpt")
