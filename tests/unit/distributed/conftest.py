@@ -50,6 +50,8 @@ class ToyTask(nn.Module):
 
 
 def make_strategy(kind="adamw", *, precision="fp32", dropout=0.0, seed=0, device="cpu"):
+    if kind == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
     torch.manual_seed(seed)
     strategy = SingleDevice(device, precision=precision)
     task = ToyTask(dropout=dropout)

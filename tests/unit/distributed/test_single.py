@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from stoker.distributed.single import SingleDevice
 from stoker.distributed.strategy import StrategyState
 from stoker.errors import CheckpointError
 from stoker.optim import optimizers
@@ -100,6 +101,16 @@ def test_discard_gradients_forgets_a_half_done_step(toy_strategy, toy_batch):
     assert gradients(task) == {}
 
 
+def test_prepared_without_an_optimiser_it_evaluates_and_cannot_step(toy_strategy, toy_batch):
+    with_optimizer, task = toy_strategy()
+    strategy = SingleDevice()
+    strategy.prepare(task)
+    batch = toy_batch(4)
+    assert strategy.evaluate(batch).loss_sum == with_optimizer.evaluate(batch).loss_sum
+    with pytest.raises(RuntimeError, match="evaluation only"):
+        strategy.step(1e-2, max_gradient_norm=None)
+
+
 class TestPrecision:
     def test_bf16_runs_matmuls_in_bf16_over_fp32_weights(self, toy_strategy, toy_batch):
         strategy, task = toy_strategy(precision="bf16")
@@ -195,8 +206,6 @@ class TestCuda:
     @pytest.mark.parametrize("kind", optimizers.KINDS)
     @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
     def test_loading_into_a_fresh_strategy_goes_on_bit_for_bit(self, toy_strategy, toy_batch, kind, precision):
-        if kind == "adamw_8bit":
-            pytest.importorskip("bitsandbytes")
         strategy, task = toy_strategy(kind, precision=precision, device="cuda")
         take_steps(strategy, toy_batch(4), 2)
         state = strategy.state()

@@ -7,6 +7,11 @@ from torch import nn
 from stoker.errors import PlanError
 from stoker.optim import optimizers
 
+WITHOUT_BITSANDBYTES = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+KINDS = [pytest.param(kind, marks=WITHOUT_BITSANDBYTES if kind == "adamw_8bit" else ()) for kind in optimizers.KINDS]
+
 
 class Model(nn.Module):
     def __init__(self):
@@ -29,7 +34,7 @@ def take_steps(optimizer, model, count=3):
         optimizer.step()
 
 
-@pytest.mark.parametrize("kind", optimizers.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_lowers_the_loss(kind):
     model = Model()
     optimizer = optimizers.build(model.named_parameters(), kind=kind, learning_rate=0.5 if kind == "sgd" else 1e-2)
@@ -55,7 +60,7 @@ def test_adamw_equals_torch_with_the_same_options():
     assert build.param_groups[0]["fused"]
 
 
-@pytest.mark.parametrize("kind", optimizers.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_weight_decay_shrinks_matrices_and_leaves_norms_and_embeddings(kind):
     model = Model()
     optimizer = optimizers.build(model.named_parameters(), kind=kind, learning_rate=0.1, weight_decay=0.5)
