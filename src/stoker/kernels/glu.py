@@ -35,6 +35,23 @@ def swiglu(gate_up: Tensor, *, implementation: str = "reference", overwrite: boo
     return _SwiGlu.apply(gate_up)
 
 
+def swiglu_backward(gate_up: Tensor, grad: Tensor, *, implementation: str = "reference") -> tuple[Tensor, Tensor]:
+    """Returns (gradient of gate_up [N, 2F], written over it; `swiglu(gate_up)` [N, F]), from the output's gradient.
+
+    For callers that write their own backward and need the activation again for the layer after it. Both tensors are
+    contiguous; Triton writes the activation over `grad`.
+    """
+    if check_implementation(implementation):
+        return _launch_backward(gate_up, grad, gate_up, activated=grad), grad
+    gate, up = gate_up.chunk(2, dim=-1)
+    activated = torch.nn.functional.silu(gate)
+    grad_up = activated * grad
+    activated.mul_(up)
+    gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+    up.copy_(grad_up)
+    return gate_up, activated
+
+
 class _SwiGlu(torch.autograd.Function):
     """Plain torch with the backward written out, straight into the two halves of the gradient."""
 
@@ -78,12 +95,14 @@ def _swiglu_backward_kernel(  # noqa: PLR0917
     gate_up_ptr: Any,
     grad_ptr: Any,
     grad_gate_up_ptr: Any,
+    activated_ptr: Any,
     row_stride: int,
     grad_stride: int,
     num_columns: int,
     BLOCK: tl.constexpr,
+    WITH_ACTIVATED: tl.constexpr,
 ) -> None:
-    # Reads its gate and up before it writes their gradients, which may lie in the same memory.
+    # Reads all it needs before it writes: gate_up may hold its gradient next, and grad the activation.
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < num_columns
@@ -95,12 +114,15 @@ def _swiglu_backward_kernel(  # noqa: PLR0917
     out = grad_gate_up_ptr + row * 2 * num_columns + column
     tl.store(out, (grad * up * sigmoid * (1 + gate * (1 - sigmoid))).to(dtype), mask=mask)
     tl.store(out + num_columns, (grad * gate * sigmoid).to(dtype), mask=mask)
+    if WITH_ACTIVATED:
+        activated = (gate * sigmoid * up).to(activated_ptr.dtype.element_ty)
+        tl.store(activated_ptr + row * grad_stride + column, activated, mask=mask)
 
 
 _SWIGLU_BLOCK = 1024
 
 
-def _swiglu_forward_triton(gate_up: Tensor) -> Tensor:
+def _launch_forward(gate_up: Tensor) -> Tensor:
     """gate_up [N, 2F], contiguous rows, to [N, F]."""
     num_rows, num_columns = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_rows, num_columns), dtype=gate_up.dtype, device=gate_up.device)
@@ -111,14 +133,25 @@ def _swiglu_forward_triton(gate_up: Tensor) -> Tensor:
     return out
 
 
-def _swiglu_backward_triton(gate_up: Tensor, grad: Tensor, out: Tensor) -> Tensor:
-    """Gradient of gate_up [N, 2F] from grad [N, F] into `out`, which is contiguous and may be gate_up itself."""
+def _launch_backward(gate_up: Tensor, grad: Tensor, out: Tensor, *, activated: Tensor | None = None) -> Tensor:
+    """Gradient of gate_up [N, 2F] from grad [N, F] into `out`, which is contiguous and may be gate_up itself.
+
+    `activated`, when given, takes swiglu(gate_up); it is laid out like `grad` and may be it.
+    """
     num_rows, num_columns = grad.shape
     if grad.numel():
         block = min(_SWIGLU_BLOCK, next_power_of_2(num_columns))
-        grid = (num_rows, triton.cdiv(num_columns, block))
-        _swiglu_backward_kernel[grid](
-            gate_up, grad, out, gate_up.stride(0), grad.stride(0), num_columns, BLOCK=block, num_warps=4
+        _swiglu_backward_kernel[(num_rows, triton.cdiv(num_columns, block))](
+            gate_up,
+            grad,
+            out,
+            grad if activated is None else activated,
+            gate_up.stride(0),
+            grad.stride(0),
+            num_columns,
+            BLOCK=block,
+            WITH_ACTIVATED=activated is not None,
+            num_warps=4,
         )
     return out
 
@@ -132,7 +165,7 @@ class _SwiGluTriton(torch.autograd.Function):
         ctx.save_for_backward(gate_up)
         ctx.overwrite = overwrite
         ctx.overwritten = False
-        out = _swiglu_forward_triton(as_rows(gate_up))
+        out = _launch_forward(as_rows(gate_up))
         return out.view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
     @staticmethod
@@ -145,5 +178,5 @@ class _SwiGluTriton(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         ctx.overwritten = ctx.overwrite and gate_up.is_contiguous()
         out = gate_up if ctx.overwritten else torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-        _swiglu_backward_triton(as_rows(gate_up), as_rows(grads[0]), out)
+        _launch_backward(as_rows(gate_up), as_rows(grads[0]), out)
         return out, None

@@ -9,6 +9,7 @@ The backward is the rotation by −a. Tables are fp32 and hold E/2 columns: both
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -133,6 +134,26 @@ def split_and_rotate(
     return _SplitAndRotate.apply(qkv, cos, sin, num_heads, num_kv_heads)
 
 
+def split_and_rotate_backward(
+    grads: Sequence[Tensor], cos: Tensor, sin: Tensor, *, implementation: str = "reference"
+) -> Tensor:
+    """Returns the gradient of qkv [B, T, (H + 2K) · E] from those of q, k and v, as `split_and_rotate` made them.
+
+    For callers that write their own backward; the arguments are those of `split_and_rotate`.
+    """
+    sizes = tuple(grad.shape[2] for grad in grads)
+    batch, length, _, head_dim = grads[0].shape
+    grad_qkv = grads[0].new_empty(batch, length, sum(sizes) * head_dim)
+    q, k, v = _heads_of(grad_qkv, sizes)
+    if check_implementation(implementation):
+        _rotate_triton(_contiguous_channels(tuple(grads)), (q, k, v), cos, sin, backward=True)
+        return grad_qkv
+    _turn(grads[0], cos, -sin, q)
+    _turn(grads[1], cos, -sin, k)
+    v.copy_(grads[2])
+    return grad_qkv
+
+
 class _SplitAndRotate(torch.autograd.Function):
     """Saves the tables only; the backward writes one gradient of qkv instead of padding and adding three."""
 
@@ -156,15 +177,7 @@ class _SplitAndRotate(torch.autograd.Function):
     # The decorator's type hides the name of `ctx`.
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Gradient of qkv."""
-        grad_q, grad_k, grad_v = grads
-        cos, sin = ctx.saved_tensors
-        batch, length, _, head_dim = grad_q.shape
-        grad = grad_q.new_empty(batch, length, sum(ctx.sizes), head_dim)
-        q, k, v = grad.split(ctx.sizes, dim=2)
-        _turn(grad_q, cos, -sin, q)
-        _turn(grad_k, cos, -sin, k)
-        v.copy_(grad_v)
-        return grad.flatten(2), None, None, None, None
+        return split_and_rotate_backward(grads, *ctx.saved_tensors), None, None, None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
@@ -331,10 +344,7 @@ class _SplitAndRotateTriton(torch.autograd.Function):
     # The decorator's type hides the name of `ctx`.
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyrefly: ignore[bad-override]
         """Gradient of qkv."""
-        cos, sin = ctx.saved_tensors
-        batch, length, _, head_dim = grads[0].shape
-        grad_qkv = grads[0].new_empty(batch, length, sum(ctx.sizes) * head_dim)
-        _rotate_triton(_contiguous_channels(grads), _heads_of(grad_qkv, ctx.sizes), cos, sin, backward=True)
+        grad_qkv = split_and_rotate_backward(grads, *ctx.saved_tensors, implementation="triton")
         return grad_qkv, None, None, None, None
 
 

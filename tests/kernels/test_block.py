@@ -1,0 +1,181 @@
+"""The layer with its own backward against the same layer written op by op under autograd."""
+
+import pytest
+import torch
+
+from stoker.kernels.attention import attention
+from stoker.kernels.block import KEEP, BlockOptions, BlockWeights, Projection, block
+from stoker.kernels.glu import swiglu_reference
+from stoker.kernels.rms_norm import rms_norm_reference
+from stoker.kernels.rope import rotate_reference
+
+HEADS, KV_HEADS, CHANNELS, WIDTH, INNER, RANK = 4, 2, 4, 12, 20, 3
+EPSILONS = (1e-5, 1e-6)
+
+
+def projection(draw, num_in, sizes, *, adapted, bias):
+    num_out = sum(sizes)
+    ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+    slices = tuple(slice(end - size, end) for end, size in zip(ends, sizes, strict=True))
+    a = draw(len(sizes) * RANK, num_in).float() if adapted else None
+    b = draw(num_out, RANK).float() if adapted else None
+    weight = draw(num_out, num_in, scale=0.3).float()
+    return Projection(weight, draw(num_out).float() if bias else None, a, b, 0.5, slices if adapted else ())
+
+
+def layer(draw, *, adapted=True, bias=False):
+    head_sizes = (HEADS * CHANNELS, KV_HEADS * CHANNELS, KV_HEADS * CHANNELS)
+    options = {"adapted": adapted, "bias": bias}
+    return BlockWeights(
+        draw(WIDTH).float(),
+        draw(WIDTH).float(),
+        projection(draw, WIDTH, head_sizes, **options),
+        projection(draw, HEADS * CHANNELS, (WIDTH,), **options),
+        projection(draw, WIDTH, (INNER, INNER), **options),
+        projection(draw, INNER, (WIDTH,), **options),
+    )
+
+
+def project(p, x):
+    y = torch.nn.functional.linear(x, p.weight, p.bias)
+    if p.a is None:
+        return y
+    updates = [x @ a.T @ p.b[rows].T for a, rows in zip(p.a.split(RANK), p.slices, strict=True)]
+    return y + p.scaling * torch.cat(updates, dim=-1)
+
+
+def op_by_op(x, cos, sin, weights, document_lengths, window):
+    qkv = project(weights.qkv, rms_norm_reference(x, weights.attention_norm, EPSILONS[0]))
+    q, k, v = qkv.unflatten(-1, (-1, CHANNELS)).split((HEADS, KV_HEADS, KV_HEADS), dim=2)
+    q, k = rotate_reference(q, cos, sin), rotate_reference(k, cos, sin)
+    attended = attention(q, k, v, document_lengths=document_lengths, window=window)
+    mid = x + project(weights.out, attended.flatten(2))
+    normed = rms_norm_reference(mid, weights.feed_forward_norm, EPSILONS[1])
+    return mid + project(weights.down, swiglu_reference(project(weights.gate_up, normed)))
+
+
+def leaves(weights, *, train_base):
+    """All tensors, requiring gradients as in LoRA (adapters and, to see them, norms) or in full fine-tuning."""
+    tensors = [weights.attention_norm, weights.feed_forward_norm]
+    for p in weights[2:]:
+        tensors += [t for t in (p.a, p.b) if t is not None]
+        tensors += [t for t in (p.weight, p.bias) if t is not None and train_base]
+    return [t.requires_grad_() for t in tensors]
+
+
+@pytest.fixture
+def angles(draw):
+    values = draw(1, 5, CHANNELS // 2)
+    return values.cos().float(), values.sin().float()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize(
+    ("adapted", "train_base", "bias", "document_lengths", "window"),
+    [
+        (True, False, False, None, None),
+        (False, True, True, ((2, 3), (5,)), None),
+        (True, True, True, None, 2),
+    ],
+)
+def test_output_and_every_gradient_are_those_of_autograd(
+    adapted, train_base, bias, document_lengths, window, keep, implementation, draw, angles
+):
+    weights = layer(draw, adapted=adapted, bias=bias)
+    x, grad = draw(2, 5, WIDTH).float().requires_grad_(), draw(2, 5, WIDTH).float()
+    inputs = [x, *leaves(weights, train_base=train_base)]
+    expected = op_by_op(x, *angles, weights, document_lengths, window)
+    options = BlockOptions(HEADS, KV_HEADS, EPSILONS, window, implementation, keep)
+    actual = block(x, *angles, weights=weights, options=options, document_lengths=document_lengths)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # float32, sums in another order
+    truths, results = (torch.autograd.grad(y, inputs, grad) for y in (expected, actual))
+    for index, (result, truth) in enumerate(zip(results, truths, strict=True)):
+        error = (result - truth).abs().max() / truth.abs().max()
+        assert error < 1e-4, f"input {index}: {error:.2g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_rung_gives_the_same_bits(dtype, draw, angles):
+    weights = layer(draw)
+    frozen = [p._replace(weight=p.weight.to(dtype)) for p in weights[2:]]
+    weights = BlockWeights(weights[0].to(dtype), weights[1].to(dtype), *frozen)
+    tensors = leaves(weights, train_base=False)
+    runs = []
+    for keep in KEEP:
+        x = torch.linspace(-1, 1, 5 * WIDTH, device=angles[0].device).view(1, 5, WIDTH).to(dtype).requires_grad_()
+        options = BlockOptions(HEADS, KV_HEADS, EPSILONS, None, "triton", keep)
+        y = block(x, *angles, weights=weights, options=options)
+        runs.append([y.detach(), *torch.autograd.grad(y.sum(), [x, *tensors])])
+    for run in runs[1:]:
+        for expected, actual in zip(runs[0], run, strict=True):
+            assert torch.equal(actual, expected)
+
+
+class HalfMatrix:
+    """A weight that is not a tensor, as the quant room's are not."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def matmul(self, x):
+        return x @ self.weight.T
+
+    def matmul_transposed(self, grad):
+        return grad @ self.weight
+
+
+def test_a_weight_in_another_form_is_only_asked_for_its_products(draw, angles):
+    weights = layer(draw)
+    other = BlockWeights(*weights[:2], *(p._replace(weight=HalfMatrix(p.weight)) for p in weights[2:]))
+    x = draw(1, 5, WIDTH).float().requires_grad_()
+    inputs = [x, *leaves(weights, train_base=False)]
+    options = BlockOptions(HEADS, KV_HEADS, EPSILONS, implementation="triton", keep="attention")
+    expected, actual = (block(x, *angles, weights=w, options=options) for w in (weights, other))
+    assert torch.equal(actual, expected)
+    for result, truth in zip(
+        torch.autograd.grad(actual.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
+    ):
+        assert torch.equal(result, truth)
+
+
+def kept_bytes(keep, draw, angles):
+    """Bytes of distinct storages that the layer's graph holds, its inputs and weights left out."""
+    weights = layer(draw)
+    x = draw(1, 5, WIDTH).float().requires_grad_()
+    known = {t.untyped_storage().data_ptr() for t in (x, *angles, *leaves(weights, train_base=True))}
+    held = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    options = BlockOptions(HEADS, KV_HEADS, EPSILONS, implementation="triton", keep=keep)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = block(x, *angles, weights=weights, options=options)
+    attended = y.grad_fn.attended
+    return sum(held.values()), attended
+
+
+def test_each_rung_keeps_what_its_table_says(draw, angles):
+    products = 5 * RANK * (3 + 1 + 2 + 1) * 4
+    mid, gate_up = 5 * WIDTH * 4, 5 * 2 * INNER * 4
+    for keep, expected in (("all", mid + gate_up), ("mixer", mid), ("attention", 0), ("input", 0)):
+        held, attended = kept_bytes(keep, draw, angles)
+        assert held == products + expected, keep
+        assert (attended is None) == (keep == "input")
+
+
+def test_a_second_backward_is_refused(draw, angles):
+    x = draw(1, 5, WIDTH).float().requires_grad_()
+    options = BlockOptions(HEADS, KV_HEADS, EPSILONS)
+    y = block(x, *angles, weights=layer(draw), options=options)
+    y.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="ran already"):
+        y.sum().backward()
+
+
+def test_unknown_rung_is_refused():
+    with pytest.raises(ValueError, match="keep = 'some'; allowed: all, mixer, attention, input"):
+        BlockOptions(HEADS, KV_HEADS, EPSILONS, keep="some")
