@@ -181,7 +181,7 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLinear]:
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns the weight's shape `(out, in)` of each Hugging Face linear layer that can have an adapter, by its name."""
+    """Returns the weight shape `(out, in)` of each Hugging Face linear layer that can have an adapter, by its name."""
     layers = [module for module in model.modules() if isinstance(module, FusedLinear)]
     return {
         name: (size, layer.in_features)
