@@ -1,4 +1,4 @@
-"""Llama's family against Transformers on tiny random checkpoints: logits, gradients, padding, packing, long positions."""
+"""Llama's family against Transformers on tiny random checkpoints: logits, gradients, packing, long positions."""
 
 import json
 

@@ -1,8 +1,8 @@
 """What an architecture costs: parameters, floating-point operations, bytes saved for backward. Exact counts, no torch.
 
 FLOPs count a multiply-add as two and leave out norms, activations and softmax, as is usual (Kaplan et al.,
-arXiv:2001.08361, section 2.1; PaLM, arXiv:2204.02311, appendix B). Saved bytes follow Stoker's own modules, in the manner
-of Korthikanti et al., arXiv:2205.05198.
+arXiv:2001.08361, section 2.1; PaLM, arXiv:2204.02311, appendix B). Saved bytes follow Stoker's own modules, in the
+manner of Korthikanti et al., arXiv:2205.05198.
 """
 
 from collections.abc import Collection
@@ -75,8 +75,9 @@ def training_flops_per_token(
 ) -> float:
     """FLOPs of forward and backward per token, without those of adapters.
 
-    A backward costs twice its forward: once for the gradient of what comes in, once for that of the weights. A frozen base
-    has only the first for its matmuls; attention, which has no weights, has both. Recomputing a block adds its forward.
+    A backward costs twice its forward: once for the gradient of what comes in, once for that of the weights. A frozen
+    base has only the first for its matmuls; attention, which has no weights, has both. Recomputing a block adds its
+    forward.
     """
     forward = flops_per_token(spec, sequence_length)
     attention = sum(

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class FusedLinear(nn.Module):
-    """Hugging Face's linear layers of one input as one weight `[sum(out_features), in_features]`: one matmul, not several.
+    """Hugging Face's linear layers of one input as one weight `[sum(out_features), in_features]`, so one matmul.
 
     `names` are the full Hugging Face module names of the parts, in row order (for example the `q_proj`, `k_proj` and
     `v_proj` of a layer); adapters, checkpoints and PEFT folders speak those names. An ordinary linear has one part.

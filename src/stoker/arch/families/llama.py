@@ -117,7 +117,7 @@ def _window(reader: ConfigReader) -> int | None:
     window = reader.optional_size("sliding_window")
     expected = "full_attention" if window is None else "sliding_attention"
     layer_types = reader.get("layer_types")
-    if layer_types is not None and any(kind != expected for kind in layer_types):
+    if layer_types is not None and (not isinstance(layer_types, list) or set(map(str, layer_types)) != {expected}):
         raise reader.error(
             f"layer_types contradicts sliding_window = {window}, and a Mistral model has one kind of attention."
         )

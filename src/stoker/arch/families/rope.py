@@ -25,7 +25,7 @@ def read_rope(reader: ConfigReader, *, head_dim: int, max_positions: int) -> Rop
     if values.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise reader.error(f"partial_rotary_factor = {values.get('partial_rotary_factor')!r} is not supported.")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         raise reader.error(
             f"rope type {kind!r} is not native to Stoker.",
             fix=f"Known: {', '.join(_READERS)}. Until then, Transformers with PEFT trains this model.",
@@ -87,8 +87,8 @@ def _yarn(values: _Values) -> YarnScaling:
     factor = values.positive("factor", values.max_positions / original)
     attention_factor = values.get("attention_factor")
     if attention_factor is None:
-        scale, scale_all = values.get("mscale"), values.get("mscale_all_dim")
-        if scale and scale_all:
+        if values.get("mscale") and values.get("mscale_all_dim"):
+            scale, scale_all = values.positive("mscale"), values.positive("mscale_all_dim")
             attention_factor = _yarn_magnitude(factor, scale) / _yarn_magnitude(factor, scale_all)
         else:
             attention_factor = _yarn_magnitude(factor, 1.0)
