@@ -98,8 +98,9 @@ def block(
 ) -> Tensor:
     """Returns the layer's output, [B, T, D] like `x`; cos and sin [1 or B, T, E/2] are the rotation's tables.
 
-    Gradients of `x` and of every tensor in `weights` that requires one. The backward may run once (RuntimeError at a
-    second time): it writes gradients over what the forward kept.
+    Gradients of `x` and of every tensor in `weights` that requires one. Everything, the residual stream included, is in
+    the dtype of `x`, or in autocast's where it is on. The backward may run once (RuntimeError at a second time): it
+    writes gradients over what the forward kept.
     """
     projections = (weights.qkv, weights.out, weights.gate_up, weights.down)
     tensors: list[Tensor | None] = []
@@ -114,7 +115,11 @@ def block(
         for projection in projections
     )
     layout = _Layout(fixed, options, document_lengths)
-    return _Block.apply(x, cos, sin, layout, weights.attention_norm, weights.feed_forward_norm, *tensors)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return _Block.apply(x, cos, sin, layout, weights.attention_norm, weights.feed_forward_norm, *tensors)
 
 
 class _Fixed(NamedTuple):

@@ -1,0 +1,100 @@
+"""A model whose layers run through the layer kernel trains as it does op by op."""
+
+import pytest
+import torch
+
+from stoker.adapters.fused_block import freeze_into, fuse_blocks
+from stoker.adapters.lora import add_lora
+from stoker.arch.families import read
+from stoker.kernels.block import KEEP
+from stoker.models import native
+from stoker.nn.frozen_linear import FrozenLinear
+from stoker.quant.formats import quantize
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+
+def make(device, *, adapter=True, kind=None, **lora):
+    model = native.build(read(CONFIG, "config.json"), device=device, seed=1)
+    if adapter:
+        add_lora(model, rank=2, alpha=4, **lora)
+        for name, parameter in model.named_parameters():
+            if "lora_b" in name:  # zero at the start, which would hide the gradient of A
+                generator = torch.Generator().manual_seed(len(name))
+                parameter.data = torch.randn(parameter.shape, generator=generator).mul_(0.1).to(device)
+    if kind is not None:
+        freeze_into(model, lambda weight, rows: quantize(weight, kind, part_rows=rows))
+    return model
+
+
+def step(model, device):
+    ids = torch.randint(0, 30, (2, 6), generator=torch.Generator().manual_seed(0)).to(device)
+    hidden = model(ids)
+    weight = torch.linspace(-1, 1, hidden.numel(), device=device).view_as(hidden)
+    (hidden * weight).sum().backward()
+    return hidden.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize(
+    "how", [{}, {"adapter": False}, {"kind": "nf4"}, {"targets": ["q_proj", "up_proj"]}, {"kind": "int8"}]
+)
+def test_fused_model_has_the_same_output_and_gradients(how, keep, device):
+    expected, expected_grads = step(make(device, **how), device)
+    model = make(device, **how)
+    fuse_blocks(model, keep=keep, implementation="reference")
+    actual, grads = step(model, device)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # float32, sums in another order
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-3, atol=1e-4, msg=lambda t, n=name: f"{n}: {t}")
+
+
+def test_each_layer_may_have_its_own_rung(device):
+    expected, _ = step(make(device), device)
+    model = make(device)
+    fuse_blocks(model, keep=["input", "all"])
+    assert [layer.options.keep for layer in model.blocks] == ["input", "all"]
+    torch.testing.assert_close(step(model, device)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_with_a_cache_goes_on_as_before(device):
+    ids = torch.tensor([[3, 5, 7, 9]], device=device)
+    model = make(device)
+    expected = model(ids)
+    fuse_blocks(model, implementation="reference")
+    cache = model.new_cache(capacity=4)
+    with torch.no_grad():
+        pieces = [model(ids[:, :3], cache=cache), model(ids[:, 3:], cache=cache)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_quantised_layers_hold_no_plain_weight(device):
+    model = make(device, kind="nf4")
+    layers = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    assert len(layers) == 8
+    assert not any("base.weight" in name for name, _ in model.named_parameters())
+    assert all(layer.weight.shape == (sum(layer.out_features), layer.in_features) for layer in layers)
+
+
+@pytest.mark.parametrize(("lora", "reason"), [({"dora": True}, "DoRA"), ({"dropout": 0.1}, "dropout = 0.1")])
+def test_what_the_kernel_cannot_run_is_refused(lora, reason, device):
+    with pytest.raises(ValueError, match=reason):
+        fuse_blocks(make(device, **lora))
+
+
+def test_wrong_number_of_rungs_is_refused(device):
+    with pytest.raises(ValueError, match="1 rungs for 2 layers"):
+        fuse_blocks(make(device), keep=["all"])
