@@ -66,7 +66,8 @@ def can_be_marked(messages: list[dict[str, Any]], tools: Sequence[Any] | None) -
         text = json.dumps([others, tools], ensure_ascii=False, default=str)
         if MARK.search(text):
             return False
-    return len(messages) * len(_MARKED_KEYS) < _MAX_SLOTS and not any(MARK.search(str(m.get("role"))) for m in messages)
+    num_slots = sum(key in message for message in messages for key in _MARKED_KEYS)
+    return num_slots < _MAX_SLOTS and not any(MARK.search(str(message.get("role"))) for message in messages)
 
 
 def stand_ins(messages: list[dict[str, Any]]) -> dict[str, str] | None:

@@ -121,7 +121,7 @@ def test_absent_tools_look_as_they_do_in_transformers(make_tokenizer):
 
 
 def test_content_that_the_template_changes_is_searched_or_refused(make_tokenizer):
-    cutting = resolve(make_tokenizer("{% for m in messages %}{{ m.content[:4] }};{% endfor %}"))
+    cutting = resolve(make_tokenizer("{% for m in messages %}{{ m.content[:3] }};{% endfor %}"))
     rendered = cutting.render([{"role": "user", "content": "yes"}, {"role": "assistant", "content": "yes"}])
     assert rendered.searched
     assert [(turn.start, turn.end) for turn in rendered.turns] == [(0, 3), (4, 7)]
