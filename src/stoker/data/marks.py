@@ -12,8 +12,8 @@ from typing import Any
 
 from stoker.data.template_engine import GENERATED_CLOSE, GENERATED_OPEN
 
-_THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
-_MARKED_KEYS = (*_THOUGHT_KEYS, "instruction", "input", "content")
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
+_MARKED_KEYS = (*THOUGHT_KEYS, "instruction", "input", "content")
 _OPEN, _CLOSE, _MAX_SLOTS = 0xF0000, 0x100000, 0xFF00
 # Rare white space that stands for what surrounds a core: one for before, one for after, so that neighbours stay apart.
 _LEAD, _TRAIL = "\u205f", "\u2007"
@@ -106,7 +106,7 @@ def mark(
             if roles is None or message.get("role") in roles:
                 core = text.strip()
                 start = text.find(core) if core else 0
-                thinks = "think>" in core or key in _THOUGHT_KEYS
+                thinks = "think>" in core or key in THOUGHT_KEYS
                 slot = Slot(index, text[:start], core, text[start + len(core) :], thinks)
                 number = len(slots)
                 opening, closing = chr(_OPEN + number), chr(_CLOSE + number)

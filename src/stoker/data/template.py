@@ -79,7 +79,7 @@ class ChatTemplate:
                 "the row has tools, but the chat template does not mention them.",
                 fix="Use a chat template with tools, or remove them from the row.",
             )
-        plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        plain = [_plain(message) for message in messages]
         self._rows_seen += 1
         stand_ins = marks.stand_ins(plain)
         if self._looks_like_marks or stand_ins is None or not marks.can_be_marked(plain, tools):
@@ -167,6 +167,13 @@ def _template_variables(tokenizer: Any) -> dict[str, Any]:
         is_none = tokenizer.apply_chat_template(probe, chat_template=source, tokenize=False) == "True"
         variables[name] = None if is_none else []
     return variables
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Drops keys without a value and gives reasoning the names under which templates read it, as Transformers does."""
+    plain = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((plain[key] for key in marks.THOUGHT_KEYS if key in plain), None)
+    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
 
 def _refused(error: Exception) -> DataError:

@@ -129,9 +129,11 @@ def test_thought_and_answer_are_trained_as_one_turn(template_case, trained_texts
     ids, trained, audit = masked(tokenizer, messages)
     assert trained_texts(tokenizer, ids, trained) == [thought + "<|im_end|>"]
     assert audit.searched_rows == 0
-    apart = [{"role": "user", "content": "a"}, {"role": "assistant", "reasoning_content": "hot?", "content": "It is."}]
-    ids, trained, _ = masked(tokenizer, apart)
-    assert trained_texts(tokenizer, ids, trained) == ["<think>\nhot?\n</think>\n\nIt is.<|im_end|>"]
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        apart = [{"role": "user", "content": "a"}, {"role": "assistant", name: "hot?", "content": "It is."}]
+        ids, trained, audit = masked(tokenizer, apart)
+        assert trained_texts(tokenizer, ids, trained) == ["<think>\nhot?\n</think>\n\nIt is.<|im_end|>"]
+        assert audit.searched_rows == 0
 
 
 def test_thought_that_the_template_drops_is_not_trained(template_case, trained_texts):
