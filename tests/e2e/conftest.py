@@ -123,6 +123,12 @@ def write_rows(path, rows):
 
 
 @pytest.fixture
+def rows():
+    """Makes rows of a chat."""
+    return chat_rows
+
+
+@pytest.fixture
 def stoker(tmp_path):
     return Stoker(tmp_path)
 

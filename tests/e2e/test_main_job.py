@@ -103,3 +103,22 @@ def test_folder_of_another_run_is_refused_unless_told(stoker, run_values, write_
     assert "already holds a run" in stoker("train", yaml, code=2).stderr
     stoker("train", yaml, "--overwrite")
     assert "--resume" in stoker("train", yaml, "--resume", "--overwrite", code=2).stderr
+
+
+def test_early_stopping_keeps_the_best_weights(stoker, run_values, write_yaml, tmp_path):
+    run_values["train"] |= {
+        "learning_rate": 1.0,
+        "steps": 30,
+        "evaluate_every_steps": 1,
+        "schedule": {"kind": "constant"},
+    }
+    run_values["train"]["early_stopping"] = {"patience": 2}
+    yaml = write_yaml(run_values)
+    said = stoker("train", yaml).stdout
+    assert "early stopping" in said
+    assert "best ones" in said
+    evaluations = [one for one in records(tmp_path / "run/metrics.jsonl") if "validation_loss" in one]
+    best = min(one["validation_loss"] for one in evaluations)
+    assert len(evaluations) < 30
+    assert evaluations[-1]["validation_loss"] > best
+    assert json.loads(stoker("eval", yaml, "--json").stdout)["loss"] == pytest.approx(best, abs=1e-6)

@@ -14,6 +14,7 @@ from stoker.build.run_folder import RunFolder
 from stoker.build.trainer import compute_dtype
 from stoker.config.schema import RunConfig
 from stoker.plan.choose import Statistics, choose
+from stoker.plan.limits import fitted
 
 
 def evaluate(
@@ -35,6 +36,7 @@ def evaluate(
     quiet = Console(stderr=True)
     found = artifact.find(model or str(RunFolder.of(config.output.folder).path))
     base = open_base(found.base, revision=found.revision)
+    config = fitted(config, base.spec)
     template = None if found.tokenizer else config.model.chat_template
     tokenizer = load_tokenizer(base, override=found.tokenizer or config.model.tokenizer, chat_template=template)
     data = prepare_data(config, tokenizer, console=quiet)

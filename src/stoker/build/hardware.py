@@ -15,9 +15,8 @@ def probe() -> Hardware:
         # An Apple GPU shares the machine's memory; PyTorch lets it have a recommended part of it.
         limit = torch.mps.recommended_max_memory()
         devices.append(Device("mps", "Apple GPU", min(limit, psutil.virtual_memory().available)))
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    allowed = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else cores
-    threads = max(1, min(cores, allowed))
+    # As many as PyTorch chose: the physical cores, or what OMP_NUM_THREADS and the process's affinity allow.
+    threads = torch.get_num_threads()
     name = f"CPU ({platform.machine()}, {threads} threads)"
     devices.append(Device("cpu", name, psutil.virtual_memory().available, bf16=True))
     return Hardware(tuple(devices), num_threads=threads)

@@ -7,6 +7,7 @@ from stoker.build.model import load_tokenizer, open_base
 from stoker.config.schema import RunConfig
 from stoker.data import inspect as show
 from stoker.errors import ConfigError
+from stoker.plan.limits import fitted
 
 
 def inspect(config: RunConfig, *, rows: int, split: str, console: Console | None = None) -> None:
@@ -18,6 +19,7 @@ def inspect(config: RunConfig, *, rows: int, split: str, console: Console | None
     console = console or Console()
     base = open_base(config.model.base, revision=config.model.revision)
     tokenizer = load_tokenizer(base, override=config.model.tokenizer, chat_template=config.model.chat_template)
+    config = fitted(config, base.spec)
     data = prepare_data(config, tokenizer, console=console)
     documents = data.train if split == "train" else data.validation
     if documents is None:

@@ -17,6 +17,7 @@ from stoker.build.model import Base, load_decoder, load_tokenizer, open_base, pa
 from stoker.build.run_folder import Journal, RunFolder, now, versions
 from stoker.build.session import Session
 from stoker.build.trainer import Engine, add_adapter, compute_dtype, describe, make_engine, make_trainer
+from stoker.checkpoint.read import load as read
 from stoker.config import show
 from stoker.config.load import Loaded
 from stoker.config.schema import RunConfig
@@ -24,6 +25,7 @@ from stoker.observe import progress, trackers
 from stoker.observe.metrics import MetricsFile
 from stoker.observe.observer import Observer
 from stoker.plan.choose import Statistics, choose
+from stoker.plan.limits import fitted
 from stoker.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -97,9 +99,11 @@ def train(
     console = console or Console()
     config, folder = loaded.config, RunFolder.of(loaded.config.output.folder)
     folder.check(resume=resume_run, overwrite=overwrite)
-    changed = resume.changes(config, folder) if resume_run else []
     _say(console, f"[bold]stoker {stoker.__version__}[/]  {describe(config)}")
     model = model or _open(config)
+    config = fitted(config, model.base.spec)
+    loaded = Loaded(config, loaded.origins)
+    changed = resume.changes(config, folder) if resume_run else []
     data = prepare_data(config, model.tokenizer, console=console)
     for split, text in summary(data.audits):
         _say(console, f"[dim]{split:<10}[/]  {text}")
@@ -161,6 +165,9 @@ def _run(
     if result.reason == "interrupted":
         finish.say_interrupted(console, folder, result)
         return RunResult(folder.path, result.reason, result.step, result.seconds, {}, (), None, result.checkpoint)
+    if result.reason == "early stopping" and result.best_checkpoint is not None:
+        engine.strategy.load_weights(read(result.best_checkpoint).tensors["weights"])
+        _say(console, f"The weights kept are the best ones: those of step {result.best_step}.")
     assert model.decoder is not None
     is_adapter = config.adapter is not None
     target = folder.adapter if is_adapter else folder.model

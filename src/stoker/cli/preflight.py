@@ -133,6 +133,7 @@ def _source(source: Source, where: str) -> Problem | None:
 
 def summary(config: RunConfig, spec: ArchSpec | None) -> list[tuple[str, str]]:
     """Returns what the run will do, as short lines with their headings."""
+    config = limits.fitted(config, spec) if spec is not None else config
     return [
         ("model", _model_line(config, spec)),
         ("trains", _trained_line(config)),

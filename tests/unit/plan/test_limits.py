@@ -32,3 +32,18 @@ def test_a_longer_sequence_is_a_problem_with_its_setting(run):
 def test_targets_that_match_no_layer_are_a_problem_with_their_setting(run):
     ((path, _),) = limits.problems(run("data.sequence_length=512", "adapter.targets=[nope]"), _spec(None))
     assert path == ("adapter", "targets")
+
+
+def test_length_that_is_not_set_fits_the_model(run):
+    default = run()
+    data = default.data.model_copy()
+    data.model_fields_set.discard("sequence_length")
+    fitted = limits.fitted(default.model_copy(update={"data": data}), _spec(None))
+    assert fitted.data.sequence_length == 1024
+    assert limits.problems(fitted, _spec(None)) == []
+    assert limits.fitted(fitted, _spec({"rope_type": "linear", "factor": 0.5})).data.sequence_length == 512
+
+
+def test_length_that_is_set_stays(run):
+    assert limits.fitted(run("data.sequence_length=512"), _spec(None)).data.sequence_length == 512
+    assert limits.fitted(run("data.sequence_length=4096"), _spec(None)).data.sequence_length == 4096
