@@ -44,7 +44,8 @@ def write(
             total = {"total_size": sum(tensor.nbytes for _, tensor in named)}
             _write_json({"metadata": total, "weight_map": weight_map}, folder / "model.safetensors.index.json")
         dtype = str(named[0][1].dtype).removeprefix("torch.")
-        _write_json({**config, "dtype": dtype}, folder / "config.json")
+        kept = {key: value for key, value in config.items() if key != "torch_dtype"}  # the old name of dtype
+        _write_json({**kept, "dtype": dtype}, folder / "config.json")
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"the model cannot be written ({error}).", where=str(folder), fix="Free some space, or name another folder."

@@ -12,7 +12,7 @@ TENSORS = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(4)), ("c", torc
 
 
 def test_one_file_when_it_fits(tmp_path):
-    write(TENSORS, tmp_path / "new" / "model", config={"x": 1})
+    write(TENSORS, tmp_path / "new" / "model", config={"x": 1, "torch_dtype": "float16"})
     folder = tmp_path / "new" / "model"
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json"}
     assert json.loads((folder / "config.json").read_text()) == {"x": 1, "dtype": "float32"}
