@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from stoker.adapters.lora import LoraLinear
 from stoker.kernels.block import BlockOptions, BlockWeights, FrozenMatrix, Projection, block
+from stoker.kernels.offload import HostOffload
 from stoker.nn.block import Block
 from stoker.nn.cache import LayerCache
 from stoker.nn.frozen_linear import FrozenLinear
@@ -22,7 +23,7 @@ class FusedBlock(nn.Module):
 
     recompute = False  # the layer itself rebuilds what it drops
 
-    def __init__(self, original: Block, *, keep: str, implementation: str) -> None:
+    def __init__(self, original: Block, *, keep: str, implementation: str, offload: HostOffload | None = None) -> None:
         super().__init__()
         self.attention_norm = original.attention_norm
         self.attention = original.attention
@@ -36,6 +37,7 @@ class FusedBlock(nn.Module):
             attention.window,
             implementation,
             keep,
+            offload,
         )
 
     def forward(
@@ -73,10 +75,13 @@ def why_not_fused(model: nn.Module) -> str | None:
     return None
 
 
-def fuse_blocks(model: nn.Module, *, keep: str | Sequence[str] = "all", implementation: str = "triton") -> None:
+def fuse_blocks(
+    model: nn.Module, *, keep: str | Sequence[str] = "all", implementation: str = "triton", offload: bool = False
+) -> None:
     """Replaces the layers of `model.blocks` by `FusedBlock`s on this instance; parameters keep their names.
 
-    `keep` is one rung for all layers or one for each. Raises ValueError when the number differs, for an unknown rung,
+    `keep` is one rung for all layers or one for each; with `offload`, the inputs of all layers and what attention keeps
+    wait in pinned host memory for the backward. Raises ValueError when the number differs, for an unknown rung,
     and where `why_not_fused` gives a reason. Call it after adapters are added and weights are quantised.
     """
     blocks = cast("nn.ModuleList", model.blocks)
@@ -85,8 +90,10 @@ def fuse_blocks(model: nn.Module, *, keep: str | Sequence[str] = "all", implemen
         raise ValueError(f"{len(rungs)} rungs for {len(blocks)} layers")
     if reason := why_not_fused(model):
         raise ValueError(f"the layer kernel cannot run {reason}")
+    host = HostOffload() if offload else None
     for index, rung in enumerate(rungs):
-        blocks[index] = FusedBlock(cast("Block", blocks[index]), keep=rung, implementation=implementation)
+        original = cast("Block", blocks[index])
+        blocks[index] = FusedBlock(original, keep=rung, implementation=implementation, offload=host)
 
 
 def freeze_into(model: nn.Module, make: Callable[[Tensor, tuple[int, ...]], nn.Module]) -> int:

@@ -20,7 +20,7 @@ long as the matmuls are deterministic.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from stoker.kernels import glu, rms_norm, rope
 from stoker.kernels.attention import DocumentLengths, attention
+from stoker.kernels.offload import HostOffload, is_dense
 from stoker.kernels.triton_support import as_rows
 
 KEEP = ("all", "mixer", "attention", "input")
@@ -73,7 +74,10 @@ class BlockWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """How a layer computes: heads, the norms' epsilons, the sliding window, the kernels, and what it keeps (KEEP)."""
+    """How a layer computes: heads, the norms' epsilons, the sliding window, the kernels, and what it keeps (KEEP).
+
+    With `offload`, x and what attention keeps wait on the host for the backward.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -81,6 +85,7 @@ class BlockOptions:
     window: int | None = None
     implementation: str = "reference"
     keep: str = "all"
+    offload: HostOffload | None = None
 
     def __post_init__(self) -> None:
         if self.keep not in KEEP:
@@ -118,6 +123,8 @@ def block(
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
+    if not torch.is_grad_enabled():  # nothing will ask for what would be kept
+        layout = layout._replace(options=replace(options, keep="input", offload=None))
     with torch.autocast(device, enabled=False):
         return _Block.apply(x, cos, sin, layout, weights.attention_norm, weights.feed_forward_norm, *tensors)
 
@@ -217,48 +224,94 @@ class _Source(torch.autograd.Function):
         return grads[0].new_zeros(()), None, None, None, None
 
 
+# Smaller tensors (a row's statistics in attention) are not worth a copy of their own.
+MIN_OFFLOAD_BYTES = 2**20
+
+
 class _Attended:
     """Attention with a graph of its own, from rotated q, k, v to the attended values [B, T, H · E].
 
     With `forget`, the graph does not hold q, k and v: `backward` is given them anew. What attention keeps besides (its
-    output and statistics) stays.
+    output and statistics) stays, or goes to the host where the options have an offload.
     """
 
-    def __init__(self, heads: tuple[Tensor, ...], layout: _Layout, *, forget: bool = False) -> None:
+    def __init__(
+        self, heads: tuple[Tensor, ...], layout: _Layout, *, forget: bool = False, offload: bool = False
+    ) -> None:
         self._heads: tuple[Tensor, ...] = ()
         self._sink: list[Tensor] = []
+        self._offload = layout.options.offload if offload else None
+        self._handles: dict[int, tuple[int, int]] = {}  # of a storage: handle, and where its stored tensor begins
         self._storages = [x.untyped_storage().data_ptr() for x in heads] if forget else []
         self._root = torch.zeros((), dtype=heads[0].dtype, device=heads[0].device, requires_grad=True)
         with torch.enable_grad():
             traced = _Source.apply(self._root, self._sink, *heads)
             with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-                attended = attention(
-                    *traced,
-                    document_lengths=layout.document_lengths,
-                    window=layout.options.window,
-                    implementation=layout.options.implementation,
-                )
-            self._traced = attended.flatten(2)
-        self.output = self._traced.detach()
+                output = _attend(traced, layout)
+        self._edge = torch.autograd.graph.get_gradient_edge(output)
+        self.output: Tensor | None = output.detach()
+        self._view: tuple[int, tuple] | None = None
 
     def _pack(self, tensor: Tensor) -> Tensor | tuple:
         storage = tensor.untyped_storage().data_ptr()
-        if storage not in self._storages:
+        if storage in self._storages:
+            return self._storages.index(storage), tensor.shape, tensor.stride(), tensor.storage_offset()
+        large = tensor.numel() * tensor.element_size() >= MIN_OFFLOAD_BYTES
+        if self._offload is None or not large or not is_dense(tensor) or storage in self._handles:
             return tensor
-        return self._storages.index(storage), tensor.shape, tensor.stride(), tensor.storage_offset()
+        handle = self._offload.store(tensor.detach())
+        self._handles[storage] = (handle, int(tensor.storage_offset()))
+        return (handle,)
 
     def _unpack(self, packed: Tensor | tuple) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
+        if len(packed) == 1 and self._offload is not None:
+            return self._offload.fetch(packed[0])
         index, shape, stride, offset = packed
         return self._heads[index].as_strided(shape, stride, offset)
+
+    def put_away(self) -> None:
+        """Drops the output from the device, if it is to wait on the host."""
+        if self._offload is None or self.output is None:
+            return
+        storage, output = self.output.untyped_storage().data_ptr(), self.output
+        if storage not in self._handles:  # attention saved another tensor than its output
+            if output.numel() * output.element_size() < MIN_OFFLOAD_BYTES:
+                return
+            self._handles[storage] = (self._offload.store(output.contiguous()), int(output.storage_offset()))
+        handle, begin = self._handles[storage]
+        self._view = (handle, (output.shape, output.stride(), int(output.storage_offset()) - begin))
+        self.output = None
+
+    def values(self) -> Tensor:
+        """The output [B, T, H · E], brought back if it was put away."""
+        if self.output is not None:
+            return self.output
+        if self._offload is None or self._view is None:
+            raise RuntimeError("the attended values are gone")
+        handle, view = self._view
+        return self._offload.fetch(handle).as_strided(*view)
 
     def backward(self, grad: Tensor, heads: tuple[Tensor, ...] = ()) -> list[Tensor]:
         """Gradients of q, k and v, from that of the output; `heads` are they, where they were forgotten."""
         self._heads = heads
-        torch.autograd.grad(self._traced, self._root, grad)
+        torch.autograd.grad((self._edge,), (self._root,), (grad,))
         self._heads = ()
+        if self._offload is not None:
+            for handle, _ in self._handles.values():
+                self._offload.release(handle)
         return self._sink
+
+
+def _attend(heads: tuple[Tensor, ...], layout: _Layout) -> Tensor:
+    attended = attention(
+        *heads,
+        document_lengths=layout.document_lengths,
+        window=layout.options.window,
+        implementation=layout.options.implementation,
+    )
+    return attended.flatten(2)
 
 
 class _Kept(NamedTuple):
@@ -289,21 +342,33 @@ class _Block(torch.autograd.Function):
         rows = as_rows(x)
         normed, _, _ = _norm(rows, None, attention_norm, options.epsilons[0], options.implementation)
         heads, product_qkv = _heads(projections[0], normed, x.shape, (cos, sin), options)
-        attended = _Attended(heads, layout, forget=options.keep == "attention")
-        mixed, product_out = _project(projections[1], attended.output.flatten(0, 1))
+        attended = None
+        if options.keep == "input":
+            values = _attend(heads, layout)
+        else:
+            attended = _Attended(heads, layout, forget=options.keep == "attention", offload=True)
+            values = attended.values()
+        mixed, product_out = _project(projections[1], values.flatten(0, 1))
+        if attended is not None:
+            attended.put_away()
         normed, mid, _ = _norm(mixed, rows, feed_forward_norm, options.epsilons[1], options.implementation)
         gate_up, product_gate_up = _project(projections[2], normed)
-        del heads, normed, mixed
+        del heads, values, normed, mixed
         activated = glu.swiglu(gate_up, implementation=options.implementation)
         output, product_down = _project(projections[3], activated)
         output += mid
         kept_mid = mid if options.keep in ("all", "mixer") else None
         kept_gate_up = gate_up if options.keep == "all" else None
         products = (product_qkv, product_out, product_gate_up, product_down)
-        ctx.attended = None if options.keep == "input" else attended
+        ctx.attended = attended
+        ctx.x_handle = None
+        if options.offload is not None and is_dense(x) and x.numel() * x.element_size() >= MIN_OFFLOAD_BYTES:
+            ctx.x_handle = options.offload.store(x.detach())
         ctx.layout, ctx.ran = layout, False
         kept = (kept_mid, kept_gate_up, *products)
-        ctx.save_for_backward(x, cos, sin, attention_norm, feed_forward_norm, *kept, *tensors)
+        ctx.save_for_backward(
+            None if ctx.x_handle is not None else x, cos, sin, attention_norm, feed_forward_norm, *kept, *tensors
+        )
         return output.view(x.shape)
 
     @staticmethod
@@ -316,9 +381,13 @@ class _Block(torch.autograd.Function):
         ctx.ran = True
         x, cos, sin, *rest = ctx.saved_tensors
         norms, kept, tensors = rest[:2], rest[2:8], rest[8:]
+        if ctx.x_handle is not None:
+            x = ctx.layout.options.offload.fetch(ctx.x_handle)
         run = _Backward(ctx.layout, norms, tensors, ctx.needs_input_grad[4:], x, (cos, sin))
         attended, ctx.attended = ctx.attended, None
         grad_x = run(grads[0], attended, _Kept(kept[0], kept[1], tuple(kept[2:])))
+        if ctx.x_handle is not None:
+            ctx.layout.options.offload.release(ctx.x_handle)
         pairs = zip((*run.norm_grads, *run.grads), (*norms, *tensors), strict=True)
         return grad_x, None, None, None, *(None if g is None or x is None else g.to(x.dtype) for g, x in pairs)
 
@@ -352,7 +421,7 @@ class _Backward:
         if attended is None:
             attended = _Attended(heads, layout)
         if kept.mid is None:
-            mixed, _ = _project(out, attended.output.flatten(0, 1))
+            mixed, _ = _project(out, attended.values().flatten(0, 1))
             normed_mid, mid, rstd_mid = self._norm(mixed, 1, residual=rows)
             del mixed
         else:
@@ -363,8 +432,8 @@ class _Backward:
         grad_normed = self._projection(2, grad_gate_up, normed_mid, kept.products[2])
         del gate_up_output, grad_gate_up, normed_mid
         grad_mid = self._norm_backward(1, grad_normed, mid, rstd_mid, grad_rows)
-        grad_attended = self._projection(1, grad_mid, attended.output.flatten(0, 1), kept.products[1])
-        grad_heads = attended.backward(grad_attended.view_as(attended.output), heads)
+        grad_attended = self._projection(1, grad_mid, attended.values().flatten(0, 1), kept.products[1])
+        grad_heads = attended.backward(grad_attended.view(*self.x.shape[:2], -1), heads)
         del heads, attended, mid
         grad_qkv = rope.split_and_rotate_backward(grad_heads, *self.tables, implementation=options.implementation)
         grad_normed = self._projection(0, grad_qkv.flatten(0, 1), normed_x, kept.products[0])

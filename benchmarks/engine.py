@@ -1,0 +1,400 @@
+"""The single-GPU engine: kernels against their references and the bandwidth, and whole training steps.
+
+    PYTHONPATH=src python benchmarks/engine.py kernels matmuls A B C E F G --out engine.jsonl [--profile]
+
+Needs a CUDA GPU and PyTorch with Triton; no download: weights and tokens are random, which is right for speed and
+memory. `kernels` prints the time of each kernel beside its reference and the share of the measured copy bandwidth;
+`matmuls` what adapters and attention cost; a letter runs training steps (LoRA, rank 16, all projections, AdamW) of one
+setting. Before a step's number is printed, a small model's loss and gradients must equal those of the references, and
+the step's own loss must be finite and its gradient norm above zero.
+"""
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stoker.adapters.fused_block import freeze_into, fuse_blocks
+from stoker.adapters.lora import add_lora
+from stoker.arch.families import read
+from stoker.kernels import fp8, glu, linear_cross_entropy, rms_norm, rope
+from stoker.kernels.attention import attention
+from stoker.models import native
+from stoker.nn.decoder import Decoder
+from stoker.quant.formats import quantize
+from stoker.quant.fp8 import Fp8Weight
+from stoker.quant.frozen import Scratch
+
+GIB = 2**30
+BF16 = torch.bfloat16
+LLAMA_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+LLAMA_1B = LLAMA_8B | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+TINY = LLAMA_8B | {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the table of steps: model, rows, their length, the base's format, what layers keep, host offload."""
+
+    config: dict
+    rows: int
+    length: int
+    kind: str | None = None
+    keep: str = "all"
+    offload: bool = False
+    adapter: bool = True
+
+
+SETTINGS = {
+    "A": Setting(LLAMA_8B, 2, 4096),
+    "A-mixer": Setting(LLAMA_8B, 2, 4096, keep="mixer"),
+    "B": Setting(LLAMA_8B, 2, 4096, keep="attention", offload=True),
+    "B-gpu": Setting(LLAMA_8B, 2, 4096, keep="attention"),
+    "B-input": Setting(LLAMA_8B, 2, 4096, keep="input", offload=True),
+    "C": Setting(LLAMA_8B, 2, 4096, kind="nf4", keep="attention", offload=True),
+    "D": Setting(LLAMA_8B, 1, 32768, kind="nf4", keep="attention", offload=True),
+    "E": Setting(LLAMA_1B, 8, 2048),
+    "F": Setting(LLAMA_8B, 2, 4096, kind="fp8"),
+    "G": Setting(LLAMA_1B, 1, 512),
+    "I": Setting(LLAMA_1B, 8, 2048, adapter=False),
+    "I-mixer": Setting(LLAMA_1B, 8, 2048, adapter=False, keep="mixer"),
+}
+
+
+def milliseconds(run: Callable[[], object], *, repeats: int = 20) -> float:
+    """Median time of `run` on the GPU after warming up."""
+    for _ in range(5):
+        run()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def report(out: Path | None, **values: object) -> None:
+    line = json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in values.items()})
+    print(line, flush=True)
+    if out is not None:
+        with out.open("a") as file:
+            file.write(line + "\n")
+
+
+def random(*shape: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype) * scale
+
+
+def gradient_of(op: Callable[..., object], *inputs: Tensor) -> Callable[[], object]:
+    """A call that runs only the backward of `op`."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = op(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = [torch.randn_like(y) for y in outputs]
+    return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+
+def kernel_cases(tokens: int = 8192) -> Iterator[tuple[str, int, Callable[[str], Callable[[], object]]]]:
+    """Name, bytes that must be moved, and for an implementation the call to time; 8B shapes."""
+    width, inner, heads, kv_heads, channels = 4096, 14336, 32, 8, 128
+    x, residual, weight = random(tokens, width), random(tokens, width), random(width)
+    unit = tokens * width * 2
+    yield (
+        "add_rms_norm forward",
+        4 * unit,
+        lambda kind: lambda: rms_norm.add_rms_norm(x, residual, weight, 1e-5, implementation=kind),
+    )
+    yield (
+        "add_rms_norm backward",
+        4 * unit,
+        lambda kind: gradient_of(
+            lambda a, b: rms_norm.add_rms_norm(a, b, weight, 1e-5, implementation=kind), x, residual
+        ),
+    )
+    yield (
+        "rms_norm backward with weight",
+        3 * unit,
+        lambda kind: gradient_of(lambda a, w: rms_norm.rms_norm(a, w, 1e-5, implementation=kind), x, weight),
+    )
+    qkv = random(2, tokens // 2, (heads + 2 * kv_heads) * channels)
+    angles = torch.rand(1, tokens // 2, channels // 2, device="cuda")
+    tables = (angles.cos(), angles.sin())
+
+    def split(kind: str) -> Callable[[Tensor], object]:
+        return lambda t: rope.split_and_rotate(t, *tables, num_heads=heads, num_kv_heads=kv_heads, implementation=kind)
+
+    yield "split_and_rotate forward", 2 * qkv.numel() * 2, lambda kind: lambda: split(kind)(qkv)
+    yield "split_and_rotate backward", 2 * qkv.numel() * 2, lambda kind: gradient_of(split(kind), qkv)
+    gate_up, grad = random(tokens, 2 * inner), random(tokens, inner)
+    size = gate_up.numel() * 2
+    yield "swiglu forward", size * 3 // 2, lambda kind: lambda: glu.swiglu(gate_up, implementation=kind)
+    yield (
+        "swiglu backward with activation",
+        size * 3,
+        lambda kind: lambda: glu.swiglu_backward(gate_up, grad, implementation=kind),
+    )
+    logits, targets = random(1024, 128256), torch.randint(0, 128256, (1024,), device="cuda")
+    options = linear_cross_entropy.LossOptions()
+    turns = {
+        "triton": linear_cross_entropy._turn_logits_triton,
+        "reference": linear_cross_entropy._turn_logits_reference,
+    }
+    yield (
+        "logits to loss and gradient (1,024 rows)",
+        3 * logits.numel() * 2,
+        lambda kind: lambda: turns[kind](logits, None, targets, None, options=options, with_gradient=True),
+    )
+    yield from format_cases(random(2 * inner, width, scale=0.02), x)
+
+
+def format_cases(weight: Tensor, x: Tensor) -> Iterator[tuple[str, int, Callable[[str], Callable[[], object]]]]:
+    """The same for frozen formats, with a gate-up weight."""
+    frozen = {kind: quantize(weight, "nf4", implementation=kind) for kind in ("reference", "triton")}
+    buffer = torch.empty_like(weight)
+    yield (
+        "nf4 dequantise (gate_up)",
+        int(weight.numel() * 2.516),
+        lambda kind: lambda: frozen[kind].dequantize(buffer, dtype=BF16),
+    )
+    yield "fp8 quantise rows", x.numel() * 3, lambda kind: lambda: fp8.quantize_rows(x, implementation=kind)
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a device-to-device copy, bytes read and written counted."""
+    source, target = (torch.empty(2**29, dtype=torch.uint8, device="cuda") for _ in range(2))
+    return 2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e6
+
+
+def run_kernels(out: Path | None) -> None:
+    bandwidth = copy_bandwidth()
+    report(out, kernel="copy of 512 MiB", gigabytes_per_second=bandwidth)
+    for name, num_bytes, make in kernel_cases():
+        times = {kind: milliseconds(make(kind)) for kind in ("reference", "triton")}
+        rate = num_bytes / times["triton"] / 1e6
+        report(
+            out,
+            kernel=name,
+            reference_ms=times["reference"],
+            triton_ms=times["triton"],
+            gigabytes_per_second=rate,
+            share_of_copy=rate / bandwidth,
+        )
+
+
+def time_projection(num_in: int, num_out: int, parts: int, tokens: int) -> dict[str, float]:
+    """Milliseconds of a projection's products: its own, its adapters' one by one, and with these taken in.
+
+    "taking in" is one matmul whose inner size holds the adapters: [X, P] [W, s B]ᵀ and [dY, dP] [W; A], 64 columns
+    more, which would save reading and writing Y and dX again.
+    """
+    pad, rank, width = 64, 16 * parts, num_out // parts
+    x, grad = random(tokens, num_in), random(tokens, num_out)
+    weight, a, b = random(num_out, num_in, scale=0.02), random(rank, num_in), random(width, 16)
+    wide_x, wide_grad = random(tokens, num_in + pad), random(tokens, num_out + pad)
+    wide = random(num_out + pad, num_in + pad, scale=0.02)
+    product, y = x @ a.t(), x @ weight.t()
+    pieces = list(zip(y.split(width, dim=1), product.split(16, dim=1), strict=True))
+    runs = {
+        "forward": lambda: x @ weight.t(),
+        "backward": lambda: grad @ weight,
+        "x_a": lambda: x @ a.t(),
+        "y_update": lambda: [piece.addmm_(part, b.t()) for piece, part in pieces],
+        "grad_product": lambda: [piece @ b for piece in grad.split(width, dim=1)],
+        "grad_b": lambda: [piece.t() @ part for piece, part in pieces],
+        "grad_a": lambda: product.t() @ x,
+        "grad_x_update": lambda: x.addmm_(product, a),
+        "forward_taking_in": lambda: wide_x @ wide[:num_out].t(),
+        "backward_taking_in": lambda: wide_grad @ wide[:, :num_in],
+    }
+    return {f"{name}_ms": milliseconds(run) for name, run in runs.items()}
+
+
+def time_attention(kind: str, tokens: int) -> dict[str, float]:
+    heads = [random(2, tokens // 2, n, 128) for n in (32, 8, 8)]
+
+    def run(*tensors: Tensor) -> Tensor:
+        return attention(*tensors, implementation=kind)
+
+    return {"forward_ms": milliseconds(lambda: run(*heads)), "backward_ms": milliseconds(gradient_of(run, *heads))}
+
+
+def run_matmuls(out: Path | None, tokens: int = 8192) -> None:
+    """Products of one 8B layer and attention by both choices."""
+    for name, num_in, num_out, parts in [
+        ("qkv", 4096, 6144, 3),
+        ("out", 4096, 4096, 1),
+        ("gate_up", 4096, 28672, 2),
+        ("down", 14336, 4096, 1),
+    ]:
+        report(out, matmul=name, **time_projection(num_in, num_out, parts, tokens))
+    for kind in ("reference", "triton"):
+        report(out, attention=kind, **time_attention(kind, tokens))
+
+
+def build(setting: Setting, *, kernels: str = "triton", fuse: bool = True) -> Decoder:
+    """The setting's model on the GPU with random bf16 weights, its adapters, its base's format, its rungs."""
+    model = native._on_meta(read(setting.config, "benchmark"), dtype=BF16, kernels=kernels).to_empty(device="cuda")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0) if name.endswith("norm.weight") else parameter.normal_(0.0, 0.02)
+    if setting.adapter:
+        add_lora(model, rank=16, alpha=16)
+    if setting.kind is not None:
+        scratch = Scratch()
+
+        def make(weight: Tensor, part_rows: tuple[int, ...]) -> nn.Module:
+            if setting.kind == "fp8":
+                return Fp8Weight.quantize(weight, keep_transposed=True, scratch=scratch, implementation=kernels)
+            return quantize(weight, setting.kind, part_rows=part_rows, scratch=scratch, implementation=kernels)
+
+        freeze_into(model, make)
+    if fuse:
+        options = {"offload": True} if setting.offload else {}
+        fuse_blocks(model, keep=setting.keep, implementation=kernels, **options)
+    return model
+
+
+def loss_of(model: Decoder, ids: Tensor, *, kernels: str = "triton") -> Tensor:
+    hidden = model(ids).flatten(0, 1)
+    targets = ids.roll(-1, dims=1).flatten()
+    loss = linear_cross_entropy.linear_cross_entropy(hidden, model.head_weight, targets, implementation=kernels)
+    return loss / targets.numel()
+
+
+def check_parity(setting: Setting) -> None:
+    """A small model's loss and adapter gradients against those of the references, op by op; raises AssertionError."""
+    small = replace(setting, config=TINY, rows=2, length=256, kind=None if setting.kind == "fp8" else setting.kind)
+    ids = torch.randint(0, 512, (2, 256), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    results = []
+    for kernels, fuse in (("reference", False), ("triton", True)):
+        model = build(small, kernels=kernels, fuse=fuse)
+        for index, (name, parameter) in enumerate(model.named_parameters()):
+            if "lora_b" in name:
+                generator = torch.Generator("cuda").manual_seed(index)
+                parameter.data.normal_(0.0, 0.02, generator=generator)
+        loss = loss_of(model, ids, kernels=kernels)
+        loss.backward()
+        grads = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.item(), grads))
+    (loss, grads), (fused_loss, fused_grads) = results
+    assert abs(loss - fused_loss) < 2e-3 * loss, f"loss {fused_loss} instead of {loss}"
+    assert grads.keys() == fused_grads.keys()
+    worst = max(((fused_grads[n] - g).norm() / g.norm()).item() for n, g in grads.items())
+    assert worst < 5e-2, f"a gradient differs by {worst:.2g} of its norm"  # two bf16 results, each some 1e-2 off
+
+
+def run_steps(name: str, out: Path | None, *, steps: int, profile: bool) -> None:
+    setting = SETTINGS[name]
+    check_parity(setting)
+    gc.collect()
+    torch.cuda.empty_cache()
+    start = time.perf_counter()
+    model = build(setting)
+    torch.cuda.synchronize()
+    build_seconds = time.perf_counter() - start
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+
+    def step() -> tuple[float, float, float]:
+        ids = torch.randint(0, setting.config["vocab_size"], (setting.rows, setting.length), device="cuda")
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        loss = loss_of(model, ids)
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin, loss.item(), norm.item()
+
+    results = [step() for _ in range(steps + 3)]
+    losses, norms = [r[1] for r in results], [r[2] for r in results]
+    assert all(map(math.isfinite, losses)), losses
+    assert min(norms) > 0, norms
+    seconds = statistics.median(r[0] for r in results[3:])
+    report(
+        out,
+        setting=name,
+        device=torch.cuda.get_device_name(),
+        torch=torch.__version__,
+        kind=setting.kind,
+        keep=setting.keep,
+        tokens_per_second=setting.rows * setting.length / seconds,
+        step_ms=seconds * 1e3,
+        first_step_s=results[0][0],
+        build_s=build_seconds,
+        held_gib=held / GIB,
+        peak_gib=torch.cuda.max_memory_allocated() / GIB,
+        loss=losses[-1],
+        gradient_norm=norms[-1],
+    )
+    if profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+            step()
+        print(recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=["kernels", "matmuls", *SETTINGS])
+    parser.add_argument("--out", type=Path, help="append results as JSON lines to this file")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--profile", action="store_true", help="print the time of each GPU kernel of one step")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/engine.py needs a CUDA GPU; there is none here.")
+    for what in options.what:
+        try:
+            if what == "kernels":
+                run_kernels(options.out)
+            elif what == "matmuls":
+                run_matmuls(options.out)
+            else:
+                run_steps(what, options.out, steps=options.steps, profile=options.profile)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            # One setting's failure must not cost the others the machine; it is printed as its result.
+            report(options.out, setting=what, error=f"{type(error).__name__}: {str(error)[:300]}")
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
