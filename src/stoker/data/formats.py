@@ -54,6 +54,8 @@ class Format:
     optional: tuple[str, ...]
     recognise: Callable[[Row], str | None]
     convert: Callable[[Row, Fields], Conversation | Text]
+    is_chat: bool = True
+    """Whether rows become conversations, which need a chat template."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ FORMATS: dict[str, Format] = {
     for form in (
         Format("chat", ("messages",), ("role", "content", "system", "tools"), _recognise_chat, _convert_chat),
         Format("alpaca", ("instruction", "output"), ("input", "system"), _recognise_alpaca, _convert_alpaca),
-        Format("completion", ("text",), (), _recognise_completion, _convert_completion),
+        Format("completion", ("text",), (), _recognise_completion, _convert_completion, is_chat=False),
     )
 }
 """Every format, in the order in which `detect` tries them."""

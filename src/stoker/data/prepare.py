@@ -216,6 +216,8 @@ class _Job:
             form, reason = formats.declared(options.format), "declared"
         formats.check_fields(form, options.fields, source.label)
         self.tally.formats[source.label] = f"{form.name} ({reason})"
+        if form.is_chat and self.template is None:
+            self.template = template.resolve(self.hf_tokenizer, self.template_choice)
         return form, chain(sample, rows)
 
     def _chunk(self, rows: list[Row], form: formats.Format, fields: Mapping[str, str], writer: cache.Writer) -> None:
@@ -233,8 +235,6 @@ class _Job:
 
     def _bad_row(self, row: Row, error: DataError) -> None:
         problem = error.problems[0]
-        if problem.where is not None:
-            raise error
         if self.on_bad_row == "stop":
             fix = f"{problem.fix} " if problem.fix else ""
             raise DataError(problem.what, where=row.where, fix=f"{fix}(data.on_bad_row: skip leaves such rows out.)")
@@ -243,8 +243,7 @@ class _Job:
     def _piece(self, converted: Conversation | Text) -> Piece:
         if isinstance(converted, Text):
             return Piece(converted.text)
-        if self.template is None:
-            self.template = template.resolve(self.hf_tokenizer, self.template_choice)
+        assert self.template is not None
         by_tags = self.template.has_generation_tags and self.train_on == ("assistant",)
         if not by_tags:
             self._refuse_tool_calls(converted)

@@ -175,3 +175,10 @@ def test_document_longer_than_a_row_is_refused():
 def test_padding_share_of_packed_rows():
     assert loader(documents([12, 6]), packing=True).padding_share == pytest.approx(0.25)
     assert loader(documents([12, 6])).padding_share == 0.0
+
+
+def test_untrained_tokens_are_context_only():
+    half = Prepared.from_documents([([11, 12, 13, 14], [True, False, True, True])])
+    (batch,) = loader(half, packing=False).step(0)
+    assert batch.targets.tolist() == [[IGNORED, 13, 14, *[IGNORED] * 5]]
+    assert batch.input_ids[0, :4].tolist() == [11, 12, 13, 14]

@@ -50,8 +50,9 @@ def test_eos_is_not_doubled(make_tokenizer):
 
 
 def test_chat_without_template_is_an_error_that_names_templates(make_tokenizer):
-    with pytest.raises(DataError, match=r"no chat template.*alpaca, chatml, llama2, llama3, mistral"):
-        prepared(make_tokenizer(None), [chat()])
+    for on_bad_row in ("stop", "skip"):  # not a matter of single rows
+        with pytest.raises(DataError, match=r"^the tokenizer has no chat template.*alpaca, chatml, llama2, llama3"):
+            prepared(make_tokenizer(None), [chat()], on_bad_row=on_bad_row)
 
 
 def test_malformed_line_stops_with_file_and_line(chatml, tmp_path):
@@ -126,6 +127,12 @@ def test_audit_counts_what_is_in_the_arrays(chatml):
     assert (audit.longest, audit.median) == (result.lengths.max(), np.median(result.lengths))
     assert (audit.turns, audit.turns_with_end, audit.roles) == (2, 2, {"user": 3, "assistant": 2})
     assert (audit.rows_without_trained_token, audit.untrained_examples) == (1, ("row 3",))
+
+
+def test_turns_are_counted_in_all_pieces_of_a_row_that_is_cut(chatml):
+    audit = prepared(chatml, [{"messages": chat()["messages"] * 3}], sequence_length=16, on_long="split").audit
+    assert audit.documents > 3
+    assert (audit.turns, audit.turns_with_end) == (3, 3)
 
 
 def test_doubled_bos_is_counted(make_tokenizer):

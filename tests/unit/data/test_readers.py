@@ -117,3 +117,10 @@ def test_unreadable_file_is_an_error_that_names_it(name, content, message, tmp_p
 def test_declared_file_type_overrides_the_suffix(tmp_path):
     (tmp_path / "rows.dat").write_text('{"text": "a"}\n')
     assert [row.value for row in read_file(tmp_path / "rows.dat", file_type="jsonl")] == [{"text": "a"}]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_byte_order_mark_is_no_part_of_the_first_row(name, tmp_path):
+    WRITERS[name](tmp_path / name)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    assert [(row.value, row.error) for row in read_file(tmp_path / name)] == [(row, None) for row in ROWS]

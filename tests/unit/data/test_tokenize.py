@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
+from tokenizers import processors
 
 from stoker.data.prepare import SourceOptions, prepare
 from stoker.errors import DataError
@@ -223,10 +224,32 @@ def test_adjacent_contents_keep_their_own_white_space(make_tokenizer):
     template = "{% for m in messages %}{{ m.content | trim if m.role == 'user' else m.content }}{% endfor %}"
     tokenizer = make_tokenizer(template)
     messages = [{"role": "user", "content": " a  "}, {"role": "assistant", "content": "\n\nb "}]
-    ids, trained, audit = masked(tokenizer, messages, train_on="user")
+    ids, trained, audit = masked(tokenizer, messages, train_on="all")
     assert tokenizer.decode(ids) == "a\n\nb "
     assert audit.searched_rows == 0
-    assert not trained.any()  # the first token of a document is never a target
+    assert trained.tolist() == [False] + [True] * (len(ids) - 1)
+
+
+def test_text_between_content_and_special_token_ends_nothing(make_tokenizer, trained_texts):
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m.content + ' [END]' + eos_token }}{% endfor %}")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "hot"}]
+    ids, trained, audit = masked(tokenizer, messages)
+    assert trained_texts(tokenizer, ids, trained) == ["hot"]
+    assert (audit.turns, audit.turns_with_end) == (1, 0)
+
+
+def test_white_space_without_characters_of_its_own_trains_with_its_content(template_case, make_tokenizer):
+    """Tokenizers that trim offsets (RoBERTa's way) give a token of white space an empty span."""
+    plain = template_case("chatml")[0]
+    trimming = make_tokenizer(plain.chat_template, bos=None, eos="<|im_end|>")
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "  hot   x   "}]
+    offsets = trimming("x   y", return_offsets_mapping=True)["offset_mapping"]
+    assert any(start == end for start, end in offsets)
+    ids, trained, _ = masked(trimming, messages, train_on_end_of_turn=False)
+    same_ids, expected, _ = masked(plain, messages, train_on_end_of_turn=False)
+    assert ids.tolist() == same_ids.tolist()
+    assert trained.tolist() == expected.tolist()
 
 
 def test_characters_that_look_like_marks_survive(chatml, trained_texts):
