@@ -7,7 +7,7 @@ Heads are grouped: query heads h of one group share one key and value head (arXi
 On a CPU, and wherever no variable-length kernel fits, documents run one after the other through PyTorch's
 `scaled_dot_product_attention`, whose memory is linear in their length. A sliding window shorter than the document runs
 in blocks of queries, each against the keys within reach: the only masks are [block, block + window]. On CUDA in half
-precision, packed rows take `torch.nn.attention.varlen`.
+precision, packed rows and sliding windows take `torch.nn.attention.varlen`.
 """
 
 from __future__ import annotations
@@ -92,15 +92,16 @@ def _attention(
     scale: float | None,
 ) -> Tensor:
     batch, length = q.shape[:2]
-    if document_lengths is None:
-        return _one_document(q, k, v, window, scale)
-    if len(document_lengths) != batch or any(sum(row) != length for row in document_lengths):
+    rows = document_lengths or ((length,),) * batch
+    if len(rows) != batch or any(sum(row) != length for row in rows):
         raise ValueError(f"document_lengths must hold {batch} rows that sum to {length}")
-    if all(len(row) == 1 for row in document_lengths):
-        return _one_document(q, k, v, window, scale)
-    lengths = [size for row in document_lengths for size in row]
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    lengths = [size for row in rows for size in row]
+    is_packed = len(lengths) > batch
+    is_windowed = window is not None and window < max(lengths, default=0)
+    if (is_packed or is_windowed) and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return _variable_length(q, k, v, lengths, window=window, scale=scale)
+    if not is_packed:
+        return _one_document(q, k, v, window, scale)
     # One split and one cat in each direction; slicing instead would pad every document's gradient to the whole row.
     parts = [x.flatten(0, 1).split(lengths) for x in (q, k, v)]
     outputs = [
@@ -164,7 +165,7 @@ def _sdpa(
 def _variable_length(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, window: int | None, scale: float | None
 ) -> Tensor:
-    """Packed documents through CUDA's variable-length flash attention."""
+    """Documents through CUDA's variable-length flash attention, which knows sliding windows too."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
