@@ -12,8 +12,6 @@ accumulation outside the tensor core's own registers unless `fast_accumulation` 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -32,12 +30,12 @@ def quantize_rows_reference(x: Tensor, column_factor: Tensor | None = None) -> t
 
 @jit
 def _quantize_rows_kernel(  # noqa: PLR0917
-    x_ptr: Any,
-    factor_ptr: Any,
-    out_ptr: Any,
-    scale_ptr: Any,
-    x_stride: int,
-    num_columns: int,
+    x_ptr: tl.tensor,
+    factor_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    num_columns: tl.tensor,
     BLOCK: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
 ) -> None:

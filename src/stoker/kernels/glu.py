@@ -79,7 +79,7 @@ class _SwiGlu(torch.autograd.Function):
 
 @jit
 def _swiglu_forward_kernel(
-    gate_up_ptr: Any, out_ptr: Any, row_stride: int, num_columns: int, BLOCK: tl.constexpr
+    gate_up_ptr: tl.tensor, out_ptr: tl.tensor, row_stride: tl.tensor, num_columns: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -92,13 +92,13 @@ def _swiglu_forward_kernel(
 
 @jit
 def _swiglu_backward_kernel(  # noqa: PLR0917
-    gate_up_ptr: Any,
-    grad_ptr: Any,
-    grad_gate_up_ptr: Any,
-    activated_ptr: Any,
-    row_stride: int,
-    grad_stride: int,
-    num_columns: int,
+    gate_up_ptr: tl.tensor,
+    grad_ptr: tl.tensor,
+    grad_gate_up_ptr: tl.tensor,
+    activated_ptr: tl.tensor,
+    row_stride: tl.tensor,
+    grad_stride: tl.tensor,
+    num_columns: tl.tensor,
     BLOCK: tl.constexpr,
     WITH_ACTIVATED: tl.constexpr,
 ) -> None:

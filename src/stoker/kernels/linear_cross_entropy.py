@@ -337,7 +337,7 @@ def _turn_logits_reference(
 
 
 @jit
-def _capped(logit: Any, bias: Any, scale: float, cap: float, HAS_CAP: tl.constexpr) -> Any:
+def _capped(logit: tl.tensor, bias: tl.tensor, scale: tl.tensor, cap: tl.tensor, HAS_CAP: tl.constexpr) -> tl.tensor:
     z = (logit.to(tl.float32) + bias) * scale
     if HAS_CAP:
         z = cap * (2.0 * tl.sigmoid(2.0 * z / cap) - 1.0)  # tanh
@@ -346,16 +346,16 @@ def _capped(logit: Any, bias: Any, scale: float, cap: float, HAS_CAP: tl.constex
 
 @jit
 def _turn_logits_kernel(  # noqa: PLR0917
-    logits_ptr: Any,
-    bias_ptr: Any,
-    targets_ptr: Any,
-    factor_ptr: Any,
-    losses_ptr: Any,
-    num_columns: int,
-    scale: float,
-    cap: float,
-    smoothing: float,
-    z_loss: float,
+    logits_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    targets_ptr: tl.tensor,
+    factor_ptr: tl.tensor,
+    losses_ptr: tl.tensor,
+    num_columns: tl.tensor,
+    scale: tl.tensor,
+    cap: tl.tensor,
+    smoothing: tl.tensor,
+    z_loss: tl.tensor,
     BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,

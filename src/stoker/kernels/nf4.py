@@ -12,7 +12,7 @@ the values bit-identical to bitsandbytes'.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,14 +72,15 @@ def dequantize_reference(tensors: NF4Tensors, out: Tensor) -> Tensor:
 
 @jit
 def _dequantize_kernel(  # noqa: PLR0917
-    packed_ptr: Any,
-    absmax_ptr: Any,
-    code_ptr: Any,
-    nested_code_ptr: Any,
-    nested_absmax_ptr: Any,
-    nested_offset_ptr: Any,
-    out_ptr: Any,
-    num_values: int,
+    packed_ptr: tl.tensor,
+    absmax_ptr: tl.tensor,
+    code_ptr: tl.tensor,
+    nested_code_ptr: tl.tensor,
+    nested_absmax_ptr: tl.tensor,
+    nested_offset_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_values: tl.tensor,
+    num_bytes: tl.tensor,
     BLOCK_BYTES: tl.constexpr,
     BLOCKS: tl.constexpr,
     NESTED_BLOCK_SIZE: tl.constexpr,
@@ -97,7 +98,7 @@ def _dequantize_kernel(  # noqa: PLR0917
     else:
         scale = tl.load(absmax_ptr + block, mask=block_mask, other=0.0)
     byte = block[:, None] * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)[None, :]
-    packed = tl.load(packed_ptr + byte, mask=2 * byte < num_values, other=0).to(tl.int32)
+    packed = tl.load(packed_ptr + byte, mask=byte < num_bytes, other=0).to(tl.int32)
     high = tl.load(code_ptr + (packed >> 4)) * scale[:, None]
     low = tl.load(code_ptr + (packed & 15)) * scale[:, None]
     value = block[:, None] * (2 * BLOCK_BYTES) + tl.arange(0, 2 * BLOCK_BYTES)[None, :]
@@ -118,6 +119,7 @@ def dequantize_triton(tensors: NF4Tensors, out: Tensor) -> Tensor:
         tensors.nested_offset if nested else tensors.code,
         out,
         out.numel(),
+        tensors.packed.numel(),
         BLOCK_BYTES=tensors.block_size // 2,
         BLOCKS=next_power_of_2(blocks),
         NESTED_BLOCK_SIZE=tensors.nested_block_size,

@@ -1,0 +1,82 @@
+"""Compiles every kernel for the GPUs named on the command line (compute capabilities), without one; JSON lines.
+
+Run as a process of its own: kernels defined under TRITON_INTERPRET cannot be compiled.
+"""
+
+import json
+import sys
+import warnings
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from stoker.kernels import fp8, glu, linear_cross_entropy, nf4, rms_norm, rope
+
+warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+
+# Kernel, compile-time values, warps, and the arguments that are not tensors of the working dtype.
+FLOATS = dict.fromkeys(
+    ("rstd_ptr", "partial_ptr", "cos_ptr", "sin_ptr", "factor_ptr", "losses_ptr", "scale_ptr"), "*fp32"
+)
+FLOATS |= dict.fromkeys(("epsilon", "scale", "cap", "smoothing", "z_loss"), "fp32")
+NF4 = {"packed_ptr": "*u8", "absmax_ptr": "*u8"}
+NF4 |= dict.fromkeys(("code_ptr", "nested_code_ptr", "nested_absmax_ptr", "nested_offset_ptr"), "*fp32")
+CASES = [
+    (rms_norm._forward_kernel, {"BLOCK": 4096, "HAS_RESIDUAL": True}, 8, {}),
+    (
+        rms_norm._backward_kernel,
+        {"BLOCK": 4096, "HAS_GRAD_TOTAL": True, "WEIGHT_GRAD": True, "INPUT_GRAD": True},
+        8,
+        {},
+    ),
+    (rope._rotate_kernel, {"HEADS": 32, "HALF": 64, "BACKWARD": True, "WITH_VALUES": True}, 4, {}),
+    (glu._swiglu_forward_kernel, {"BLOCK": 1024}, 4, {}),
+    (glu._swiglu_backward_kernel, {"BLOCK": 1024, "WITH_ACTIVATED": True}, 4, {}),
+    (
+        linear_cross_entropy._turn_logits_kernel,
+        {"BLOCK": 4096, "HAS_BIAS": True, "HAS_CAP": True, "HAS_FACTOR": True, "WITH_GRADIENT": True},
+        8,
+        {"targets_ptr": "*i64"},
+    ),
+    (
+        nf4._dequantize_kernel,
+        {"BLOCK_BYTES": 32, "BLOCKS": 32, "NESTED_BLOCK_SIZE": 256, "NESTED": True},
+        4,
+        NF4,
+    ),
+    (fp8._quantize_rows_kernel, {"BLOCK": 4096, "HAS_FACTOR": True}, 4, {"out_ptr": "*fp8e4nv"}),
+]
+
+
+def compile_case(case: tuple, capability: int) -> dict:
+    kernel, constants, warps, types = case
+    working = "*bf16" if capability >= 80 else "*fp16"
+    names = kernel.arg_names
+    signature = {}
+    for name in names:
+        default = working if name.endswith("_ptr") else "i32"
+        signature[name] = "constexpr" if name in constants else (FLOATS | types).get(name, default)
+    # As at a launch with aligned tensors and sizes: everything but floats is divisible by 16.
+    aligned = [i for i, name in enumerate(names) if signature[name] not in ("constexpr", "fp32")]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    lines = compiled.asm["ptx"].splitlines()
+    return {
+        "kernel": kernel.__name__,
+        "capability": capability,
+        "shared_bytes": compiled.metadata.shared,
+        "wide_loads": sum("ld.global" in line and (".v4." in line or ".v2." in line) for line in lines),
+    }
+
+
+for capability in map(int, sys.argv[1:]):
+    for case in CASES:
+        if capability < 89 and case[0] is fp8._quantize_rows_kernel:
+            continue  # no fp8 there
+        print(json.dumps(compile_case(case, capability)))
