@@ -1,0 +1,34 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from stoker.builtin import is_builtin, resolve_model, resolve_rows
+from stoker.config.load import load
+
+EXAMPLES = sorted(Path(__file__).parents[2].glob("examples/*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_each_example_loads_and_opens_with_the_command_that_runs_it(path):
+    load(path)
+    assert path.read_text(encoding="utf-8").startswith(f"# stoker train examples/{path.name}\n")
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_what_an_example_calls_builtin_exists(path):
+    config = load(path)
+    validation = config.data.validation if isinstance(config.data.validation, list) else []
+    for source in [*config.data.train, *validation]:
+        if is_builtin(source.path):
+            assert resolve_rows(source.path).is_file()
+    if is_builtin(config.model.base):
+        assert resolve_model(config.model.base).is_dir()
+
+
+def test_the_quickstart_asks_what_its_rows_answer():
+    config = load(Path(__file__).parents[2] / "examples" / "quickstart.yaml")
+    rows = resolve_rows(config.data.train[0].path).read_text(encoding="utf-8").splitlines()
+    asked = {json.loads(row)["messages"][-2]["content"] for row in rows}
+    assert len(config.output.questions) == 3
+    assert set(config.output.questions) <= asked
