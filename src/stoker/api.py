@@ -8,8 +8,8 @@
     print(model.generate("What is LoRA?"))
     model.save("my-adapter")
 
-A run started here leaves the same folder as `stoker train`: metrics, checkpoints, report.html, and a config.yaml that the
-command line reads.
+A run started here leaves the same folder as `stoker train`: metrics, checkpoints, report.html, and a config.yaml that
+the command line reads.
 """
 
 import itertools
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from stoker.build import finish
-from stoker.build.run_folder import RunFolder
 from stoker.build.session import Session, open_session
 from stoker.build.train import Model as Trainee
 from stoker.build.train import RunResult, train
@@ -93,9 +92,9 @@ class Model:
     ) -> RunResult:
         """Trains on `rows` (dicts in any format that a file may have) and returns how it ended.
 
-        Trains the adapter if there is one, else every weight. `validation`: rows, a share or a count held out. `output`:
-        the run's folder, a fresh one under runs/ unless given. `data`, `train_settings`, `engine`, `output_settings` and
-        `task` are further fields of the YAML's sections (docs/configuration.md).
+        Trains the adapter if there is one, else every weight. `validation`: rows, a share or a count held out.
+        `output`: the run's folder, a fresh one under runs/ unless given. `data`, `train_settings`, `engine`,
+        `output_settings` and `task` are further fields of the YAML's sections (docs/configuration.md).
 
         Raises:
             UserError: settings or rows are wrong. TrainingError: training cannot go on.
@@ -125,7 +124,10 @@ class Model:
         return train(Loaded(parse(values, where="train")), model=trainee)
 
     def generate(self, prompt: str | Messages, **settings: Any) -> str:
-        """Returns the answer to a prompt or to messages; `settings`: max_new_tokens, temperature, top_k, top_p, seed."""
+        """Returns the answer to a prompt or to messages.
+
+        `settings`: max_new_tokens, temperature (0: greedy), top_k, top_p, repetition_penalty, seed.
+        """
         return "".join(self.stream(prompt, **settings)).strip()
 
     def stream(self, prompt: str | Messages, **settings: Any) -> Iterator[str]:

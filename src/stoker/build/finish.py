@@ -26,7 +26,7 @@ _ANSWER_TOKENS = 128
 def save_weights(
     base: Base, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", target: Path, *, is_adapter: bool
 ) -> Path:
-    """Writes the adapter in PEFT's format, or the model in Transformers', with the tokenizer, to `target`; returns it."""
+    """Writes the adapter in PEFT's format, or the model in Transformers', and the tokenizer; returns `target`."""
     from stoker.export import adapter
     from stoker.models import native
 

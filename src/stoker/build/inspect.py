@@ -24,9 +24,12 @@ def inspect(config: RunConfig, *, rows: int, split: str, console: Console | None
     documents = data.train if split == "train" else data.validation
     if documents is None:
         raise ConfigError("--split validation: data.validation is not set.", fix="Set it, or look at --split train.")
-    for index in range(min(rows, len(documents))):
-        console.print(show.document(documents, index, tokenizer))
-    console.print(show.audit_table(data.audits))
-    for sentence in [*data.notices, *refuse_faults(data.audits)]:
-        console.print(f"[yellow]{sentence}[/]", highlight=False)
-    console.print("[green]nothing is wrong with the data[/]")
+    for row in show.rows(documents, tokenizer, count=rows):
+        console.print(row)
+    for name, audit in data.audits.items():
+        console.print(show.audit_table(audit, title=name))
+        console.print(*show.findings(audit), sep="\n")
+    for notice in data.notices:
+        console.print(notice, style="yellow", markup=False)
+    refuse_faults(data.audits)
+    console.print("[green]Nothing in the data stops a run.[/]")

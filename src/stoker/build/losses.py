@@ -28,7 +28,7 @@ class Measured:
 
 
 def measure(engine: Engine, console: Console) -> dict[str, Measured]:
-    """Returns the loss on each split; on a split that takes longer than some seconds, on as many rows as those allow."""
+    """Returns the loss on each split, on as many of its rows as some seconds allow."""
     return {split: _timed(engine, split, console) for split in _splits(engine)}
 
 

@@ -28,8 +28,9 @@ def merge(name: str, output: Path, *, base: str | None = None, dtype: str = "aut
     chosen = _DTYPES[dtype]
     folder = open_base(found.base, revision=found.revision).folder
     report = merged.merge(folder, found.adapter, output, dtype=getattr(torch, chosen) if chosen else None)
+    written = str(report.dtype).removeprefix("torch.")
     return (
-        f"merged {report.num_layers} layers of {found.adapter} into {found.base} as {str(report.dtype).split('.')[-1]}\n"
+        f"merged {report.num_layers} layers of {found.adapter} into {found.base}, in {written}\n"
         f"verified: logits differ from adapter and base by {report.max_difference:.2g} at most "
         f"(allowed {report.tolerance:.2g}; the adapter itself moves them by {report.adapter_effect:.2g})\n"
         f"written to {report.folder}"

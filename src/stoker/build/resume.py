@@ -8,7 +8,7 @@ from stoker.config.load import load
 from stoker.config.schema import RunConfig
 from stoker.errors import ConfigError, Problem
 
-# A change of these would change what the steps so far have meant: the rows of each step, or the weights that are trained.
+# A change of these would change what the steps so far have meant: their rows, or the weights that are trained.
 _FIXED = (
     "model.base",
     "model.revision",

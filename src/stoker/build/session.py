@@ -45,7 +45,9 @@ class Session:
                 f"the tokenizer of {self.base.name} has no chat template, so it cannot chat.",
                 fix="Continue plain text instead: stoker generate --raw.",
             )
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
         yield from self._stream(self.tokenizer(text, add_special_tokens=False)["input_ids"], settings)
 
     def stream_text(self, text: str, **settings: Any) -> Iterator[str]:
@@ -67,7 +69,7 @@ class Session:
         room = self.base.spec.max_positions - len(prompt_ids)
         if not prompt_ids or room < 1:
             raise ModelError(
-                f"the prompt has {len(prompt_ids):,} tokens; the model takes 1 to {self.base.spec.max_positions - 1:,}.",
+                f"the prompt has {len(prompt_ids):,} tokens, not 1 to {self.base.spec.max_positions - 1:,}.",
                 fix="Shorten it, or start over with /new.",
             )
         settings = {"max_new_tokens": 256, **settings}
@@ -77,7 +79,7 @@ class Session:
             yield from stream_text(ids, self.tokenizer)
 
     def stop_ids(self) -> set[int]:
-        """Returns the tokens that end an answer: ends of the tokenizer and the model, and the template's end of turn."""
+        """Returns the tokens that end an answer: the tokenizer's, the model's and the chat template's."""
         ids: set[int] = set()
         path = self.base.folder / "generation_config.json"
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,6 +1,7 @@
 """`stoker train`, whole: from a configuration to a tuned model, its report and a word on what to do next."""
 
 import json
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
     from stoker.nn.decoder import Decoder
 
-_EXIT_CODES = {"finished": 0, "early stopping": 0, "interrupted": 130}
-
 
 @dataclass(frozen=True)
 class RunResult:
@@ -48,11 +47,12 @@ class RunResult:
     answers: tuple[tuple[str, str], ...]
     weights: Path | None
     checkpoint: Path | None
+    interrupted_by: str = ""
 
     @property
     def exit_code(self) -> int:
-        """0 when the run is done, 130 when it was interrupted and can be resumed."""
-        return _EXIT_CODES[self.reason]
+        """0 when the run is done; 128 and the signal's number, as shells have it, when one interrupted it."""
+        return 128 + signal.Signals[self.interrupted_by].value if self.interrupted_by else 0
 
 
 @dataclass
@@ -112,7 +112,8 @@ def train(
         _say(console, f"[yellow]{sentence}[/]")
     plan = choose(config, model.base.spec, probe(), statistics=Statistics(data.longest))
     _say(console, plan.table(), markup=False)
-    folder.claim(overwrite=overwrite)
+    engine = _make_engine(config, plan, model, data, console)
+    folder.claim(overwrite=overwrite)  # Last, so that a mistake found so far leaves the folder as it was.
     notes = _Notes(folder, _read_notes(folder) if resume_run else {})
     _write_inputs(folder, loaded, plan, data)
     notes.add(
@@ -121,7 +122,7 @@ def train(
         device=plan.device_name,
         notices=[{"level": "warning", "message": sentence} for sentence in warnings],
     )
-    return _run(config, plan, model, data, folder=folder, notes=notes, resume_run=resume_run, console=console)
+    return _run(config, plan, model, engine, folder=folder, notes=notes, resume_run=resume_run, console=console)
 
 
 def _open(config: RunConfig) -> Model:
@@ -140,14 +141,13 @@ def _run(
     config: RunConfig,
     plan: Plan,
     model: Model,
-    data: Data,
+    engine: Engine,
     *,
     folder: RunFolder,
     notes: _Notes,
     resume_run: bool,
     console: Console,
 ) -> RunResult:
-    engine = _make_engine(config, plan, model, data)
     journal = Journal()
     with _observers(config, folder, journal, console) as observers:
         if "before" not in notes.facts:
@@ -164,7 +164,8 @@ def _run(
     )
     if result.reason == "interrupted":
         finish.say_interrupted(console, folder, result)
-        return RunResult(folder.path, result.reason, result.step, result.seconds, {}, (), None, result.checkpoint)
+        by = result.interrupted_by
+        return RunResult(folder.path, result.reason, result.step, result.seconds, {}, (), None, result.checkpoint, by)
     if result.reason == "early stopping" and result.best_checkpoint is not None:
         engine.strategy.load_weights(read(result.best_checkpoint).tensors["weights"])
         _say(console, f"The weights kept are the best ones: those of step {result.best_step}.")
@@ -182,7 +183,7 @@ def _run(
     )
 
 
-def _make_engine(config: RunConfig, plan: Plan, model: Model, data: Data) -> Engine:
+def _make_engine(config: RunConfig, plan: Plan, model: Model, data: Data, console: Console) -> Engine:
     """Loads the weights unless they are loaded, adds a new adapter, and makes everything that takes a step."""
     import torch
 
@@ -190,7 +191,8 @@ def _make_engine(config: RunConfig, plan: Plan, model: Model, data: Data) -> Eng
     torch.manual_seed(config.train.seed)
     if model.decoder is None:
         dtype = compute_dtype(plan) if config.adapter is not None else torch.float32
-        model.decoder = load_decoder(model.base, device=plan.device, dtype=dtype, kernels=plan.kernels)
+        with console.status("loading weights"):
+            model.decoder = load_decoder(model.base, device=plan.device, dtype=dtype, kernels=plan.kernels)
         if config.adapter is not None:
             add_adapter(model.decoder, config.adapter, seed=config.train.seed)
     return make_engine(config, plan, model.decoder, data, pad_id=pad_id(model.tokenizer))

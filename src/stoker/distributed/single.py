@@ -27,8 +27,9 @@ class SingleDevice:
     `precision` is "fp32", or "bf16" or "fp16" for autocast over fp32 weights; fp16 scales the loss (arXiv:1710.03740).
     """
 
-    rank = 0
-    world_size = 1
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
 
     def __init__(self, device: torch.device | str = "cpu", *, precision: str = "fp32") -> None:
         if precision not in PRECISIONS:

@@ -69,9 +69,12 @@ class StrategyState:
 class Strategy(Protocol):
     """Runs micro-batches and optimiser steps of a task on this rank's device, together with the other ranks."""
 
-    device: torch.device
     rank: int
     world_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """The device that batches go to."""
 
     def prepare(self, task: nn.Module, make_optimizer: MakeOptimizer | None = None) -> None:
         """Takes over `task`: places and wraps it, and makes the optimiser of its trained parameters.

@@ -1,7 +1,7 @@
 """Token ids to pieces of text as they come."""
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 _REPLACEMENT = "\ufffd"  # what decoders put for bytes that are not, or not yet, UTF-8
 
@@ -9,7 +9,7 @@ _REPLACEMENT = "\ufffd"  # what decoders put for bytes that are not, or not yet,
 class Tokenizer(Protocol):
     """The part of a Transformers tokenizer that is used here."""
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = ..., **options: Any) -> Any:
         """Returns the text of `token_ids`."""
         ...
 

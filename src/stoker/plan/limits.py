@@ -22,18 +22,22 @@ def max_sequence_length(spec: ArchSpec) -> int:
 
 
 def fitted(config: RunConfig, spec: ArchSpec) -> RunConfig:
-    """Returns the configuration with data.sequence_length no longer than the model's context, unless the user set it."""
+    """Returns the configuration with a data.sequence_length that the model can take, unless the user set one."""
     if "sequence_length" in config.data.model_fields_set:
         return config
     length = min(config.data.sequence_length, max_sequence_length(spec))
     # Not counted as set by the user, so that fitting it again gives the same.
-    data = type(config.data).model_construct(config.data.model_fields_set, **{**dict(config.data), "sequence_length": length})
+    data = type(config.data).model_construct(
+        config.data.model_fields_set, **{**dict(config.data), "sequence_length": length}
+    )
     return config.model_copy(update={"data": data})
 
 
 def problems(config: RunConfig, spec: ArchSpec) -> list[tuple[Path, Problem]]:
     """Returns what this model cannot do of what the configuration asks, each with the path of the setting."""
-    found: list[tuple[Path, Problem | None]] = [(("data", "sequence_length"), _length_problem(fitted(config, spec), spec))]
+    found: list[tuple[Path, Problem | None]] = [
+        (("data", "sequence_length"), _length_problem(fitted(config, spec), spec))
+    ]
     if config.adapter is not None:
         found.append((("adapter", "targets"), targets_problem(spec, config.adapter.targets)))
     return [(path, problem) for path, problem in found if problem is not None]
