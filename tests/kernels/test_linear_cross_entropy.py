@@ -77,6 +77,27 @@ def test_the_incoming_gradient_scales_all_gradients(implementation, draw, device
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("options", [LossOptions(), OPTIONS[-1]])
+def test_running_untrained_rows_along_changes_nothing(options, implementation, draw, device):
+    targets = some_targets(7, 20, device)
+    inputs = [draw(*shape).float().requires_grad_() for shape in ((7, 8), (20, 8), (20,))]
+    results = []
+    for select_rows in (True, False):
+        loss = linear_cross_entropy(
+            *inputs[:2],
+            targets,
+            bias=inputs[2],
+            chunk_tokens=3,
+            options=options,
+            select_rows=select_rows,
+            implementation=implementation,
+        )
+        results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
+    for selected, all_rows in zip(*results, strict=True):
+        torch.testing.assert_close(all_rows, selected, rtol=1e-5, atol=1e-6)  # the same float32 terms in another order
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_no_trained_row_gives_zero_and_zero_gradients(implementation, draw, device):
     hidden, weight = draw(3, 8).float().requires_grad_(), draw(9, 8).float().requires_grad_()
     targets = torch.full((3,), -100, device=device)

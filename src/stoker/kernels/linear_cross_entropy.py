@@ -42,12 +42,16 @@ class LossOptions:
 
 
 class _Setting(NamedTuple):
-    """How chunks run: rows held at once, the target that trains nothing, the loss's variations, the implementation."""
+    """How chunks run: rows held at once, the target that trains nothing, the loss's variations, the implementation.
+
+    `select_rows`: whether untrained rows are left out.
+    """
 
     chunk_tokens: int
     ignore_index: int
     options: LossOptions
     triton: bool
+    select_rows: bool = True
 
 
 def linear_cross_entropy_reference(
@@ -80,16 +84,19 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     ignore_index: int = -100,
     options: LossOptions | None = None,
+    select_rows: bool = True,
     implementation: str = "reference",
 ) -> Tensor:
     """Returns the cross-entropy summed over the trained rows: an fp32 scalar, 0 when there are none.
 
     hidden: [N, D]; weight: [V, D]; targets: [N] int64, `ignore_index` where nothing is trained; bias: [V] or None.
     `chunk_tokens`: rows of logits held at once, by default as many as fit `DEFAULT_CHUNK_BYTES` (`TRITON_CHUNK_BYTES`
-    with Triton). Under autocast the matmuls run in its dtype. `implementation`: "reference" or "triton"; ValueError for
-    an unknown one.
+    with Triton). Without `select_rows`, untrained rows run along and their results are dropped: no size then depends on
+    the targets, which a CUDA graph needs (the selection also waits for the GPU). Under autocast the matmuls run in its
+    dtype. `implementation`: "reference" or "triton"; ValueError for an unknown one.
     """
     setting = _setting(hidden, weight, chunk_tokens, ignore_index, options, check_implementation(implementation))
+    setting = setting._replace(select_rows=select_rows)
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, setting, torch.is_grad_enabled())
 
 
@@ -153,11 +160,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """hidden: [N, D], weight: [V, D]; returns the summed loss."""
         dtype = _working_dtype(hidden)
         wants = [needs_gradients and need for need in ctx.needs_input_grad[:3]]
-        trained = (targets != setting.ignore_index).nonzero().squeeze(1)
+        trained = is_trained = None
+        if setting.select_rows:
+            trained = (targets != setting.ignore_index).nonzero().squeeze(1)
+            hidden_rows, targets = hidden.index_select(0, trained), targets[trained]
+        else:
+            is_trained = (targets != setting.ignore_index).float()
+            hidden_rows, targets = hidden, targets.clamp(min=0)
         with torch.autocast(hidden.device.type, enabled=False):
-            rows = hidden.index_select(0, trained).to(dtype)
+            rows = hidden_rows.to(dtype)
             gradients = _Gradients(rows, weight, bias, wants)
-            losses = _chunked_losses(rows, weight.to(dtype), bias, targets[trained], gradients, setting=setting)
+            losses = _chunked_losses(
+                rows, weight.to(dtype), bias, targets, gradients, setting=setting, row_factor=is_trained
+            )
+        if is_trained is not None:
+            losses *= is_trained
         ctx.dtypes = (hidden.dtype, weight.dtype)
         ctx.num_rows = hidden.shape[0]
         ctx.save_for_backward(trained, gradients.hidden, gradients.weight, gradients.bias)
@@ -171,7 +188,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         trained, grad_rows, grad_weight, grad_bias = ctx.saved_tensors
         (grad,) = grads
         if grad_rows is not None:
-            grad_rows = _to_all_rows((grad_rows * grad).to(ctx.dtypes[0]), trained, ctx.num_rows)
+            grad_rows = (grad_rows * grad).to(ctx.dtypes[0])
+            grad_rows = grad_rows if trained is None else _to_all_rows(grad_rows, trained, ctx.num_rows)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.dtypes[1])
         if grad_bias is not None:
@@ -366,6 +384,9 @@ def _turn_logits_kernel(  # noqa: PLR0917
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * num_columns
     target = tl.load(targets_ptr + row)
+    # Read before the sums below, whose barriers keep every warp's read ahead of any warp's write over this logit.
+    target_bias = tl.load(bias_ptr + target).to(tl.float32) if HAS_BIAS else 0.0
+    z_target = _capped(tl.load(logits_ptr + target), target_bias, scale, cap, HAS_CAP)
     maximum = -float("inf")
     exponentials, total = 0.0, 0.0
     for start in range(0, num_columns, BLOCK):
@@ -379,8 +400,6 @@ def _turn_logits_kernel(  # noqa: PLR0917
         exponentials = exponentials * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(z - new_maximum), axis=0)
         maximum = new_maximum
     log_sum = maximum + tl.log(exponentials)
-    target_bias = tl.load(bias_ptr + target).to(tl.float32) if HAS_BIAS else 0.0
-    z_target = _capped(tl.load(logits_ptr + target), target_bias, scale, cap, HAS_CAP)
     loss = log_sum - (1.0 - smoothing) * z_target - smoothing * (total / num_columns) + z_loss * log_sum * log_sum
     tl.store(losses_ptr + row, loss)
     if WITH_GRADIENT:
