@@ -507,7 +507,7 @@ def _norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(norm of residual + x, that sum, its rstd) for rows x [N, D]."""
     if implementation == "triton":
-        return rms_norm._launch_forward(x, residual, weight, epsilon)
+        return rms_norm.launch_forward(x, residual, weight, epsilon)
     total = x if residual is None else residual + x
     rstd = torch.rsqrt(total.float().pow(2).mean(-1) + epsilon)
     return rms_norm.rms_norm_reference(total, weight, epsilon), total, rstd
@@ -525,7 +525,7 @@ def _norm_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """(gradient of x with `grad_residual` added, gradient of weight or None)."""
     if implementation == "triton":
-        grad_x, grad_weight = rms_norm._launch_backward(
+        grad_x, grad_weight = rms_norm.launch_backward(
             grad, grad_residual, x, weight, rstd, needs_input=True, needs_weight=needs_weight
         )
         return x if grad_x is None else grad_x, grad_weight

@@ -169,7 +169,7 @@ def _num_warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-def _launch_forward(
+def launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (normed, total, rstd) for x [N, D] and a residual like it, or None; total is x without one."""
@@ -198,7 +198,7 @@ def _launch_forward(
     return out, total, rstd
 
 
-def _launch_backward(
+def launch_backward(
     grad: Tensor,
     grad_total: Tensor | None,
     total: Tensor,
@@ -247,7 +247,7 @@ class _RmsNormTriton(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor] | Tensor:
         """x and residual: [..., D]; returns normed, and with a residual the sum too."""
         rows = None if residual is None else as_rows(residual)
-        normed, total, rstd = _launch_forward(as_rows(x), rows, weight, epsilon)
+        normed, total, rstd = launch_forward(as_rows(x), rows, weight, epsilon)
         ctx.save_for_backward(total, weight, rstd)
         ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
         ctx.set_materialize_grads(False)
@@ -265,7 +265,7 @@ class _RmsNormTriton(torch.autograd.Function):
         if grad is None:  # only the sum was used
             grads_of_sum = [None if grad_total is None else grad_total.to(dtype) for dtype in ctx.dtypes if dtype]
             return (*grads_of_sum, *(None,) * (4 - len(grads_of_sum)))
-        grad_x, grad_weight = _launch_backward(
+        grad_x, grad_weight = launch_backward(
             as_rows(grad),
             None if grad_total is None else as_rows(grad_total),
             total,
