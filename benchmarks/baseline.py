@@ -31,14 +31,11 @@ def main(job_path: str) -> None:
     losses, seconds, tokens = [], [], []
     for step in range(job["steps"]):
         arrays = np.load(Path(job["batches"]) / f"{step}.npz")
-        micro_batches = [
-            {name: torch.from_numpy(arrays[f"{name}_{index}"]) for name in ("input_ids", "attention_mask", "targets")}
-            for index in range(int(arrays["count"]))
-        ]
+        micro_batches = [_batch(arrays, index) for index in range(int(arrays["count"]))]
         started = time.perf_counter()
         losses.append(train_step(model, optimizer, trained, micro_batches))
         seconds.append(time.perf_counter() - started)
-        tokens.append(int(sum(batch["attention_mask"].sum() for batch in micro_batches)))
+        tokens.append(int(arrays["tokens"]))
     warm = job["warmup_steps"]
     speed = statistics.median(count / time_ for count, time_ in zip(tokens[warm:], seconds[warm:], strict=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -46,14 +43,21 @@ def main(job_path: str) -> None:
     print("RESULT", json.dumps(result))
 
 
+def _batch(arrays: "np.lib.npyio.NpzFile", index: int) -> dict[str, torch.Tensor]:
+    """The model's inputs and the targets of one micro-batch: padded rows have a mask, packed ones positions."""
+    names = [name.removesuffix(f"_{index}") for name in arrays.files if name.endswith(f"_{index}")]
+    return {name: torch.from_numpy(arrays[f"{name}_{index}"]) for name in names}
+
+
 def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, trained: list, micro_batches: list) -> float:
     """One step of gradient accumulation whose loss is the mean over all trained tokens of the step."""
     count = sum(int((batch["targets"] != -100).sum()) for batch in micro_batches)
     total = 0.0
     for batch in micro_batches:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        targets = batch.pop("targets")
+        logits = model(**batch).logits
         loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), batch["targets"].flatten(), ignore_index=-100, reduction="sum"
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
         )
         (loss / count).backward()
         total += loss.item()

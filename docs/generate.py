@@ -1,6 +1,10 @@
-"""Writes `docs/configuration.md` from the schema: `python -m docs.generate`, or `--check` to fail on drift."""
+"""Writes what is generated: `docs/configuration.md` from the schema, the README's table of speed from result files.
+
+`python -m docs.generate`, or with `--check` fails on drift.
+"""
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,7 +14,10 @@ from stoker.config import describe, foreign
 from stoker.config.schema import DEFAULT_KINDS, RunConfig, Section
 from stoker.config.show import inline
 
-PAGE = Path(__file__).parent / "configuration.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "configuration.md"
+README = ROOT / "README.md"
+MAIN_JOB = ROOT / "benchmarks" / "results" / "main_job.json"
 
 _HEAD = """\
 # The YAML of a run
@@ -100,17 +107,51 @@ def _other_trainers() -> str:
     return "\n".join([head, "| there | here |", "|---|---|", *rows, ""])
 
 
+def readme() -> str:
+    """Returns the README with its table of speed renewed from the committed results."""
+    begin, end = "<!-- main_job:begin -->", "<!-- main_job:end -->"
+    before, _, rest = README.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{_main_job_table()}\n{end}{after}"
+
+
+def _main_job_table() -> str:
+    facts = json.loads(MAIN_JOB.read_text(encoding="utf-8"))
+    lines = ["| batches | Stoker | Transformers + PEFT | speed | peak memory |", "|---|---|---|---|---|"]
+    for row in facts["rows"]:
+        ours, theirs = (
+            f"{row[f'{side}_tokens_per_second']:,} tokens/s, {row[f'{side}_peak_mib']:,.0f} MiB"
+            for side in ("stoker", "baseline")
+        )
+        lines.append(
+            f"| {row['layout']} | {ours} | {theirs} | {row['speed_ratio']:.2f} x | {row['memory_ratio']:.2f} x |"
+        )
+    packages = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "transformers", "peft"))
+    largest = max(row["max_loss_difference"] for row in facts["rows"])
+    lines.append(
+        f"\n{facts['device']}; {packages}; losses of the first 20 steps equal within {largest:.0e}. "
+        "Made by `python -m benchmarks.main_job` (commit "
+        f"{facts['commit']}), kept in benchmarks/results."
+    )
+    return "\n".join(lines)
+
+
 def main() -> int:
-    """Writes the page; with `--check` compares it instead and returns 1 on drift."""
+    """Writes the pages; with `--check` compares them instead and returns 1 on drift."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail if the page differs from what would be written")
-    if not parser.parse_args().check:
-        PAGE.write_text(page(), encoding="utf-8")
-        return 0
-    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page():
-        return 0
-    sys.stderr.write(f"{PAGE.name} differs from the schema. Run: python -m docs.generate\n")
-    return 1
+    parser.add_argument("--check", action="store_true", help="fail if a page differs from what would be written")
+    check = parser.parse_args().check
+    drifted = [path for path, text in {PAGE: page(), README: readme()}.items() if not _is_same(path, text)]
+    for path in drifted:
+        if check:
+            sys.stderr.write(f"{path.name} differs from what it is made from. Run: python -m docs.generate\n")
+        else:
+            path.write_text({PAGE: page, README: readme}[path](), encoding="utf-8")
+    return 1 if check and drifted else 0
+
+
+def _is_same(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text(encoding="utf-8") == text
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def tiny_model(tmp_path_factory):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=1024,
         eos_token_id=0,
         bos_token_id=None,
     )

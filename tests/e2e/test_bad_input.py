@@ -55,7 +55,7 @@ def too_long(values, model, folder):
 
 def longer_than_the_model(values, model, folder):
     values["data"]["sequence_length"] = 4096
-    return "at most 256"
+    return "at most 1024"
 
 
 def pickled_weights(values, model, folder):

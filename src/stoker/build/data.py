@@ -91,9 +91,8 @@ def _prepare(
     label: str,
 ) -> Prepared:
     data = config.data
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
-    ) as bar:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"preparing {label} rows")
 
         def show(rows: int) -> None:
