@@ -28,6 +28,7 @@ from stoker.adapters.lora import add_lora
 from stoker.arch.families import read
 from stoker.kernels import fp8, glu, linear_cross_entropy, rms_norm, rope
 from stoker.kernels.attention import attention
+from stoker.kernels.offload import HostOffload
 from stoker.models import native
 from stoker.nn.decoder import Decoder
 from stoker.quant.formats import quantize
@@ -76,6 +77,7 @@ class Setting:
     kind: str | None = None
     keep: str = "all"
     offload: bool = False
+    tile_tokens: int | None = None
     adapter: bool = True
 
 
@@ -86,7 +88,7 @@ SETTINGS = {
     "B-gpu": Setting(LLAMA_8B, 2, 4096, keep="attention"),
     "B-input": Setting(LLAMA_8B, 2, 4096, keep="input", offload=True),
     "C": Setting(LLAMA_8B, 2, 4096, kind="nf4", keep="attention", offload=True),
-    "D": Setting(LLAMA_8B, 1, 32768, kind="nf4", keep="attention", offload=True),
+    "D": Setting(LLAMA_8B, 1, 32768, kind="nf4", keep="attention", offload=True, tile_tokens=8192),
     "E": Setting(LLAMA_1B, 8, 2048),
     "F": Setting(LLAMA_8B, 2, 4096, kind="fp8"),
     "G": Setting(LLAMA_1B, 1, 512),
@@ -285,8 +287,13 @@ def build(setting: Setting, *, kernels: str = "triton", fuse: bool = True) -> De
 
         freeze_into(model, make)
     if fuse:
-        options = {"offload": True} if setting.offload else {}
-        fuse_blocks(model, keep=setting.keep, implementation=kernels, **options)
+        fuse_blocks(
+            model,
+            keep=setting.keep,
+            implementation=kernels,
+            offload=HostOffload() if setting.offload else None,
+            tile_tokens=setting.tile_tokens,
+        )
     return model
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from stoker.kernels.attention import attention
-from stoker.kernels.block import KEEP, BlockOptions, BlockWeights, Projection, block
+from stoker.kernels.block import KEEP, BlockOptions, BlockWeights, block
 from stoker.kernels.glu import swiglu_reference
+from stoker.kernels.projection import Projection
 from stoker.kernels.rms_norm import rms_norm_reference
 from stoker.kernels.rope import rotate_reference
 
@@ -112,6 +113,21 @@ def test_every_rung_gives_the_same_bits(dtype, draw, angles):
             assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("keep", ["mixer", "attention", "input"])
+@pytest.mark.parametrize("train_base", [False, True])
+def test_feed_forward_in_tiles_changes_nothing(keep, train_base, draw, angles):
+    weights = layer(draw, bias=True)
+    x, grad = draw(2, 5, WIDTH).float().requires_grad_(), draw(2, 5, WIDTH).float()
+    inputs = [x, *leaves(weights, train_base=train_base)]
+    runs = []
+    for tile_tokens in (None, 4):  # ten rows: two full tiles and a shorter one
+        options = BlockOptions(HEADS, KV_HEADS, EPSILONS, implementation="triton", keep=keep, tile_tokens=tile_tokens)
+        y = block(x, *angles, weights=weights, options=options)
+        runs.append([y.detach(), *torch.autograd.grad(y, inputs, grad)])
+    for whole, tiled in zip(*runs, strict=True):
+        torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-4)  # sums over tiles in another order
+
+
 class HalfMatrix:
     """A weight that is not a tensor, as the quant room's are not."""
 
@@ -179,3 +195,5 @@ def test_a_second_backward_is_refused(draw, angles):
 def test_unknown_rung_is_refused():
     with pytest.raises(ValueError, match="keep = 'some'; allowed: all, mixer, attention, input"):
         BlockOptions(HEADS, KV_HEADS, EPSILONS, keep="some")
+    with pytest.raises(ValueError, match="tile_tokens = 0 is not positive"):
+        BlockOptions(HEADS, KV_HEADS, EPSILONS, tile_tokens=0)

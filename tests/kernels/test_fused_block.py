@@ -6,8 +6,8 @@ import torch
 from stoker.adapters.fused_block import freeze_into, fuse_blocks
 from stoker.adapters.lora import add_lora
 from stoker.arch.families import read
-from stoker.kernels import block as block_kernel
 from stoker.kernels.block import KEEP
+from stoker.kernels.offload import HostOffload
 from stoker.models import native
 from stoker.nn.frozen_linear import FrozenLinear
 from stoker.quant.formats import quantize
@@ -64,31 +64,30 @@ def test_fused_model_has_the_same_output_and_gradients(how, keep, device):
 
 
 @pytest.mark.parametrize("keep", KEEP)
-def test_activations_that_wait_on_the_host_change_nothing(keep, device, monkeypatch):
-    monkeypatch.setattr(block_kernel, "MIN_OFFLOAD_BYTES", 1)
+def test_activations_that_wait_on_the_host_change_nothing(keep, device):
+    offload = HostOffload(min_bytes=1)
     expected, expected_grads = step(make(device), device)
     model = make(device)
-    fuse_blocks(model, keep=keep, offload=True, implementation="reference")
+    fuse_blocks(model, keep=keep, offload=offload, implementation="reference")
     for _ in range(2):  # the second step uses the host buffers of the first
         model.zero_grad()
         actual, grads = step(model, device)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
         for name, grad in grads.items():
             torch.testing.assert_close(grad, expected_grads[name], rtol=1e-3, atol=1e-4)
-    offload = model.blocks[0].options.offload
     assert offload.num_stored == 0
     assert offload.host_bytes >= 2 * 2 * 6 * 16 * 4  # at least the two layers' inputs
 
 
-def test_without_gradients_nothing_is_stored(device, monkeypatch):
-    monkeypatch.setattr(block_kernel, "MIN_OFFLOAD_BYTES", 1)
+def test_without_gradients_nothing_is_stored(device):
+    offload = HostOffload(min_bytes=1)
     model = make(device)
     expected = model(torch.tensor([[1, 2, 3]], device=device))
-    fuse_blocks(model, offload=True, implementation="reference")
+    fuse_blocks(model, offload=offload, implementation="reference")
     with torch.no_grad():
         actual = model(torch.tensor([[1, 2, 3]], device=device))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    assert model.blocks[0].options.offload.host_bytes == 0
+    assert offload.host_bytes == 0
 
 
 def test_each_layer_may_have_its_own_rung(device):

@@ -7,7 +7,7 @@ from stoker.kernels.offload import HostOffload, is_dense
 
 
 def test_tensors_come_back_with_their_values_shapes_and_strides(draw):
-    offload = HostOffload(prefetch=2)
+    offload = HostOffload(prefetch=2, min_bytes=20)
     tensors = [draw(4, 6).float(), draw(2, 3, 4).bfloat16().transpose(0, 2), draw(5).float()]
     copies = [tensor.clone() for tensor in tensors]
     handles = [offload.store(tensor) for tensor in tensors]
@@ -46,5 +46,7 @@ def test_tensors_with_gaps_are_told_from_dense_ones(draw):
     assert is_dense(draw(1, 5, 1))
     assert not is_dense(x[:, ::2])
     assert not is_dense(x[:1].expand(4, 6))
+    assert not HostOffload().takes(x)  # too small
+    assert HostOffload(min_bytes=1).takes(x)
     with pytest.raises(ValueError, match="has gaps"):
         HostOffload().store(x[:, ::2])

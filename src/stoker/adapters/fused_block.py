@@ -6,8 +6,9 @@ from typing import cast
 from torch import Tensor, nn
 
 from stoker.adapters.lora import LoraLinear
-from stoker.kernels.block import BlockOptions, BlockWeights, FrozenMatrix, Projection, block
+from stoker.kernels.block import BlockOptions, BlockWeights, block
 from stoker.kernels.offload import HostOffload
+from stoker.kernels.projection import FrozenMatrix, Projection
 from stoker.nn.block import Block
 from stoker.nn.cache import LayerCache
 from stoker.nn.frozen_linear import FrozenLinear
@@ -18,27 +19,18 @@ from stoker.nn.rotary import Documents
 class FusedBlock(nn.Module):
     """A `Block` with the same submodules under the same names, whose training forward is one operation.
 
-    `keep` is a rung of `stoker.kernels.block.KEEP`. With a cache, and without gradients, the layer runs op by op.
+    With a cache, as in decoding, the layer runs op by op.
     """
 
     recompute = False  # the layer itself rebuilds what it drops
 
-    def __init__(self, original: Block, *, keep: str, implementation: str, offload: HostOffload | None = None) -> None:
+    def __init__(self, original: Block, options: BlockOptions) -> None:
         super().__init__()
         self.attention_norm = original.attention_norm
         self.attention = original.attention
         self.feed_forward_norm = original.feed_forward_norm
         self.feed_forward = original.feed_forward
-        attention = original.attention
-        self.options = BlockOptions(
-            attention.num_heads,
-            attention.num_kv_heads,
-            (original.attention_norm.epsilon, original.feed_forward_norm.epsilon),
-            attention.window,
-            implementation,
-            keep,
-            offload,
-        )
+        self.options = options
 
     def forward(
         self,
@@ -76,13 +68,19 @@ def why_not_fused(model: nn.Module) -> str | None:
 
 
 def fuse_blocks(
-    model: nn.Module, *, keep: str | Sequence[str] = "all", implementation: str = "triton", offload: bool = False
+    model: nn.Module,
+    *,
+    keep: str | Sequence[str] = "all",
+    implementation: str = "triton",
+    offload: HostOffload | None = None,
+    tile_tokens: int | None = None,
 ) -> None:
     """Replaces the layers of `model.blocks` by `FusedBlock`s on this instance; parameters keep their names.
 
-    `keep` is one rung for all layers or one for each; with `offload`, the inputs of all layers and what attention keeps
-    wait in pinned host memory for the backward. Raises ValueError when the number differs, for an unknown rung,
-    and where `why_not_fused` gives a reason. Call it after adapters are added and weights are quantised.
+    `keep` is one rung (`stoker.kernels.block.KEEP`) for all layers or one for each; with `offload`, the inputs of all
+    layers and what attention keeps wait in pinned host memory for the backward; `tile_tokens` is that of
+    `BlockOptions`. Raises ValueError when the number of rungs differs from that of the layers, for an unknown rung, and
+    where `why_not_fused` gives a reason. Call it after adapters are added and weights are quantised.
     """
     blocks = cast("nn.ModuleList", model.blocks)
     rungs = [keep] * len(blocks) if isinstance(keep, str) else list(keep)
@@ -90,10 +88,19 @@ def fuse_blocks(
         raise ValueError(f"{len(rungs)} rungs for {len(blocks)} layers")
     if reason := why_not_fused(model):
         raise ValueError(f"the layer kernel cannot run {reason}")
-    host = HostOffload() if offload else None
     for index, rung in enumerate(rungs):
         original = cast("Block", blocks[index])
-        blocks[index] = FusedBlock(original, keep=rung, implementation=implementation, offload=host)
+        options = BlockOptions(
+            original.attention.num_heads,
+            original.attention.num_kv_heads,
+            (original.attention_norm.epsilon, original.feed_forward_norm.epsilon),
+            original.attention.window,
+            implementation,
+            rung,
+            offload,
+            tile_tokens,
+        )
+        blocks[index] = FusedBlock(original, options)
 
 
 def freeze_into(model: nn.Module, make: Callable[[Tensor, tuple[int, ...]], nn.Module]) -> int:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,36 +29,12 @@ from torch.autograd.function import once_differentiable
 
 from stoker.kernels import glu, rms_norm, rope
 from stoker.kernels.attention import DocumentLengths, attention
-from stoker.kernels.offload import HostOffload, is_dense
+from stoker.kernels.kept_attention import Attend, KeptAttention
+from stoker.kernels.offload import HostOffload
+from stoker.kernels.projection import FrozenMatrix, Projection, grad_input, grad_product, project
 from stoker.kernels.triton_support import as_rows
 
 KEEP = ("all", "mixer", "attention", "input")
-
-
-class FrozenMatrix(Protocol):
-    """A weight kept in some other form than a tensor (see the quant room)."""
-
-    def matmul(self, x: Tensor) -> Tensor:
-        """Returns `x @ W.T`."""
-        ...
-
-    def matmul_transposed(self, grad: Tensor) -> Tensor:
-        """Returns `grad @ W`."""
-        ...
-
-
-class Projection(NamedTuple):
-    """A linear layer `[in]` to `[out]`, with low-rank updates of the rows in `slices` when `a` is there.
-
-    `weight` `[out, in]`, `bias` `[out]` or None, `a` `[n r, in]`, `b` `[sum of the slices' sizes, r]`.
-    """
-
-    weight: Tensor | FrozenMatrix
-    bias: Tensor | None = None
-    a: Tensor | None = None
-    b: Tensor | None = None
-    scaling: float = 1.0
-    slices: tuple[slice, ...] = ()
 
 
 class BlockWeights(NamedTuple):
@@ -76,7 +52,9 @@ class BlockWeights(NamedTuple):
 class BlockOptions:
     """How a layer computes: heads, the norms' epsilons, the sliding window, the kernels, and what it keeps (KEEP).
 
-    With `offload`, x and what attention keeps wait on the host for the backward.
+    With `offload`, x and what attention keeps wait on the host for the backward. With `tile_tokens` (not on the rung
+    "all"), the feed-forward runs so many tokens at a time in both directions: of 2F values a token, the widest of the
+    layer, no more than a tile's exist at once, however long the row.
     """
 
     num_heads: int
@@ -86,8 +64,11 @@ class BlockOptions:
     implementation: str = "reference"
     keep: str = "all"
     offload: HostOffload | None = None
+    tile_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if self.tile_tokens is not None and self.tile_tokens < 1:
+            raise ValueError(f"tile_tokens = {self.tile_tokens} is not positive")
         if self.keep not in KEEP:
             raise ValueError(f"keep = {self.keep!r}; allowed: {', '.join(KEEP)}")
 
@@ -157,163 +138,6 @@ def _projections(layout: _Layout, tensors: Sequence[Tensor | None], dtype: torch
     return result
 
 
-def _project(projection: Projection, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """x [N, in] to (output [N, out], x Aᵀ [N, n r] or None)."""
-    weight = projection.weight
-    output = x @ weight.t() if isinstance(weight, Tensor) else weight.matmul(x)
-    if projection.bias is not None:
-        output += projection.bias
-    if projection.a is None or projection.b is None:
-        return output, None
-    product = x @ projection.a.t()
-    return _add_updates(projection, output, product), product
-
-
-def _add_updates(projection: Projection, output: Tensor, product: Tensor) -> Tensor:
-    for rows, part, b in _parts(projection, product):
-        output[:, rows].addmm_(part, b.t(), alpha=projection.scaling)
-    return output
-
-
-def _parts(projection: Projection, product: Tensor) -> list[tuple[slice, Tensor, Tensor]]:
-    """For each adapted part: its columns of the output, its columns of `product`, its rows of b."""
-    b = projection.b
-    if b is None:
-        return []
-    sizes = [rows.stop - rows.start for rows in projection.slices]
-    return list(zip(projection.slices, product.split(b.shape[1], dim=1), b.split(sizes), strict=True))
-
-
-def _grad_product(projection: Projection, grad: Tensor, product: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(dP [N, n r], dB) of a projection with adapters, from its output's gradient [N, out]."""
-    if projection.b is None or product is None:
-        return None, None
-    grad_product, grad_b = torch.empty_like(product), torch.empty_like(projection.b)
-    start = 0
-    for (rows, part, b), (_, grad_part, _) in zip(
-        _parts(projection, product), _parts(projection, grad_product), strict=True
-    ):
-        torch.mm(grad[:, rows], b, out=grad_part)
-        torch.mm(grad[:, rows].t(), part, out=grad_b[start : start + b.shape[0]])
-        start += b.shape[0]
-    return grad_product.mul_(projection.scaling), grad_b.mul_(projection.scaling)
-
-
-def _grad_input(projection: Projection, grad: Tensor, grad_product: Tensor | None) -> Tensor:
-    weight = projection.weight
-    grad_x = grad @ weight if isinstance(weight, Tensor) else weight.matmul_transposed(grad)
-    if grad_product is not None and projection.a is not None:
-        grad_x.addmm_(grad_product, projection.a)
-    return grad_x
-
-
-class _Source(torch.autograd.Function):
-    """Hands q, k and v to a graph that must not keep them alive, and takes their gradients from it."""
-
-    @staticmethod
-    def forward(ctx: Any, root: Tensor, sink: list[Tensor], *heads: Tensor) -> tuple[Tensor, ...]:
-        del root  # only makes the outputs require gradients
-        ctx.sink = sink
-        return tuple(x.view_as(x) for x in heads)
-
-    @staticmethod
-    @once_differentiable
-    # The decorator's type hides the name of `ctx`.
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        ctx.sink.extend(grads)
-        return grads[0].new_zeros(()), None, None, None, None
-
-
-# Smaller tensors (a row's statistics in attention) are not worth a copy of their own.
-MIN_OFFLOAD_BYTES = 2**20
-
-
-class _Attended:
-    """Attention with a graph of its own, from rotated q, k, v to the attended values [B, T, H · E].
-
-    With `forget`, the graph does not hold q, k and v: `backward` is given them anew. What attention keeps besides (its
-    output and statistics) stays, or goes to the host where the options have an offload.
-    """
-
-    def __init__(
-        self, heads: tuple[Tensor, ...], layout: _Layout, *, forget: bool = False, offload: bool = False
-    ) -> None:
-        self._heads: tuple[Tensor, ...] = ()
-        self._sink: list[Tensor] = []
-        self._offload = layout.options.offload if offload else None
-        self._handles: dict[int, tuple[int, int]] = {}  # of a storage: handle, and where its stored tensor begins
-        self._storages = [x.untyped_storage().data_ptr() for x in heads] if forget else []
-        self._root = torch.zeros((), dtype=heads[0].dtype, device=heads[0].device, requires_grad=True)
-        with torch.enable_grad():
-            traced = _Source.apply(self._root, self._sink, *heads)
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-                output = _attend(traced, layout)
-        self._edge = torch.autograd.graph.get_gradient_edge(output)
-        self.output: Tensor | None = output.detach()
-        self._view: tuple[int, tuple] | None = None
-
-    def _pack(self, tensor: Tensor) -> Tensor | tuple:
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in self._storages:
-            return self._storages.index(storage), tensor.shape, tensor.stride(), tensor.storage_offset()
-        large = tensor.numel() * tensor.element_size() >= MIN_OFFLOAD_BYTES
-        if self._offload is None or not large or not is_dense(tensor) or storage in self._handles:
-            return tensor
-        handle = self._offload.store(tensor.detach())
-        self._handles[storage] = (handle, int(tensor.storage_offset()))
-        return (handle,)
-
-    def _unpack(self, packed: Tensor | tuple) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        if len(packed) == 1 and self._offload is not None:
-            return self._offload.fetch(packed[0])
-        index, shape, stride, offset = packed
-        return self._heads[index].as_strided(shape, stride, offset)
-
-    def put_away(self) -> None:
-        """Drops the output from the device, if it is to wait on the host."""
-        if self._offload is None or self.output is None:
-            return
-        storage, output = self.output.untyped_storage().data_ptr(), self.output
-        if storage not in self._handles:  # attention saved another tensor than its output
-            if output.numel() * output.element_size() < MIN_OFFLOAD_BYTES:
-                return
-            self._handles[storage] = (self._offload.store(output.contiguous()), int(output.storage_offset()))
-        handle, begin = self._handles[storage]
-        self._view = (handle, (output.shape, output.stride(), int(output.storage_offset()) - begin))
-        self.output = None
-
-    def values(self) -> Tensor:
-        """The output [B, T, H · E], brought back if it was put away."""
-        if self.output is not None:
-            return self.output
-        if self._offload is None or self._view is None:
-            raise RuntimeError("the attended values are gone")
-        handle, view = self._view
-        return self._offload.fetch(handle).as_strided(*view)
-
-    def backward(self, grad: Tensor, heads: tuple[Tensor, ...] = ()) -> list[Tensor]:
-        """Gradients of q, k and v, from that of the output; `heads` are they, where they were forgotten."""
-        self._heads = heads
-        torch.autograd.grad((self._edge,), (self._root,), (grad,))
-        self._heads = ()
-        if self._offload is not None:
-            for handle, _ in self._handles.values():
-                self._offload.release(handle)
-        return self._sink
-
-
-def _attend(heads: tuple[Tensor, ...], layout: _Layout) -> Tensor:
-    attended = attention(
-        *heads,
-        document_lengths=layout.document_lengths,
-        window=layout.options.window,
-        implementation=layout.options.implementation,
-    )
-    return attended.flatten(2)
-
-
 class _Kept(NamedTuple):
     """What the forward leaves for the backward; None where the rung drops it."""
 
@@ -344,25 +168,23 @@ class _Block(torch.autograd.Function):
         heads, product_qkv = _heads(projections[0], normed, x.shape, (cos, sin), options)
         attended = None
         if options.keep == "input":
-            values = _attend(heads, layout)
+            values = _attend(layout)(*heads)
         else:
-            attended = _Attended(heads, layout, forget=options.keep == "attention", offload=True)
+            forget = options.keep == "attention"
+            attended = KeptAttention(_attend(layout), heads, forget=forget, offload=options.offload)
             values = attended.values()
-        mixed, product_out = _project(projections[1], values.flatten(0, 1))
+        mixed, product_out = project(projections[1], values.flatten(0, 1))
         if attended is not None:
             attended.put_away()
         normed, mid, _ = _norm(mixed, rows, feed_forward_norm, options.epsilons[1], options.implementation)
-        gate_up, product_gate_up = _project(projections[2], normed)
-        del heads, values, normed, mixed
-        activated = glu.swiglu(gate_up, implementation=options.implementation)
-        output, product_down = _project(projections[3], activated)
+        del heads, values, mixed
+        output, kept_gate_up, product_gate_up, product_down = _feed_forward(projections, normed, options)
         output += mid
         kept_mid = mid if options.keep in ("all", "mixer") else None
-        kept_gate_up = gate_up if options.keep == "all" else None
         products = (product_qkv, product_out, product_gate_up, product_down)
         ctx.attended = attended
         ctx.x_handle = None
-        if options.offload is not None and is_dense(x) and x.numel() * x.element_size() >= MIN_OFFLOAD_BYTES:
+        if options.offload is not None and options.offload.takes(x):
             ctx.x_handle = options.offload.store(x.detach())
         ctx.layout, ctx.ran = layout, False
         kept = (kept_mid, kept_gate_up, *products)
@@ -410,27 +232,27 @@ class _Backward:
         self.norm_grads: list[Tensor | None] = [None, None]
         self.grads: list[Tensor | None] = [None] * len(tensors)
 
-    def __call__(self, grad: Tensor, attended: _Attended | None, kept: _Kept) -> Tensor:
+    def __call__(self, grad: Tensor, attended: KeptAttention | None, kept: _Kept) -> Tensor:
         """Gradient of x, from that of the output [B, T, D]."""
         options, layout, rows = self.layout.options, self.layout, as_rows(self.x)
-        qkv, out, gate_up, _ = self.projections
+        qkv, out, _, _ = self.projections
         normed_x, _, rstd_x = self._norm(rows, 0)
         heads: tuple[Tensor, ...] = ()
         if options.keep in ("attention", "input"):
             heads, _ = _heads(qkv, normed_x, self.x.shape, self.tables, options)
         if attended is None:
-            attended = _Attended(heads, layout)
+            attended = KeptAttention(_attend(layout), heads)
         if kept.mid is None:
-            mixed, _ = _project(out, attended.values().flatten(0, 1))
+            mixed, _ = project(out, attended.values().flatten(0, 1))
             normed_mid, mid, rstd_mid = self._norm(mixed, 1, residual=rows)
             del mixed
         else:
             normed_mid, mid, rstd_mid = self._norm(kept.mid, 1)
-        gate_up_output = _project(gate_up, normed_mid)[0] if kept.gate_up is None else kept.gate_up
         grad_rows = as_rows(grad)
-        grad_gate_up = self._feed_forward(grad_rows, gate_up_output, kept.products[3])
-        grad_normed = self._projection(2, grad_gate_up, normed_mid, kept.products[2])
-        del gate_up_output, grad_gate_up, normed_mid
+        grad_normed = _joined(
+            [self._feed_forward(grad_rows, normed_mid, kept, tile) for tile in _tiles(rows.shape[0], options)]
+        )
+        del normed_mid
         grad_mid = self._norm_backward(1, grad_normed, mid, rstd_mid, grad_rows)
         grad_attended = self._projection(1, grad_mid, attended.values().flatten(0, 1), kept.products[1])
         grad_heads = attended.backward(grad_attended.view(*self.x.shape[:2], -1), heads)
@@ -455,32 +277,90 @@ class _Backward:
         )
         return grad_rows
 
-    def _feed_forward(self, grad: Tensor, gate_up: Tensor, product: Tensor | None) -> Tensor:
-        """Gradient of gate_up, in its place, and the gradients of `down`."""
-        down = self.projections[3]
-        grad_product, self.grads[4 * 3 + 3] = _grad_product(down, grad, product)
-        grad_activated = _grad_input(down, grad, grad_product)
+    def _feed_forward(self, grad: Tensor, normed: Tensor, kept: _Kept, tile: slice) -> Tensor:
+        """Gradient of the normed rows of a tile, and the gradients of `gate_up` and `down`."""
+        _, _, gate_up, down = self.projections
+        grad, normed = grad[tile], normed[tile]
+        product_gate_up, product_down = (None if x is None else x[tile] for x in kept.products[2:])
+        gate_up_output = project(gate_up, normed)[0] if kept.gate_up is None else kept.gate_up
+        grad_down, grad_b = grad_product(down, grad, product_down)
+        self._add(4 * 3 + 3, grad_b)
         grad_gate_up, activated = glu.swiglu_backward(
-            gate_up, grad_activated, implementation=self.layout.options.implementation
+            gate_up_output, grad_input(down, grad, grad_down), implementation=self.layout.options.implementation
         )
-        self._weight_grads(3, grad, activated, grad_product)
-        return grad_gate_up
+        self._weight_grads(3, grad, activated, grad_down)
+        del activated
+        return self._projection(2, grad_gate_up, normed, product_gate_up)
 
     def _projection(self, index: int, grad: Tensor, x: Tensor, product: Tensor | None) -> Tensor:
         """Gradient of a projection's input x [N, in], and the gradients of its tensors."""
         projection = self.projections[index]
-        grad_product, self.grads[4 * index + 3] = _grad_product(projection, grad, product)
-        self._weight_grads(index, grad, x, grad_product)
-        return _grad_input(projection, grad, grad_product)
+        grad_x_a, grad_b = grad_product(projection, grad, product)
+        self._add(4 * index + 3, grad_b)
+        self._weight_grads(index, grad, x, grad_x_a)
+        return grad_input(projection, grad, grad_x_a)
 
-    def _weight_grads(self, index: int, grad: Tensor, x: Tensor, grad_product: Tensor | None) -> None:
+    def _weight_grads(self, index: int, grad: Tensor, x: Tensor, grad_x_a: Tensor | None) -> None:
         first = 4 * index
         if self.needs[first]:
-            self.grads[first] = grad.t() @ x
+            self._add(first, grad.t() @ x)
         if self.needs[first + 1]:
-            self.grads[first + 1] = grad.sum(0, dtype=torch.float32)
-        if grad_product is not None:
-            self.grads[first + 2] = grad_product.t() @ x
+            self._add(first + 1, grad.sum(0, dtype=torch.float32))
+        if grad_x_a is not None:
+            self._add(first + 2, grad_x_a.t() @ x)
+
+    def _add(self, index: int, grad: Tensor | None) -> None:
+        """Adds to the gradient of a tensor: once, or once a tile."""
+        before = self.grads[index]
+        # The sum over tiles is taken in fp32, as one matmul over all tokens would.
+        self.grads[index] = grad if before is None or grad is None else before.float() + grad
+
+
+def _tiles(num_rows: int, options: BlockOptions) -> list[slice]:
+    """Rows of each piece that the feed-forward takes at a time."""
+    size = num_rows if options.tile_tokens is None or options.keep == "all" else options.tile_tokens
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, max(1, size))]
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _feed_forward(
+    projections: Sequence[Projection], normed: Tensor, options: BlockOptions
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(output [N, D], gate_up if it is kept, the adapters' products of gate_up and of down)."""
+    outputs: list[Tensor] = []
+    products: tuple[list[Tensor], list[Tensor]] = ([], [])
+    kept = None
+    for tile in _tiles(normed.shape[0], options):
+        gate_up, product_gate_up = project(projections[2], normed[tile])
+        output, product_down = project(projections[3], glu.swiglu(gate_up, implementation=options.implementation))
+        outputs.append(output)
+        products[0].extend([] if product_gate_up is None else [product_gate_up])
+        products[1].extend([] if product_down is None else [product_down])
+        kept = gate_up if options.keep == "all" else None
+        del gate_up
+    joined = [_joined(pieces) if pieces else None for pieces in products]
+    return _joined(outputs), kept, joined[0], joined[1]
+
+
+def _attend(layout: _Layout) -> Attend:
+    """Attention by the layout's documents, window and kernels."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        options = layout.options
+        attended = attention(
+            q,
+            k,
+            v,
+            document_lengths=layout.document_lengths,
+            window=options.window,
+            implementation=options.implementation,
+        )
+        return attended.flatten(2)
+
+    return attend
 
 
 def _heads(
@@ -491,7 +371,7 @@ def _heads(
     options: BlockOptions,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Rotated q, k and v [B, T, heads, E] of normed rows [B · T, D], and the adapters' product."""
-    qkv, product = _project(projection, normed)
+    qkv, product = project(projection, normed)
     heads = rope.split_and_rotate(
         qkv.view(*shape[:2], -1),
         *tables,

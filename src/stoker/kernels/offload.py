@@ -34,11 +34,13 @@ class HostOffload:
     """Stores tensors on the host under ascending handles and fetches them, best in descending order.
 
     `prefetch` is how many of the handles just below a fetched one are brought along. Host buffers are kept and used
-    again, so that the pinned memory is that of the largest step. On a CPU it only copies: the logic, not the effect.
+    again, so that the pinned memory is that of the largest step. Tensors below `min_bytes` are not worth a copy of
+    their own. On a CPU it only copies: the logic, not the effect.
     """
 
-    def __init__(self, *, prefetch: int = 3) -> None:
+    def __init__(self, *, prefetch: int = 3, min_bytes: int = 2**20) -> None:
         self._prefetch = prefetch
+        self._min_bytes = min_bytes
         self._entries: dict[int, _Entry] = {}
         self._next = 0
         self._free: dict[tuple[torch.dtype, int], list[Tensor]] = {}
@@ -55,6 +57,10 @@ class HostOffload:
     def num_stored(self) -> int:
         """Tensors stored and not yet released."""
         return len(self._entries)
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether a tensor is large enough and, lying in memory without gaps, can be stored."""
+        return tensor.numel() * tensor.element_size() >= self._min_bytes and is_dense(tensor)
 
     def store(self, tensor: Tensor) -> int:
         """Starts moving `tensor` to the host and returns its handle; the caller drops its own references.

@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stoker.kernels.block import FrozenMatrix
+from stoker.kernels.projection import FrozenMatrix
 from stoker.nn.linear import FusedLinear
 
 
