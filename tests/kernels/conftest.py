@@ -39,21 +39,25 @@ def assert_as_exact_as_eager(device: torch.device) -> Callable[..., None]:
 
     The kernel's error in every output and every gradient may exceed eager's by `factor`, plus half a unit in the last
     place of the largest value: both round the same result once. Under the interpreter float32 is cut, not rounded, to
-    bfloat16, which makes that a whole unit or two.
+    bfloat16, which makes that a whole unit or two; on a GPU in float32, Triton's exponential and division add some.
     """
 
     def check(kernel: Op, reference: Op, inputs: Sequence[Tensor], *, dtype: torch.dtype, factor: float = 2.0) -> None:
         truth = _run(reference, inputs, torch.float64)
         eager = _run(reference, inputs, dtype)
         actual = _run(kernel, inputs, dtype)
-        cut = device.type == "cpu" and dtype is torch.bfloat16
+        units = 0.5
+        if device.type == "cpu" and dtype is torch.bfloat16:
+            units = 2
+        elif device.type == "cuda" and dtype is torch.float32:
+            units = 4
         for index, (true, plain, result) in enumerate(zip(truth, eager, actual, strict=True)):
             assert result.dtype == plain.dtype, f"result {index}"
             assert result.shape == plain.shape, f"result {index}"
             if result.numel() == 0:
                 continue
-            unit = torch.finfo(dtype).eps * true.abs().max().item() * (2 if cut else 0.5)
-            allowed = factor * (plain.double() - true).abs().max().item() + unit
+            unit = torch.finfo(dtype).eps * true.abs().max().item()
+            allowed = factor * (plain.double() - true).abs().max().item() + units * unit
             error = (result.double() - true).abs().max().item()
             assert error <= allowed, f"result {index}: error {error:.3g}, allowed {allowed:.3g}"
 

@@ -111,6 +111,6 @@ def scaled_matmul(
         weight.T,
         scale_a=x_scale,
         scale_b=weight_scale.T.contiguous(),
-        out_dtype=dtype if dtype is not torch.float16 else torch.bfloat16,
+        out_dtype=torch.bfloat16,  # the only one that scales by rows may have
         use_fast_accum=fast_accumulation,
     ).to(dtype)

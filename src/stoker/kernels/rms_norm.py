@@ -169,9 +169,7 @@ def _num_warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-def launch_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (normed, total, rstd) for x [N, D] and a residual like it, or None; total is x without one."""
     num_rows, num_columns = x.shape
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
