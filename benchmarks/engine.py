@@ -79,6 +79,7 @@ class Setting:
     offload: bool = False
     tile_tokens: int | None = None
     adapter: bool = True
+    graph: bool = False
 
 
 SETTINGS = {
@@ -91,7 +92,8 @@ SETTINGS = {
     "D": Setting(LLAMA_8B, 1, 32768, kind="nf4", keep="attention", offload=True, tile_tokens=8192),
     "E": Setting(LLAMA_1B, 8, 2048),
     "F": Setting(LLAMA_8B, 2, 4096, kind="fp8"),
-    "G": Setting(LLAMA_1B, 1, 512),
+    "G": Setting(LLAMA_1B, 1, 512, graph=True),
+    "G-eager": Setting(LLAMA_1B, 1, 512),
     "I": Setting(LLAMA_1B, 8, 2048, adapter=False),
     "I-mixer": Setting(LLAMA_1B, 8, 2048, adapter=False, keep="mixer"),
 }
@@ -297,10 +299,12 @@ def build(setting: Setting, *, kernels: str = "triton", fuse: bool = True) -> De
     return model
 
 
-def loss_of(model: Decoder, ids: Tensor, *, kernels: str = "triton") -> Tensor:
+def loss_of(model: Decoder, ids: Tensor, *, kernels: str = "triton", select_rows: bool = True) -> Tensor:
     hidden = model(ids).flatten(0, 1)
     targets = ids.roll(-1, dims=1).flatten()
-    loss = linear_cross_entropy.linear_cross_entropy(hidden, model.head_weight, targets, implementation=kernels)
+    loss = linear_cross_entropy.linear_cross_entropy(
+        hidden, model.head_weight, targets, select_rows=select_rows, implementation=kernels
+    )
     return loss / targets.numel()
 
 
@@ -326,6 +330,41 @@ def check_parity(setting: Setting) -> None:
     assert worst < 5e-2, f"a gradient differs by {worst:.2g} of its norm"  # two bf16 results, each some 1e-2 off
 
 
+def training_step(model: Decoder, ids: Tensor, *, graph: bool) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A call that trains one step on what `ids` holds then and returns loss and gradient norm.
+
+    With `graph`, forward, backward and optimiser are captured once as a CUDA graph and replayed: one launch a step.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True, capturable=graph)
+
+    def eager() -> tuple[Tensor, Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(model, ids, select_rows=not graph)
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        optimizer.step()
+        return loss.detach(), norm
+
+    if not graph:
+        return eager
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles kernels, builds attention's plans and the optimiser's states
+        for _ in range(3):
+            eager()
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        results = eager()
+
+    def replay() -> tuple[Tensor, Tensor]:
+        captured.replay()
+        return results
+
+    return replay
+
+
 def run_steps(name: str, out: Path | None, *, steps: int, profile: bool) -> None:
     setting = SETTINGS[name]
     check_parity(setting)
@@ -335,20 +374,16 @@ def run_steps(name: str, out: Path | None, *, steps: int, profile: bool) -> None
     model = build(setting)
     torch.cuda.synchronize()
     build_seconds = time.perf_counter() - start
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
+    ids = torch.zeros((setting.rows, setting.length), dtype=torch.int64, device="cuda")
+    run = training_step(model, ids, graph=setting.graph)
 
     def step() -> tuple[float, float, float]:
-        ids = torch.randint(0, setting.config["vocab_size"], (setting.rows, setting.length), device="cuda")
+        ids.random_(0, setting.config["vocab_size"])
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        loss = loss_of(model, ids)
-        loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        loss, norm = run()
         torch.cuda.synchronize()
         return time.perf_counter() - begin, loss.item(), norm.item()
 
