@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="kernels need Triton (pip install 'stoker[triton]')")
+pytest.importorskip("triton", reason="kernels need Triton (pip install triton)")
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 

@@ -11,14 +11,15 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 REQUIRED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "datasets", "pydantic", "plotly")
 OPTIONAL = {
-    "tensorboard": ("curves in TensorBoard", "pip install 'stoker[tensorboard]'"),
-    "bitsandbytes": ("8-bit AdamW (train.optimizer.kind: adamw_8bit)", "pip install 'stoker[lowbit]'"),
-    "wandb": ("Weights & Biases tracking", "pip install 'stoker[wandb]'"),
-    "mlflow": ("MLflow tracking", "pip install 'stoker[mlflow]'"),
+    "tensorboard": ("curves in TensorBoard", "pip install tensorboard"),
+    "bitsandbytes": ("8-bit AdamW (train.optimizer.kind: adamw_8bit)", "pip install bitsandbytes"),
+    "wandb": ("Weights & Biases tracking", "pip install wandb"),
+    "mlflow": ("MLflow tracking", "pip install mlflow"),
 }
 _GIB = 2**30
 _MARKS = {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "absent": "[dim]absent[/]", "warning": "[yellow]look[/]"}
@@ -46,7 +47,7 @@ def command(
     for column in ("", "what", "found", "to mend or add"):
         table.add_column(column, overflow="fold")
     for finding in findings:
-        table.add_row(_MARKS[finding.state], finding.name, finding.detail, finding.fix)
+        table.add_row(_MARKS[finding.state], *map(escape, (finding.name, finding.detail, finding.fix)))
     Console().print(table)
     if any(finding.state == "missing" for finding in findings):
         raise typer.Exit(1)

@@ -36,7 +36,7 @@ def build(names: Sequence[str], folder: Path, *, run_name: str, config: Mapping[
         if not is_installed(name):
             raise ConfigError(
                 f"output.trackers names {name}, which is not installed.",
-                fix=f"Run: pip install 'stoker[{INSTALL[name]}]', or take it out of output.trackers.",
+                fix=f"Run: pip install {INSTALL[name]}, or take it out of output.trackers.",
             )
     return [makers[name]() for name in names]
 

@@ -72,7 +72,7 @@ def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise PlanError(
             "train.optimizer.kind: adamw_8bit needs bitsandbytes, which is not installed.",
-            fix="Install it with: pip install 'stoker[lowbit]', or use adamw.",
+            fix="Install it with: pip install bitsandbytes, or use adamw.",
         )
     from bitsandbytes.optim import AdamW8bit
 

@@ -20,7 +20,7 @@ def test_tensorboard_stores_scalars_that_its_own_reader_finds(tmp_path):
 
 def test_missing_package_is_an_error_that_names_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "is_installed", lambda name: False)
-    with pytest.raises(ConfigError, match=r"pip install 'stoker\[wandb\]'"):
+    with pytest.raises(ConfigError, match="pip install wandb"):
         trackers.build(["wandb"], tmp_path, run_name="run", config={})
 
 

@@ -134,7 +134,7 @@ class TestMuon:
 
 def test_missing_bitsandbytes_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(PlanError, match=r"pip install 'stoker\[lowbit\]'"):
+    with pytest.raises(PlanError, match="pip install bitsandbytes"):
         optimizers.build(Model().named_parameters(), kind="adamw_8bit", learning_rate=1e-3)
 
 
