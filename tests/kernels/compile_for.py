@@ -11,15 +11,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from stoker.kernels import fp8, glu, linear_cross_entropy, nf4, rms_norm, rope
+from stoker.kernels import adapted_glu, fp8, glu, linear_cross_entropy, low_rank, nf4, rms_norm, rope
 
 warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
 
 # Kernel, compile-time values, warps, and the arguments that are not tensors of the working dtype.
 FLOATS = dict.fromkeys(
-    ("rstd_ptr", "partial_ptr", "cos_ptr", "sin_ptr", "factor_ptr", "losses_ptr", "scale_ptr"), "*fp32"
+    ("part_b_ptr", "rstd_ptr", "partial_ptr", "cos_ptr", "sin_ptr", "factor_ptr", "losses_ptr", "scale_ptr"), "*fp32"
 )
-FLOATS |= dict.fromkeys(("epsilon", "scale", "cap", "smoothing", "z_loss"), "fp32")
+FLOATS |= dict.fromkeys(("epsilon", "scale", "scaling", "cap", "smoothing", "z_loss"), "fp32")
 NF4 = {"packed_ptr": "*u8", "absmax_ptr": "*u8"}
 NF4 |= dict.fromkeys(("code_ptr", "nested_code_ptr", "nested_absmax_ptr", "nested_offset_ptr"), "*fp32")
 CASES = [
@@ -44,6 +44,31 @@ CASES = [
         {"BLOCK_BYTES": 32, "BLOCKS": 32, "NESTED_BLOCK_SIZE": 256, "NESTED": True},
         4,
         NF4,
+    ),
+    (
+        low_rank._grad_pair_kernel,
+        {"ROWS": low_rank.ROWS, "COLUMNS": low_rank.COLUMNS, "RANK": 16, "rank": 16},
+        4,
+        {},
+    ),
+    (low_rank._sum_shares_kernel, {"ELEMENTS": 512, "SHARES": 8}, 4, {}),
+    (
+        low_rank._add_update_kernel,
+        {"ROWS": low_rank.ROWS, "COLUMNS": low_rank.COLUMNS, "RANK": 16, "rank": 16},
+        4,
+        {},
+    ),
+    (
+        adapted_glu._forward_kernel,
+        {"ROWS": adapted_glu.FORWARD.rows, "COLUMNS": adapted_glu.FORWARD.columns, "RANK": 16, "rank": 16},
+        adapted_glu.FORWARD.warps,
+        {},
+    ),
+    (
+        adapted_glu._backward_kernel,
+        {"ROWS": adapted_glu.BACKWARD.rows, "COLUMNS": adapted_glu.BACKWARD.columns, "RANK": 16, "rank": 16},
+        adapted_glu.BACKWARD.warps,
+        {},
     ),
     (fp8._quantize_rows_kernel, {"BLOCK": 4096, "HAS_FACTOR": True}, 4, {"out_ptr": "*fp8e4nv"}),
 ]

@@ -178,7 +178,7 @@ def kept_bytes(keep, draw, angles):
 
 
 def test_each_rung_keeps_what_its_table_says(draw, angles):
-    products = 5 * RANK * (3 + 1 + 2 + 1) * 4
+    products = 5 * RANK * (3 + 1 + 2 + 1) * 4 + 2 * 5 * 4  # and each norm's rstd
     mid, gate_up = 5 * WIDTH * 4, 5 * 2 * INNER * 4
     for keep, expected in (("all", mid + gate_up), ("mixer", mid), ("attention", 0), ("input", 0)):
         held, attended = kept_bytes(keep, draw, angles)

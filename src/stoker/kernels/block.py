@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stoker.kernels import glu, rms_norm, rope
+from stoker.kernels import adapted_glu, glu, low_rank, rms_norm, rope
 from stoker.kernels.attention import DocumentLengths, attention
 from stoker.kernels.kept_attention import Attend, KeptAttention
 from stoker.kernels.offload import HostOffload
-from stoker.kernels.projection import FrozenMatrix, Projection, grad_input, grad_product, project
+from stoker.kernels.projection import FrozenMatrix, Projection, grad_input, grad_product, project, project_base
 from stoker.kernels.triton_support import as_rows
 
 KEEP = ("all", "mixer", "attention", "input")
@@ -143,7 +143,16 @@ class _Kept(NamedTuple):
 
     mid: Tensor | None
     gate_up: Tensor | None
+    rstds: tuple[Tensor, Tensor]
     products: tuple[Tensor | None, ...]
+
+
+class _Normed(NamedTuple):
+    """Rows before a norm, their rstd, and the normed rows where something needs them."""
+
+    rows: Tensor
+    rstd: Tensor
+    normed: Tensor | None
 
 
 class _Block(torch.autograd.Function):
@@ -164,7 +173,7 @@ class _Block(torch.autograd.Function):
         options = layout.options
         projections = _projections(layout, tensors, x.dtype)
         rows = as_rows(x)
-        normed, _, _ = _norm(rows, None, attention_norm, options.epsilons[0], options.implementation)
+        normed, _, rstd_x = _norm(rows, None, attention_norm, options.epsilons[0], options.implementation)
         heads, product_qkv = _heads(projections[0], normed, x.shape, (cos, sin), options)
         attended = None
         if options.keep == "input":
@@ -176,10 +185,9 @@ class _Block(torch.autograd.Function):
         mixed, product_out = project(projections[1], values.flatten(0, 1))
         if attended is not None:
             attended.put_away()
-        normed, mid, _ = _norm(mixed, rows, feed_forward_norm, options.epsilons[1], options.implementation)
+        normed, mid, rstd_mid = _norm(mixed, rows, feed_forward_norm, options.epsilons[1], options.implementation)
         del heads, values, mixed
-        output, kept_gate_up, product_gate_up, product_down = _feed_forward(projections, normed, options)
-        output += mid
+        output, kept_gate_up, product_gate_up, product_down = _feed_forward(projections, normed, mid, options)
         kept_mid = mid if options.keep in ("all", "mixer") else None
         products = (product_qkv, product_out, product_gate_up, product_down)
         ctx.attended = attended
@@ -187,7 +195,7 @@ class _Block(torch.autograd.Function):
         if options.offload is not None and options.offload.takes(x):
             ctx.x_handle = options.offload.store(x.detach())
         ctx.layout, ctx.ran = layout, False
-        kept = (kept_mid, kept_gate_up, *products)
+        kept = (kept_mid, kept_gate_up, rstd_x, rstd_mid, *products)
         ctx.save_for_backward(
             None if ctx.x_handle is not None else x, cos, sin, attention_norm, feed_forward_norm, *kept, *tensors
         )
@@ -202,12 +210,12 @@ class _Block(torch.autograd.Function):
             raise RuntimeError("block: its backward ran already, and what it needs was overwritten")
         ctx.ran = True
         x, cos, sin, *rest = ctx.saved_tensors
-        norms, kept, tensors = rest[:2], rest[2:8], rest[8:]
+        norms, kept, tensors = rest[:2], rest[2:10], rest[10:]
         if ctx.x_handle is not None:
             x = ctx.layout.options.offload.fetch(ctx.x_handle)
         run = _Backward(ctx.layout, norms, tensors, ctx.needs_input_grad[4:], x, (cos, sin))
         attended, ctx.attended = ctx.attended, None
-        grad_x = run(grads[0], attended, _Kept(kept[0], kept[1], tuple(kept[2:])))
+        grad_x = run(grads[0], attended, _Kept(kept[0], kept[1], (kept[2], kept[3]), tuple(kept[4:])))
         if ctx.x_handle is not None:
             ctx.layout.options.offload.release(ctx.x_handle)
         pairs = zip((*run.norm_grads, *run.grads), (*norms, *tensors), strict=True)
@@ -236,21 +244,24 @@ class _Backward:
         """Gradient of x, from that of the output [B, T, D]."""
         options, layout, rows = self.layout.options, self.layout, as_rows(self.x)
         qkv, out, _, _ = self.projections
-        normed_x, _, rstd_x = self._norm(rows, 0)
+        rstd_x, rstd_mid = kept.rstds
+        runs_qkv = options.keep in ("attention", "input")
+        normed_x = self._norm(rows, 0)[0] if runs_qkv or self.needs[0] else None
         heads: tuple[Tensor, ...] = ()
-        if options.keep in ("attention", "input"):
+        if runs_qkv and normed_x is not None:
             heads, _ = _heads(qkv, normed_x, self.x.shape, self.tables, options)
         if attended is None:
             attended = KeptAttention(_attend(layout), heads)
         if kept.mid is None:
             mixed, _ = project(out, attended.values().flatten(0, 1))
-            normed_mid, mid, rstd_mid = self._norm(mixed, 1, residual=rows)
+            normed_mid, mid, _ = self._norm(mixed, 1, residual=rows)
             del mixed
         else:
-            normed_mid, mid, rstd_mid = self._norm(kept.mid, 1)
+            mid = kept.mid
+            normed_mid = self._norm(mid, 1)[0] if kept.gate_up is None or self.needs[8] else None
         grad_rows = as_rows(grad)
         grad_normed = _joined(
-            [self._feed_forward(grad_rows, normed_mid, kept, tile) for tile in _tiles(rows.shape[0], options)]
+            [self._feed_forward(grad_rows, mid, normed_mid, kept, tile) for tile in _tiles(rows.shape[0], options)]
         )
         del normed_mid
         grad_mid = self._norm_backward(1, grad_normed, mid, rstd_mid, grad_rows)
@@ -258,7 +269,7 @@ class _Backward:
         grad_heads = attended.backward(grad_attended.view(*self.x.shape[:2], -1), heads)
         del heads, attended, mid
         grad_qkv = rope.split_and_rotate_backward(grad_heads, *self.tables, implementation=options.implementation)
-        grad_normed = self._projection(0, grad_qkv.flatten(0, 1), normed_x, kept.products[0])
+        grad_normed = self._after_norm(0, grad_qkv.flatten(0, 1), kept.products[0], _Normed(rows, rstd_x, normed_x))
         return self._norm_backward(0, grad_normed, rows, rstd_x, grad_mid).view_as(self.x)
 
     def _norm(self, rows: Tensor, index: int, *, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,36 +288,63 @@ class _Backward:
         )
         return grad_rows
 
-    def _feed_forward(self, grad: Tensor, normed: Tensor, kept: _Kept, tile: slice) -> Tensor:
+    def _feed_forward(self, grad: Tensor, mid: Tensor, normed: Tensor | None, kept: _Kept, tile: slice) -> Tensor:
         """Gradient of the normed rows of a tile, and the gradients of `gate_up` and `down`."""
         _, _, gate_up, down = self.projections
-        grad, normed = grad[tile], normed[tile]
+        grad, normed = grad[tile], None if normed is None else normed[tile]
+        implementation = self.layout.options.implementation
         product_gate_up, product_down = (None if x is None else x[tile] for x in kept.products[2:])
-        gate_up_output = project(gate_up, normed)[0] if kept.gate_up is None else kept.gate_up
-        grad_down, grad_b = grad_product(down, grad, product_down)
+        updates = _updates(self.projections, product_gate_up, implementation)
+        gate_up_output = kept.gate_up
+        if gate_up_output is None and normed is not None:
+            gate_up_output, _ = project(gate_up, normed, update=updates is None)
+        if gate_up_output is None:
+            raise RuntimeError("block: neither gate_up's output nor what makes it was kept")
+        grad_down, grad_b = grad_product(down, grad, product_down, implementation=implementation)
         self._add(4 * 3 + 3, grad_b)
-        grad_gate_up, activated = glu.swiglu_backward(
-            gate_up_output, grad_input(down, grad, grad_down), implementation=self.layout.options.implementation
-        )
+        if updates is None or grad_down is None:
+            grad_gate_up, activated = glu.swiglu_backward(
+                gate_up_output, grad_input(down, grad, grad_down), implementation=implementation
+            )
+        else:
+            grad_gate_up, activated = adapted_glu.backward(
+                gate_up_output, grad_input(down, grad, None), grad_down, updates, implementation=implementation
+            )
         self._weight_grads(3, grad, activated, grad_down)
         del activated
-        return self._projection(2, grad_gate_up, normed, product_gate_up)
+        source = _Normed(mid[tile], kept.rstds[1][tile], normed)
+        return self._after_norm(2, grad_gate_up, product_gate_up, source)
+
+    def _after_norm(self, index: int, grad: Tensor, product: Tensor | None, source: _Normed) -> Tensor:
+        """As `_projection`, for a projection of normed rows, which need not be there.
+
+        With normed = r · x · w the gradient of A, dPᵀ normed, is ((r · dP)ᵀ x) · w: x itself is read, and the norm is
+        not computed again.
+        """
+        projection = self.projections[index]
+        grad_p, grad_b = grad_product(projection, grad, product, implementation=self.layout.options.implementation)
+        self._add(4 * index + 3, grad_b)
+        self._weight_grads(index, grad, source.normed, None)
+        if grad_p is not None:
+            scaled = (grad_p * source.rstd[:, None]).to(grad_p.dtype)
+            self._add(4 * index + 2, (scaled.t() @ source.rows) * self.norms[index // 2].float())
+        return grad_input(projection, grad, grad_p)
 
     def _projection(self, index: int, grad: Tensor, x: Tensor, product: Tensor | None) -> Tensor:
         """Gradient of a projection's input x [N, in], and the gradients of its tensors."""
         projection = self.projections[index]
-        grad_x_a, grad_b = grad_product(projection, grad, product)
+        grad_x_a, grad_b = grad_product(projection, grad, product, implementation=self.layout.options.implementation)
         self._add(4 * index + 3, grad_b)
         self._weight_grads(index, grad, x, grad_x_a)
         return grad_input(projection, grad, grad_x_a)
 
-    def _weight_grads(self, index: int, grad: Tensor, x: Tensor, grad_x_a: Tensor | None) -> None:
+    def _weight_grads(self, index: int, grad: Tensor, x: Tensor | None, grad_x_a: Tensor | None) -> None:
         first = 4 * index
-        if self.needs[first]:
+        if self.needs[first] and x is not None:
             self._add(first, grad.t() @ x)
         if self.needs[first + 1]:
             self._add(first + 1, grad.sum(0, dtype=torch.float32))
-        if grad_x_a is not None:
+        if grad_x_a is not None and x is not None:
             self._add(first + 2, grad_x_a.t() @ x)
 
     def _add(self, index: int, grad: Tensor | None) -> None:
@@ -327,15 +365,16 @@ def _joined(pieces: list[Tensor]) -> Tensor:
 
 
 def _feed_forward(
-    projections: Sequence[Projection], normed: Tensor, options: BlockOptions
+    projections: Sequence[Projection], normed: Tensor, mid: Tensor, options: BlockOptions
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(output [N, D], gate_up if it is kept, the adapters' products of gate_up and of down)."""
+    """(mid + output [N, D], gate_up if it is kept, the adapters' products of gate_up and of down)."""
     outputs: list[Tensor] = []
     products: tuple[list[Tensor], list[Tensor]] = ([], [])
     kept = None
     for tile in _tiles(normed.shape[0], options):
-        gate_up, product_gate_up = project(projections[2], normed[tile])
-        output, product_down = project(projections[3], glu.swiglu(gate_up, implementation=options.implementation))
+        output, gate_up, product_gate_up, product_down = _feed_forward_tile(
+            projections, normed[tile], mid[tile], options
+        )
         outputs.append(output)
         products[0].extend([] if product_gate_up is None else [product_gate_up])
         products[1].extend([] if product_down is None else [product_down])
@@ -343,6 +382,41 @@ def _feed_forward(
         del gate_up
     joined = [_joined(pieces) if pieces else None for pieces in products]
     return _joined(outputs), kept, joined[0], joined[1]
+
+
+def _feed_forward_tile(
+    projections: Sequence[Projection], normed: Tensor, mid: Tensor, options: BlockOptions
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(mid + output, gate_up, the adapters' products); gate_up has its updates, unless swiglu's kernel adds them."""
+    _, _, gate_up, down = projections
+    implementation = options.implementation
+    fused = _fuses(projections, implementation)
+    values, product = project(gate_up, normed, update=not fused)
+    updates = _updates(projections, product, implementation)
+    if updates is None or down.b is None:
+        output, product_down = project(down, glu.swiglu(values, implementation=implementation))
+        return output.add_(mid), values, product, product_down
+    activated, product_down = adapted_glu.forward(values, updates, implementation=implementation)
+    output = project_base(down, activated)
+    del activated
+    output = low_rank.add_update(output, mid, product_down, down.b, scaling=down.scaling, implementation=implementation)
+    return output, values, product, product_down
+
+
+def _fuses(projections: Sequence[Projection], implementation: str) -> bool:
+    """Whether swiglu's kernel adds the updates around it: Triton, and adapters on all of gate, up and down."""
+    _, _, gate_up, down = projections
+    whole = gate_up.b is not None and len(gate_up.slices) == 2
+    return implementation == "triton" and whole and adapted_glu.takes(gate_up.b, down.a)
+
+
+def _updates(
+    projections: Sequence[Projection], product: Tensor | None, implementation: str
+) -> adapted_glu.Updates | None:
+    _, _, gate_up, down = projections
+    if product is None or gate_up.b is None or down.a is None or not _fuses(projections, implementation):
+        return None
+    return adapted_glu.Updates(product, gate_up.b.contiguous(), down.a.contiguous(), gate_up.scaling)
 
 
 def _attend(layout: _Layout) -> Attend:

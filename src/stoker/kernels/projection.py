@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
+
+from stoker.kernels import low_rank
 
 
 class FrozenMatrix(Protocol):
@@ -41,16 +42,25 @@ class Projection(NamedTuple):
     slices: tuple[slice, ...] = ()
 
 
-def project(projection: Projection, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Returns (output [N, out], x Aᵀ [N, n r] or None without adapters) for x [N, in]."""
+def project(projection: Projection, x: Tensor, *, update: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Returns (output [N, out], x Aᵀ [N, n r] or None without adapters) for x [N, in].
+
+    Without `update` the output is that of the frozen layer alone, for a caller who adds the rest.
+    """
+    output = project_base(projection, x)
+    if projection.a is None or projection.b is None:
+        return output, None
+    product = x @ projection.a.t()
+    return _add_updates(projection, output, product) if update else output, product
+
+
+def project_base(projection: Projection, x: Tensor) -> Tensor:
+    """Returns the output [N, out] of the layer without its adapters."""
     weight = projection.weight
     output = x @ weight.t() if isinstance(weight, Tensor) else weight.matmul(x)
     if projection.bias is not None:
         output += projection.bias
-    if projection.a is None or projection.b is None:
-        return output, None
-    product = x @ projection.a.t()
-    return _add_updates(projection, output, product), product
+    return output
 
 
 def _add_updates(projection: Projection, output: Tensor, product: Tensor) -> Tensor:
@@ -68,19 +78,20 @@ def _parts(projection: Projection, product: Tensor) -> list[tuple[slice, Tensor,
     return list(zip(projection.slices, product.split(b.shape[1], dim=1), b.split(sizes), strict=True))
 
 
-def grad_product(projection: Projection, grad: Tensor, product: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def grad_product(
+    projection: Projection, grad: Tensor, product: Tensor | None, *, implementation: str = "reference"
+) -> tuple[Tensor | None, Tensor | None]:
     """Returns (dP [N, n r], dB like b) from the output's gradient [N, out] and the forward's product; None for None."""
     if projection.b is None or product is None:
         return None, None
-    grad_product, grad_b = torch.empty_like(product), torch.empty_like(projection.b)
-    start = 0
-    for (rows, part, b), (_, grad_part, _) in zip(
-        _parts(projection, product), _parts(projection, grad_product), strict=True
-    ):
-        torch.mm(grad[:, rows], b, out=grad_part)
-        torch.mm(grad[:, rows].t(), part, out=grad_b[start : start + b.shape[0]])
-        start += b.shape[0]
-    return grad_product.mul_(projection.scaling), grad_b.mul_(projection.scaling)
+    return low_rank.grad_pair(
+        grad,
+        product,
+        projection.b,
+        slices=projection.slices,
+        scaling=projection.scaling,
+        implementation=implementation,
+    )
 
 
 def grad_input(projection: Projection, grad: Tensor, grad_product: Tensor | None) -> Tensor:

@@ -60,3 +60,15 @@ def num_programs(x: Tensor, *, per_multiprocessor: int = 4) -> int:
     if not x.is_cuda:
         return 2  # the interpreter runs programs one after another; two still exercise the loop over programs
     return per_multiprocessor * torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+# The interpreter multiplies the bits of bfloat16 as if they were integers; widened they are exact, as on a tensor core.
+_WIDEN = None if triton is None else tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@jit
+def dot(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """Returns a [M, K] times b [K, N] summed in float32, without rounding float32 to fewer bits first."""
+    if _WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")

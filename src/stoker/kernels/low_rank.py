@@ -1,0 +1,272 @@
+"""The low-rank products of a linear layer's backward in one read of its output's gradient.
+
+    dP_i = s dY_i B_i        dB_i = s dY_iᵀ P_i        for the parts i of dY's columns, P_i = X A_iᵀ
+
+A matmul library reads dY once for each product, and splits so thin a result unevenly over the device. Here a program
+takes a block of columns and a run of rows: it keeps its share of dB in registers and writes its share of dP. The shares
+are then summed in a fixed order, in fp32, so that two runs agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stoker.kernels.triton_support import check_implementation, dot, jit, next_power_of_2, tl, triton
+
+MAX_RANK = 32
+"""Above it the shares of dB no longer fit in registers beside a tile, nor the tiles in a T4's shared memory."""
+
+MAX_PARTS = 3
+COLUMNS = 128
+ROWS = 64
+ROWS_A_PROGRAM = 512
+
+
+def grad_pair_reference(
+    grad: Tensor, product: Tensor, b: Tensor, *, slices: Sequence[slice], scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Returns (dP [N, n r] like `product`, dB like `b`) by the formulas."""
+    rank, start = b.shape[1], 0
+    grad_p, grad_b = torch.empty_like(product), torch.empty_like(b)
+    for index, columns in enumerate(slices):
+        rows, ranks = slice(start, start + columns.stop - columns.start), slice(index * rank, (index + 1) * rank)
+        torch.mm(grad[:, columns], b[rows], out=grad_p[:, ranks])
+        torch.mm(grad[:, columns].t(), product[:, ranks], out=grad_b[rows])
+        start = rows.stop
+    return grad_p.mul_(scaling), grad_b.mul_(scaling)
+
+
+def grad_pair(
+    grad: Tensor, product: Tensor, b: Tensor, *, slices: Sequence[slice], scaling: float, implementation: str
+) -> tuple[Tensor, Tensor]:
+    """Returns (dP [N, n r] in the dtype of `product`, dB like `b`, in fp32 from Triton).
+
+    grad: [N, out] with contiguous rows; product: [N, n r], x Aᵀ of the n parts; b: [sum of the slices' sizes, r] in the
+    dtype of `grad`. `implementation`: "reference" or "triton" (which leaves the rest of `takes` to the reference);
+    ValueError for an unknown one.
+    """
+    if check_implementation(implementation) and takes(grad, b, slices):
+        return _launch(grad, product.contiguous(), b.contiguous(), slices=slices, scaling=scaling)
+    return grad_pair_reference(grad, product, b, slices=slices, scaling=scaling)
+
+
+def takes(grad: Tensor, b: Tensor, slices: Sequence[slice]) -> bool:
+    """Whether the kernel runs this: up to three parts, side by side over all columns, no rank above MAX_RANK."""
+    ends = [0, *(part.stop for part in slices)]
+    side_by_side = [part.start for part in slices] == ends[:-1] and ends[-1] == grad.shape[1]
+    return (
+        0 < len(slices) <= MAX_PARTS
+        and side_by_side
+        and b.shape[1] <= MAX_RANK
+        and grad.stride(1) == 1
+        and grad.numel() > 0
+        and _columns(slices) >= 16
+    )
+
+
+def _columns(slices: Sequence[slice]) -> int:
+    """Columns of a program, which must not reach into another part: a power of two."""
+    inner = [part.stop for part in slices[:-1]]
+    return math.gcd(COLUMNS, *inner)
+
+
+@jit
+def _grad_pair_kernel(  # noqa: PLR0917
+    grad_ptr: tl.tensor,
+    p_ptr: tl.tensor,
+    b_ptr: tl.tensor,
+    part_p_ptr: tl.tensor,
+    part_b_ptr: tl.tensor,
+    grad_stride: tl.tensor,
+    p_stride: tl.tensor,
+    num_rows: tl.tensor,
+    num_columns: tl.tensor,
+    first_end: tl.tensor,
+    second_end: tl.tensor,
+    rank: tl.constexpr,
+    rows_a_program: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+) -> None:
+    block, split = tl.program_id(0), tl.program_id(1)
+    first = block * COLUMNS
+    part = (first >= first_end).to(tl.int32) + (first >= second_end).to(tl.int32)
+    column = first + tl.arange(0, COLUMNS)
+    k = tl.arange(0, RANK)
+    in_columns, in_rank = column < num_columns, k < rank
+    b = tl.load(b_ptr + column[:, None] * rank + k[None, :], mask=in_columns[:, None] & in_rank[None, :], other=0.0)
+    share_b = tl.zeros((COLUMNS, RANK), dtype=tl.float32)
+    for start in range(split * rows_a_program, tl.minimum(num_rows, (split + 1) * rows_a_program), ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
+        in_rows = row < num_rows
+        here = in_rows[:, None] & in_rank[None, :]
+        p = tl.load(p_ptr + row[:, None] * p_stride + part * rank + k[None, :], mask=here, other=0.0)
+        mask = in_rows[:, None] & in_columns[None, :]
+        grad = tl.load(grad_ptr + row[:, None] * grad_stride + column[None, :], mask=mask, other=0.0)
+        share_b += dot(tl.trans(grad), p)
+        share_p = dot(grad, b).to(part_p_ptr.dtype.element_ty)
+        out = part_p_ptr + (block.to(tl.int64) * num_rows + row[:, None]) * rank + k[None, :]
+        tl.store(out, share_p, mask=here)
+    out = part_b_ptr + (split.to(tl.int64) * num_columns + column[:, None]) * rank + k[None, :]
+    tl.store(out, share_b, mask=in_columns[:, None] & in_rank[None, :])
+
+
+@jit
+def _sum_shares_kernel(  # noqa: PLR0917
+    share_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    size: tl.tensor,
+    width: tl.tensor,
+    out_stride: tl.tensor,
+    first_end: tl.tensor,
+    second_end: tl.tensor,
+    num_shares: tl.tensor,
+    scaling: tl.tensor,
+    ELEMENTS: tl.constexpr,
+    SHARES: tl.constexpr,
+) -> None:
+    part = tl.program_id(1)
+    begin = tl.where(part == 0, 0, tl.where(part == 1, first_end, second_end))
+    end = tl.where(part == 0, first_end, tl.where(part == 1, second_end, num_shares))
+    element = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = element < size
+    total = tl.zeros((ELEMENTS,), dtype=tl.float32)
+    for start in range(begin, end, SHARES):
+        share = start + tl.arange(0, SHARES)
+        mask = (share < end)[:, None] & inside[None, :]
+        values = tl.load(share_ptr + share[:, None].to(tl.int64) * size + element[None, :], mask=mask, other=0.0)
+        total += tl.sum(values.to(tl.float32), axis=0)
+    out = out_ptr + (element // width) * out_stride + part * width + element % width
+    tl.store(out, (total * scaling).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def sum_shares(
+    shares: Tensor, ends: Sequence[int] | None = None, *, dtype: torch.dtype, scaling: float = 1.0
+) -> Tensor:
+    """Returns `scaling` times sums over the first dimension of contiguous `shares` [S, M, W], in fp32, as `dtype`.
+
+    Without `ends`: [M, W]. With the ends of up to three runs of shares: their sums side by side, [M, runs * W].
+    """
+    ends = ends or [shares.shape[0]]
+    num_shares, num_rows, width = shares.shape
+    out = torch.empty((num_rows, len(ends) * width), dtype=dtype, device=shares.device)
+    first, second = (*ends, num_shares)[0], (*ends, num_shares, num_shares)[1]
+    size, elements = num_rows * width, 512
+    _sum_shares_kernel[(triton.cdiv(size, elements), len(ends))](
+        shares,
+        out,
+        size,
+        width,
+        out.stride(0),
+        first,
+        second,
+        num_shares,
+        scaling,
+        ELEMENTS=elements,
+        SHARES=8,
+        num_warps=4,
+    )
+    return out
+
+
+def _launch(
+    grad: Tensor, product: Tensor, b: Tensor, *, slices: Sequence[slice], scaling: float
+) -> tuple[Tensor, Tensor]:
+    num_rows, num_columns = grad.shape
+    rank, columns = b.shape[1], _columns(slices)
+    blocks, splits = triton.cdiv(num_columns, columns), triton.cdiv(num_rows, ROWS_A_PROGRAM)
+    share_p = torch.empty((blocks, num_rows, rank), dtype=product.dtype, device=grad.device)
+    share_b = torch.empty((splits, num_columns, rank), dtype=torch.float32, device=grad.device)
+    ends = [part.stop for part in slices]
+    _grad_pair_kernel[(blocks, splits)](
+        grad,
+        product,
+        b,
+        share_p,
+        share_b,
+        grad.stride(0),
+        product.stride(0),
+        num_rows,
+        num_columns,
+        *(*ends, num_columns, num_columns)[:2],
+        rank,
+        ROWS_A_PROGRAM,
+        ROWS=ROWS,
+        COLUMNS=columns,
+        RANK=max(16, next_power_of_2(rank)),
+        num_warps=4,
+    )
+    runs = [triton.cdiv(end, columns) for end in ends]
+    grad_p = sum_shares(share_p, runs, dtype=product.dtype, scaling=scaling)
+    return grad_p, sum_shares(share_b, dtype=torch.float32, scaling=scaling)
+
+
+@jit
+def _add_update_kernel(  # noqa: PLR0917
+    y_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    p_ptr: tl.tensor,
+    b_ptr: tl.tensor,
+    y_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    p_stride: tl.tensor,
+    num_rows: tl.tensor,
+    num_columns: tl.tensor,
+    rank: tl.constexpr,
+    scaling: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+) -> None:
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    k = tl.arange(0, RANK)
+    in_columns, in_rows, in_rank = column < num_columns, row < num_rows, k < rank
+    mask = in_rows[:, None] & in_columns[None, :]
+    y = y_ptr + row[:, None] * y_stride + column[None, :]
+    total = tl.load(y, mask=mask, other=0.0).to(tl.float32)
+    total += tl.load(residual_ptr + row[:, None] * residual_stride + column[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
+    here = in_rows[:, None] & in_rank[None, :]
+    p = tl.load(p_ptr + row[:, None] * p_stride + k[None, :], mask=here, other=0.0)
+    there = in_columns[None, :] & in_rank[:, None]
+    b = tl.load(b_ptr + column[None, :] * rank + k[:, None], mask=there, other=0.0)
+    total += scaling * dot(p, b)
+    tl.store(y, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def add_update(
+    y: Tensor, residual: Tensor, product: Tensor, b: Tensor, *, scaling: float, implementation: str = "reference"
+) -> Tensor:
+    """Returns `y + residual + scaling * product @ b.T`, written over `y` [N, out]; one pass, rounded once, with Triton.
+
+    residual: [N, out]; product: [N, r]; b: [out, r]. ValueError for an unknown implementation.
+    """
+    if not check_implementation(implementation) or not y.numel() or b.shape[1] > MAX_RANK:
+        return y.addmm_(product, b.t(), alpha=scaling).add_(residual)
+    num_rows, num_columns = y.shape
+    b = b.contiguous()
+    _add_update_kernel[(triton.cdiv(num_columns, COLUMNS), triton.cdiv(num_rows, ROWS))](
+        y,
+        residual,
+        product,
+        b,
+        y.stride(0),
+        residual.stride(0),
+        product.stride(0),
+        num_rows,
+        num_columns,
+        b.shape[1],
+        scaling,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        RANK=max(16, next_power_of_2(b.shape[1])),
+        num_warps=4,
+    )
+    return y

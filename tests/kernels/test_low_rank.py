@@ -1,0 +1,90 @@
+"""Low-rank products of a backward in one read, and updates that are added on the way."""
+
+import itertools
+
+import pytest
+import torch
+
+from stoker.kernels.low_rank import (
+    ROWS_A_PROGRAM,
+    add_update,
+    grad_pair,
+    grad_pair_reference,
+    sum_shares,
+    takes,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def slices_of(sizes):
+    ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "sizes", "rank"), [(70, (64, 16, 32), 3), (5, (150,), 16), (66, (32, 32), 20)])
+def test_both_products_are_as_exact_as_eager(rows, sizes, rank, dtype, draw, assert_as_exact_as_eager):
+    options = {"slices": slices_of(sizes), "scaling": 0.7}
+    inputs = [draw(rows, sum(sizes)), draw(rows, rank * len(sizes)), draw(sum(sizes), rank)]
+    assert takes(inputs[0], inputs[2], options["slices"])
+
+    def kernel(*tensors):
+        grad_p, grad_b = grad_pair(*tensors, **options, implementation="triton")
+        assert grad_b.dtype is torch.float32
+        return grad_p, grad_b.to(dtype)
+
+    assert_as_exact_as_eager(
+        kernel, lambda *tensors: grad_pair_reference(*tensors, **options), inputs, dtype=dtype, gradients=False
+    )
+
+
+def test_more_rows_than_a_program_takes_are_summed_and_strides_are_followed(draw):
+    rows = ROWS_A_PROGRAM + 9
+    grad, product, b = draw(rows, 40).float()[:, 4:36], draw(rows, 2).float(), draw(32, 2).float()
+    options = {"slices": [slice(0, 32)], "scaling": 1.0}
+    expected = grad_pair_reference(grad, product, b, **options)
+    actual = grad_pair(grad, product, b, **options, implementation="triton")
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)  # float32 sums of 521 products, reordered
+    again = grad_pair(grad, product, b, **options, implementation="triton")
+    assert all(torch.equal(x, y) for x, y in zip(actual, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    "slices", [[slice(0, 8)], [slice(0, 5), slice(5, 32)], slices_of((8, 8, 8, 8)), [slice(16, 32), slice(0, 16)]]
+)
+def test_what_the_kernel_does_not_take_goes_to_the_reference(slices, draw):
+    grad, product = draw(4, 32).float(), draw(4, 2 * len(slices)).float()
+    b = draw(sum(part.stop - part.start for part in slices), 2).float()
+    assert not takes(grad, b, slices)
+    actual = grad_pair(grad, product, b, slices=slices, scaling=2.0, implementation="triton")
+    expected = grad_pair_reference(grad, product, b, slices=slices, scaling=2.0)
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(70, 150, 3), (2, 16, 32)])
+def test_update_and_residual_are_added_as_exactly_as_eager(rows, columns, rank, dtype, draw, assert_as_exact_as_eager):
+    assert_as_exact_as_eager(
+        lambda *tensors: add_update(*tensors, scaling=0.3, implementation="triton"),
+        lambda *tensors: add_update(*tensors, scaling=0.3),
+        [draw(rows, columns), draw(rows, columns), draw(rows, rank), draw(columns, rank)],
+        dtype=dtype,
+        gradients=False,
+    )
+
+
+@pytest.mark.parametrize("ends", [None, [3], [1, 11], [4, 5, 11]])
+def test_shares_are_summed_by_runs(ends, draw):
+    shares = draw(11, 6, 5).float()
+    if ends == [3]:
+        shares = shares[:3].contiguous()
+    actual = sum_shares(shares, ends, dtype=torch.float32, scaling=0.5)
+    bounds = [0, *(ends or [11])]
+    runs = [shares[low:high].sum(0) for low, high in itertools.pairwise(bounds)]
+    torch.testing.assert_close(actual, 0.5 * torch.cat(runs, dim=1))
+
+
+def test_unknown_implementation_is_refused(draw):
+    with pytest.raises(ValueError, match="no implementation 'other'"):
+        grad_pair(draw(2, 16), draw(2, 2), draw(16, 2), slices=[slice(0, 16)], scaling=1.0, implementation="other")
