@@ -27,20 +27,24 @@ from stoker.config.load import Loaded, parse
 from stoker.config.schema import Adapter
 from stoker.errors import ConfigError, DataError
 
+FORMATS = ("nf4", "int8", "fp8")
 Rows = Sequence[Mapping[str, Any]]
 Messages = Sequence[Mapping[str, str]]
 
 
-def load(name: str, *, base: str | None = None, device: str = "auto") -> "Model":
+def load(name: str, *, base: str | None = None, device: str = "auto", quantization: str | None = None) -> "Model":
     """Returns a model ready to answer and to be trained.
 
     `name` is a Hub id, a local folder, `builtin:tiny-llama`, an adapter's folder (with its base, or the one given as
-    `base`) or a run's folder. `device` is "auto", "cpu", "cuda" or "mps".
+    `base`) or a run's folder. `device` is "auto", "cpu", "cuda" or "mps". `quantization` ("nf4", "int8", "fp8") keeps
+    the base's linear weights in that format, for an adapter to be trained on; None: as a run has them, or as stored.
 
     Raises:
         ModelError: it cannot be found or loaded. ConfigError: there is no such device here.
     """
-    return Model(open_session(name, base=base, device=device))
+    if quantization not in (None, "none", *FORMATS):
+        raise ConfigError(f"quantization = {quantization!r}.", fix=f"Use one of {', '.join(FORMATS)}.")
+    return Model(open_session(name, base=base, device=device, quantization=quantization))
 
 
 class Model:
@@ -117,11 +121,11 @@ class Model:
             output={"folder": str(folder), **(output_settings or {})},
             task=dict(task or {"kind": "sft"}),
         )
+        config = parse(values, where="train")
         session = self._session
         if self._adapter is None:
             session.decoder.float().requires_grad_(True)
-        trainee = Trainee(session.base, session.tokenizer, session.decoder)
-        return train(Loaded(parse(values, where="train")), model=trainee)
+        return train(Loaded(config), model=Trainee(session.base, session.tokenizer, session.decoder))
 
     def generate(self, prompt: str | Messages, **settings: Any) -> str:
         """Returns the answer to a prompt or to messages.
@@ -148,7 +152,7 @@ class Model:
         """Returns a configuration's values; sections that a call does not need hold what the schema asks for."""
         base = self._session.base
         needed = {
-            "model": {"base": base.name, "revision": base.revision},
+            "model": {"base": base.name, "revision": base.revision, "quantization": self._session.quantization},
             "data": {"train": [{"path": "rows"}]},
             "train": {"learning_rate": 1e-4},
             "output": {"folder": "runs"},

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stoker.adapters.targets import ALL_LINEAR, select
 from stoker.kernels.lora import lora_linear, row_norms, scale_columns
+from stoker.nn.frozen_linear import FrozenLinear
 from stoker.nn.linear import FusedLinear
 
 
@@ -76,7 +77,7 @@ class LoraLinear(nn.Module):
         self.parts = parts
         self.settings = settings
         self._slices = tuple(base.slices[part] for part in parts)
-        num_rows, device = sum(base.out_features[part] for part in parts), base.weight.device
+        num_rows, device = sum(base.out_features[part] for part in parts), base.device
         # Kaiming's uniform distribution with a = sqrt(5), as PEFT; drawn on the CPU: the same on every device.
         bound = 1 / math.sqrt(base.in_features)
         a = torch.empty(len(parts) * settings.rank, base.in_features).uniform_(-bound, bound, generator=generator)
@@ -93,22 +94,45 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the base's output with the updates added: `[..., in]` to `[..., sum(base.out_features)]`."""
         dora = self.magnitude is not None
-        output = lora_linear(
-            x,
-            self.base.weight,
-            None if dora else self.base.bias,
-            self.lora_a,
-            self.lora_b,
-            scaling=self.settings.scaling,
-            slices=self._slices,
-            dropout=self.settings.dropout,
-            training=self.training,
-        )
+        if isinstance(self.base, FrozenLinear):
+            output = self._on_frozen(x, self.base)
+        else:
+            output = lora_linear(
+                x,
+                self.base.weight,
+                None if dora else self.base.bias,
+                self.lora_a,
+                self.lora_b,
+                scaling=self.settings.scaling,
+                slices=self._slices,
+                dropout=self.settings.dropout,
+                training=self.training,
+            )
         if not dora:
             return output
         flat = scale_columns(output.view(-1, output.shape[-1]), self.dora_scale())
         scaled = flat.view_as(output)
         return scaled if self.base.bias is None else scaled + self.base.bias.to(scaled.dtype)
+
+    def _on_frozen(self, x: Tensor, base: FrozenLinear) -> Tensor:
+        """The same over a quantised base, whose dequantised weight must not be kept for the backward."""
+        output = base.product(x) if self.magnitude is not None else base(x)
+        with torch.autocast(x.device.type, enabled=False):
+            dropped = nn.functional.dropout(x.to(output.dtype), self.settings.dropout, self.training)
+            product = dropped @ self.lora_a.to(output.dtype).T
+            return output + self._update(product, output.shape[-1])
+
+    def _update(self, product: Tensor, num_columns: int) -> Tensor:
+        """The low-rank update of all columns, zero in parts without an adapter, of x A^T `[..., n * rank]`."""
+        sizes = [rows.stop - rows.start for rows in self._slices]
+        b_parts = self.lora_b.to(product.dtype).split(sizes)
+        pieces, end = [], 0
+        for rows, part, b in zip(self._slices, product.split(self.settings.rank, -1), b_parts, strict=True):
+            pieces.append(product.new_zeros(*product.shape[:-1], rows.start - end))
+            pieces.append(self.settings.scaling * (part @ b.T))
+            end = rows.stop
+        pieces.append(product.new_zeros(*product.shape[:-1], num_columns - end))
+        return torch.cat(pieces, -1)
 
     def dora_scale(self) -> Tensor:
         """Returns magnitude / norm for every row of the fused weight, fp32, 1 for parts without an adapter."""
@@ -117,18 +141,19 @@ class LoraLinear(nn.Module):
         adapted = self.magnitude / self._row_norms()
         if len(self.parts) == len(self.base.names):
             return adapted
-        scale = torch.ones(self.base.weight.shape[0], device=adapted.device)
+        scale = torch.ones(sum(self.base.out_features), device=adapted.device)
         rows = torch.cat([torch.arange(rows.start, rows.stop, device=adapted.device) for rows in self._slices])
         return scale.index_copy(0, rows, adapted)
 
     def _row_norms(self) -> Tensor:
         # While decoding, the norms are computed once: for one token they would cost as much as `rank` tokens.
-        a, b, weight = self.lora_a, self.lora_b, self.base.weight
-        key = (a._version, b._version, a.data_ptr(), b.data_ptr(), weight.data_ptr())
+        a, b, base = self.lora_a, self.lora_b, self.base
+        stored = next(base.matrix.buffers()) if isinstance(base, FrozenLinear) else base.weight
+        key = (a._version, b._version, a.data_ptr(), b.data_ptr(), stored.data_ptr())
         decoding = not self.training and not torch.is_grad_enabled()
         if decoding and self._kept_norms is not None and self._kept_norms[0] == key:
             return self._kept_norms[1]
-        norms = row_norms(weight, a, b, scaling=self.settings.scaling, slices=self._slices)
+        norms = row_norms(base.weight, a, b, scaling=self.settings.scaling, slices=self._slices)
         self._kept_norms = (key, norms) if decoding else None
         return norms
 

@@ -6,12 +6,9 @@ manner of Korthikanti et al., arXiv:2205.05198.
 """
 
 from collections.abc import Collection
-from typing import Literal
 
 from stoker.arch.families import weight_map
 from stoker.arch.spec import ArchSpec, AttentionSpec, LayerSpec
-
-Recompute = Literal["none", "block"]
 
 
 def parameters_by_part(spec: ArchSpec) -> dict[str, int]:
@@ -70,39 +67,43 @@ def flops_per_token(spec: ArchSpec, sequence_length: int) -> float:
     return 2 * weights + attention
 
 
-def training_flops_per_token(
-    spec: ArchSpec, sequence_length: int, *, frozen_base: bool, recompute: Recompute = "none"
-) -> float:
-    """FLOPs of forward and backward per token, without those of adapters.
+def training_flops_per_token(spec: ArchSpec, sequence_length: int, *, frozen_base: bool) -> float:
+    """FLOPs of forward and backward per token, without those of adapters and of what is computed again.
 
     A backward costs twice its forward: once for the gradient of what comes in, once for that of the weights. A frozen
-    base has only the first for its matmuls; attention, which has no weights, has both. Recomputing a block adds its
-    forward.
+    base has only the first for its matmuls; attention, which has no weights, has both.
     """
     forward = flops_per_token(spec, sequence_length)
     attention = sum(
         4 * layer.mixer.num_heads * layer.mixer.head_dim * _mean_keys(sequence_length, layer.mixer.window)
         for layer in spec.layers
     )
-    head = 2 * spec.vocab_size * spec.hidden_size
-    backward = forward + attention if frozen_base else 2 * forward
-    again = forward - head if recompute == "block" else 0.0
-    return forward + backward + again
+    return forward + (forward + attention if frozen_base else 2 * forward)
 
 
-def saved_activation_bytes(spec: ArchSpec, tokens: int, bytes_per_value: int, recompute: Recompute = "none") -> int:
-    """Bytes that the blocks hold for backward at the end of a forward over `tokens` tokens of a micro-batch.
+def layer_flops_per_token(layer: LayerSpec, hidden_size: int, sequence_length: int) -> dict[str, float]:
+    """FLOPs of a layer's forward a token, by part: qkv, attention, out, gate_up, down."""
+    mixer, inner = layer.mixer, layer.feed_forward.intermediate_size
+    query = mixer.num_heads * mixer.head_dim
+    return {
+        "qkv": 2.0 * hidden_size * (query + 2 * mixer.num_kv_heads * mixer.head_dim),
+        "attention": 4.0 * query * _mean_keys(sequence_length, mixer.window),
+        "out": 2.0 * query * hidden_size,
+        "gate_up": 4.0 * hidden_size * inner,
+        "down": 2.0 * inner * hidden_size,
+    }
 
-    With recompute "block" each block keeps its input; the largest block is counted whole once more, for when it runs
-    again. Adapters' own products (rank values a token and layer group) and the loss are not counted.
+
+def saved_activation_bytes(spec: ArchSpec, tokens: int, bytes_per_value: int) -> int:
+    """Bytes that layers which run op by op hold for backward after a forward over `tokens` tokens of a micro-batch.
+
+    Adapters' own products (rank values a token and layer group) and the loss are not counted.
     """
-    if recompute == "none":
-        return sum(_saved_by_block(layer, spec.hidden_size, tokens, bytes_per_value) for layer in spec.layers)
-    inputs = len(spec.layers) * spec.hidden_size * tokens * bytes_per_value
-    return inputs + max(_saved_by_block(layer, spec.hidden_size, tokens, bytes_per_value) for layer in spec.layers)
+    return sum(saved_by_layer(layer, spec.hidden_size, tokens, bytes_per_value) for layer in spec.layers)
 
 
-def _saved_by_block(layer: LayerSpec, hidden_size: int, tokens: int, bytes_per_value: int) -> int:
+def saved_by_layer(layer: LayerSpec, hidden_size: int, tokens: int, bytes_per_value: int) -> int:
+    """Bytes that a layer which runs op by op under autograd saves for its backward."""
     mixer = layer.mixer
     # Both norms' inputs and outputs; q, k, v; attention's output; gate and up; their product.
     values = 4 * hidden_size

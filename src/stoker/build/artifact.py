@@ -6,25 +6,29 @@ from pathlib import Path
 from typing import Any
 
 from stoker.build.run_folder import RunFolder
-from stoker.errors import ModelError
+from stoker.config.load import load
+from stoker.errors import ConfigError, ModelError
 
 
 @dataclass(frozen=True)
 class Artifact:
     """A model to load: `base` is a folder, Hub id or builtin name; `adapter` a folder in PEFT's format, or None.
 
-    `tokenizer` is the folder whose tokenizer goes with it, or None for the base's own.
+    `tokenizer` is the folder whose tokenizer goes with it, or None for the base's own. `quantization` is the format of
+    the base that a run's adapter was trained on; None where no run's configuration lies beside the adapter.
     """
 
     base: str
     revision: str | None = None
     adapter: Path | None = None
     tokenizer: Path | None = None
+    quantization: str | None = None
 
     @property
     def description(self) -> str:
         """One line that says what is loaded."""
-        return f"{self.adapter} on {self.base}" if self.adapter else self.base
+        base = self.base if self.quantization in (None, "none") else f"{self.base} in {self.quantization}"
+        return f"{self.adapter} on {base}" if self.adapter else base
 
 
 def find(name: str, *, base: str | None = None) -> Artifact:
@@ -64,7 +68,18 @@ def _adapter(folder: Path, base: str | None) -> Artifact:
         revision=None if base else settings.get("revision"),
         adapter=folder,
         tokenizer=folder if has_tokenizer else None,
+        quantization=_quantization(RunFolder(folder.parent)),
     )
+
+
+def _quantization(run: RunFolder) -> str | None:
+    """Returns the format of the base in a run's configuration; None when there is none that can be read."""
+    if not run.config.is_file():
+        return None
+    try:
+        return load(run.config).model.quantization
+    except ConfigError:  # of a version whose settings were others
+        return None
 
 
 def _settings(path: Path) -> dict[str, Any]:

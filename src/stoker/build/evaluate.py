@@ -9,12 +9,12 @@ from rich.console import Console
 from stoker.build import artifact
 from stoker.build.data import loader, prepare_data, refuse_faults
 from stoker.build.hardware import probe
-from stoker.build.model import load_decoder, load_tokenizer, open_base, pad_id
+from stoker.build.model import Base, load_decoder, load_tokenizer, open_base, pad_id
 from stoker.build.run_folder import RunFolder
 from stoker.build.trainer import compute_dtype
 from stoker.config.schema import RunConfig
+from stoker.plan import limits
 from stoker.plan.choose import Statistics, choose
-from stoker.plan.limits import fitted
 
 
 def evaluate(
@@ -36,7 +36,7 @@ def evaluate(
     quiet = Console(stderr=True)
     found = artifact.find(model or str(RunFolder.of(config.output.folder).path))
     base = open_base(found.base, revision=found.revision)
-    config = fitted(config, base.spec)
+    config = limits.fitted(_with_base_of(config, found, base), base.spec)
     template = None if found.tokenizer else config.model.chat_template
     tokenizer = load_tokenizer(base, override=found.tokenizer or config.model.tokenizer, chat_template=template)
     data = prepare_data(config, tokenizer, console=quiet)
@@ -45,7 +45,13 @@ def evaluate(
     documents = data.train if data.validation is None else data.validation
     plan = choose(config, base.spec, probe(), statistics=Statistics(data.longest))
     torch.set_num_threads(plan.num_threads)
-    decoder = load_decoder(base, device=plan.device, dtype=compute_dtype(plan), kernels=plan.kernels)
+    decoder = load_decoder(
+        base,
+        device=plan.device,
+        dtype=compute_dtype(plan),
+        kernels=plan.kernels,
+        quantization=plan.quantization,
+    )
     if found.adapter is not None:
         adapter.load(decoder, found.adapter)
     strategy = SingleDevice(plan.device, precision=plan.precision)
@@ -70,3 +76,10 @@ def evaluate(
             soft_wrap=True,
         )
     return facts
+
+
+def _with_base_of(config: RunConfig, found: artifact.Artifact, base: Base) -> RunConfig:
+    """Returns the configuration with the base in the format in which the run trained on it, or else the YAML's."""
+    kind = found.quantization if found.quantization is not None else config.model.quantization
+    model = config.model.model_copy(update={"quantization": base.quantization(kind)})
+    return config.model_copy(update={"model": model})

@@ -18,7 +18,7 @@ def probe() -> Hardware:
     # As many as PyTorch chose: the physical cores, or what OMP_NUM_THREADS and the process's affinity allow.
     threads = torch.get_num_threads()
     name = f"CPU ({platform.machine()}, {threads} threads)"
-    devices.append(Device("cpu", name, psutil.virtual_memory().available, bf16=True))
+    devices.append(Device("cpu", name, psutil.virtual_memory().available, bf16=True, triton=_interprets()))
     return Hardware(tuple(devices), num_threads=threads)
 
 
@@ -27,4 +27,21 @@ def _gpu(index: int) -> Device:
 
     free, _ = torch.cuda.mem_get_info(index)
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return Device("cuda", torch.cuda.get_device_name(index), free, bf16=bf16)
+    # AMD's GPUs answer to the same calls; their numbers mean something else.
+    capability = None if torch.version.hip else torch.cuda.get_device_capability(index)
+    name = torch.cuda.get_device_name(index)
+    return Device("cuda", name, free, bf16=bf16, compute_capability=capability, triton=_compiles(capability))
+
+
+def _compiles(capability: tuple[int, int] | None) -> bool:
+    """Whether Triton is there and compiles for such a GPU: Volta or later."""
+    from stoker.kernels import triton_support
+
+    return triton_support.available() and (capability is None or capability >= (7, 0))
+
+
+def _interprets() -> bool:
+    """Whether Triton runs kernels in its interpreter, and so on a CPU too; only tests want that."""
+    from stoker.kernels import triton_support
+
+    return triton_support.available() and bool(triton_support.triton.knobs.runtime.interpret)

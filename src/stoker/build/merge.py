@@ -33,5 +33,15 @@ def merge(name: str, output: Path, *, base: str | None = None, dtype: str = "aut
         f"merged {report.num_layers} layers of {found.adapter} into {found.base}, in {written}\n"
         f"verified: logits differ from adapter and base by {report.max_difference:.2g} at most "
         f"(allowed {report.tolerance:.2g}; the adapter itself moves them by {report.adapter_effect:.2g})\n"
-        f"written to {report.folder}"
+        f"written to {report.folder}{_note(found)}"
+    )
+
+
+def _note(found: artifact.Artifact) -> str:
+    """What to know of an adapter whose base was quantised: the sum of the two is in full precision."""
+    if found.quantization in (None, "none"):
+        return ""
+    return (
+        f"\nnote: the adapter was trained on {found.base} in {found.quantization} and is merged into the weights as "
+        "the folder holds them, so answers differ slightly from those of stoker chat on the run"
     )

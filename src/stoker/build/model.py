@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from stoker import builtin
 from stoker.arch import families
+from stoker.arch.families.stored import stored_quantization
 from stoker.arch.spec import ArchSpec
-from stoker.errors import ModelError
+from stoker.config.schema import RunConfig
+from stoker.errors import ConfigError, ModelError
+from stoker.plan import limits
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +28,24 @@ class Base:
     folder: Path
     config: dict[str, Any]
     spec: ArchSpec
+
+    @property
+    def stored_quantization(self) -> str:
+        """How the folder's weights are stored: "nf4", or "none" in full."""
+        return stored_quantization(self.config, str(self.folder / "config.json"))
+
+    def quantization(self, asked: str) -> str:
+        """Returns the format that the weights will have in memory: the one asked for, or the one they are stored in.
+
+        Raises ConfigError when the two contradict each other.
+        """
+        stored = self.stored_quantization
+        if stored == "none" or asked in ("none", stored):
+            return stored if asked == "none" else asked
+        raise ConfigError(
+            f"model.quantization = {asked}, but the weights of {self.name} are stored in {stored}.",
+            fix=f"Leave it out (they stay {stored}), or name the unquantised model as model.base.",
+        )
 
 
 def open_base(name: str, *, revision: str | None = None) -> Base:
@@ -62,11 +83,41 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_decoder(base: Base, *, device: "torch.device | str", dtype: "torch.dtype", kernels: str) -> "Decoder":
-    """Streams the base's weights on to `device` as `dtype`."""
+def fitted(config: RunConfig, base: Base) -> RunConfig:
+    """Returns the configuration with what the base decides: how long sequences may be, and how it is stored.
+
+    Raises:
+        ConfigError: the base is stored quantised, and the configuration wants another format or trains every weight.
+    """
+    quantization = base.quantization(config.model.quantization)
+    if quantization != "none" and config.adapter is None:
+        raise ConfigError(
+            f"the weights of {base.name} are stored in {quantization}, which cannot be trained.",
+            fix="Add an adapter (adapter: {kind: lora}), or name the unquantised model as model.base.",
+        )
+    model = config.model.model_copy(update={"quantization": quantization})
+    return limits.fitted(config.model_copy(update={"model": model}), base.spec)
+
+
+def load_decoder(
+    base: Base,
+    *,
+    device: "torch.device | str",
+    dtype: "torch.dtype",
+    kernels: str,
+    quantization: str = "none",
+) -> "Decoder":
+    """Streams the base's weights on to `device` as `dtype`, its layers' linear weights in the format asked for."""
     from stoker.models import native
 
-    return native.load(base.folder, base.spec, device=device, dtype=dtype, kernels=kernels)
+    return native.load(
+        base.folder,
+        base.spec,
+        device=device,
+        dtype=dtype,
+        kernels=kernels,
+        quantization=base.quantization(quantization),
+    )
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:

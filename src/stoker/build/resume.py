@@ -14,6 +14,7 @@ _FIXED = (
     "model.revision",
     "model.tokenizer",
     "model.chat_template",
+    "model.quantization",
     "adapter",
     "data",
     "task",

@@ -33,6 +33,7 @@ class Session:
     dtype: "torch.dtype"
     description: str
     adapter: Adapter | None = None
+    quantization: str = "none"
 
     def stream_chat(self, messages: Sequence[Message], **settings: Any) -> Iterator[str]:
         """Yields the answer to `messages` piece by piece; `settings` are those of `generate.decode.generate`.
@@ -107,8 +108,13 @@ class Session:
         return torch.autocast(self.device, dtype=self.dtype) if enabled else contextlib.nullcontext()
 
 
-def open_session(name: str, *, base: str | None = None, device: str = "auto") -> Session:
+def open_session(
+    name: str, *, base: str | None = None, device: str = "auto", quantization: str | None = None
+) -> Session:
     """Loads what `name` stands for: a run's folder, an adapter's folder, or a model.
+
+    `quantization` is the format of the base's linear weights. None: the one that the run trained on, whose rounding
+    the adapter has learned to make up for; the model's own for anything but a run.
 
     Raises:
         ModelError: it cannot be found or loaded.
@@ -118,9 +124,18 @@ def open_session(name: str, *, base: str | None = None, device: str = "auto") ->
     opened = open_base(found.base, revision=found.revision)
     tokenizer = load_tokenizer(opened, override=found.tokenizer)
     kind, dtype = choose_device(device)
-    decoder = load_decoder(opened, device=kind, dtype=dtype, kernels="reference")
+    if quantization is None:
+        quantization = found.quantization or "none"
+    decoder = load_decoder(opened, device=kind, dtype=dtype, kernels=_kernels(kind), quantization=quantization)
     adapter = _load_adapter(decoder, found.adapter) if found.adapter is not None else None
-    return Session(opened, decoder.eval(), tokenizer, kind, dtype, found.description, adapter)
+    held = opened.quantization(quantization)
+    return Session(opened, decoder.eval(), tokenizer, kind, dtype, found.description, adapter, held)
+
+
+def _kernels(kind: str) -> str:
+    """Returns Triton's kernels on a GPU that has them: dequantising op by op would cost more than the products."""
+    device = probe().first(kind)  # type: ignore[arg-type]
+    return "triton" if kind == "cuda" and device is not None and device.triton else "reference"
 
 
 def _load_adapter(decoder: "Decoder", folder: Path) -> Adapter:

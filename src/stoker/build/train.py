@@ -14,7 +14,7 @@ import stoker
 from stoker.build import finish, losses, resume
 from stoker.build.data import Data, prepare_data, refuse_faults, summary
 from stoker.build.hardware import probe
-from stoker.build.model import Base, load_decoder, load_tokenizer, open_base, pad_id
+from stoker.build.model import Base, fitted, load_decoder, load_tokenizer, open_base, pad_id
 from stoker.build.run_folder import Journal, RunFolder, now, versions
 from stoker.build.session import Session
 from stoker.build.trainer import Engine, add_adapter, compute_dtype, describe, make_engine, make_trainer
@@ -26,7 +26,6 @@ from stoker.observe import progress, trackers
 from stoker.observe.metrics import MetricsFile
 from stoker.observe.observer import Observer
 from stoker.plan.choose import Statistics, choose
-from stoker.plan.limits import fitted
 from stoker.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ def train(
     folder.check(resume=resume_run, overwrite=overwrite)
     _say(console, f"[bold]stoker {stoker.__version__}[/]  {describe(config)}")
     model = model or _open(config)
-    config = fitted(config, model.base.spec)
+    config = fitted(config, model.base)
     loaded = Loaded(config, loaded.origins)
     changed = resume.changes(config, folder) if resume_run else []
     data = prepare_data(config, model.tokenizer, console=console)
@@ -192,7 +191,9 @@ def _make_engine(config: RunConfig, plan: Plan, model: Model, data: Data, consol
     if model.decoder is None:
         dtype = compute_dtype(plan) if config.adapter is not None else torch.float32
         with console.status("loading weights"):
-            model.decoder = load_decoder(model.base, device=plan.device, dtype=dtype, kernels=plan.kernels)
+            model.decoder = load_decoder(
+                model.base, device=plan.device, dtype=dtype, kernels=plan.kernels, quantization=plan.quantization
+            )
         if config.adapter is not None:
             add_adapter(model.decoder, config.adapter, seed=config.train.seed)
     return make_engine(config, plan, model.decoder, data, pad_id=pad_id(model.tokenizer))

@@ -63,12 +63,13 @@ def add_adapter(decoder: "Decoder", adapter: Adapter, *, seed: int) -> None:
 
 def make_engine(config: RunConfig, plan: Plan, decoder: "Decoder", data: Data, *, pad_id: int) -> Engine:
     """Wraps the model in its task, prepares the strategy and cuts the documents into steps."""
-    from stoker.distributed.recompute import recompute_blocks
+    from stoker.build.execution import limit_memory, set_up_layers
     from stoker.distributed.single import SingleDevice
 
-    if plan.recompute == "block":
-        recompute_blocks(decoder)
-    strategy = SingleDevice(plan.device, precision=plan.precision)
+    limit_memory(plan, config.engine.memory_limit_gib)
+    offload = set_up_layers(decoder, plan)
+    on_discard = () if offload is None else (offload.clear,)
+    strategy = SingleDevice(plan.device, precision=plan.precision, on_discard=on_discard)
     strategy.prepare(
         SupervisedTask(decoder, kernels=plan.kernels),
         lambda named: make_optimizer(named, config.train.optimizer, config.train.learning_rate),
@@ -151,4 +152,6 @@ def describe(config: RunConfig) -> str:
     if adapter is None:
         return f"full fine-tuning of {config.model.base}"
     name = {"lora": "rsLoRA" if adapter.rank_stabilized else "LoRA", "dora": "DoRA"}[adapter.kind]
-    return f"{name} of rank {adapter.rank} on {config.model.base}"
+    quantization = config.model.quantization
+    base = config.model.base if quantization == "none" else f"{config.model.base} in {quantization}"
+    return f"{name} of rank {adapter.rank} on {base}"

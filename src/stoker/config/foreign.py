@@ -63,7 +63,13 @@ SAME_THING: dict[str, str] = {
     "early_stopping_patience": "train.early_stopping.patience",
     "min_delta": "train.early_stopping.min_improvement",
     "micro_batch": "engine.micro_batch_size",
+    "quantization": "model.quantization",
+    "load_in_4bit": "model.quantization",
+    "load_in_8bit": "model.quantization",
+    "quantization_config": "model.quantization",
+    "bnb_4bit_quant_type": "model.quantization",
     "gradient_checkpointing": "engine.recompute",
+    "activation_offloading": "engine.offload_activations",
     "activation_checkpointing": "engine.recompute",
     "bf16": "engine.precision",
     "fp16": "engine.precision",
@@ -79,15 +85,11 @@ SAME_THING: dict[str, str] = {
 }
 """Another trainer's name -> our path."""
 
-_NO_QUANTIZATION = "This version does not quantise the base model; remove it."
 _ONE_DEVICE = "This version trains on one device; remove it."
 _FOLLOWS = "It follows from train.batch_size and the micro-batch; set train.batch_size and remove it."
 NOT_A_SETTING: dict[str, str] = {
     "gradient_accumulation_steps": _FOLLOWS,
     "gradient_accumulation": _FOLLOWS,
-    "quantization": _NO_QUANTIZATION,
-    "load_in_4bit": _NO_QUANTIZATION,
-    "load_in_8bit": _NO_QUANTIZATION,
     "trust_remote_code": "Stoker runs no code that comes with a model; remove it.",
     "flash_attention": "The plan chooses how attention runs; remove it.",
     "attn_implementation": "The plan chooses how attention runs; remove it.",
@@ -108,9 +110,13 @@ NOT_YET: dict[tuple[Path, str], str] = {
     **{(("engine", "precision"), name): "Use fp16." for name in ("float16", "half", "16")},
     **{(("engine", "precision"), name): "Use bf16." for name in ("bfloat16", "mixed", "amp")},
     **{(("engine", "precision"), name): "Use fp32." for name in ("float32", "float", "full", "32", "tf32")},
-    (("engine", "kernels"), "triton"): "This version has the reference kernels only; use auto.",
-    (("engine", "recompute"), "selective"): "This version recomputes whole blocks or nothing; use block, or auto.",
-    (("adapter", "kind"), "qlora"): "This version does not quantise the base model; use lora.",
+    (("engine", "recompute"), "selective"): "Use mixer or attention, or auto.",
+    (("engine", "recompute"), "block"): "Use input, which keeps a layer's input alone, or auto.",
+    (("engine", "recompute"), "full"): "Use input, which keeps a layer's input alone, or auto.",
+    (("adapter", "kind"), "qlora"): "Use kind: lora, and model.quantization: nf4.",
+    (("model", "quantization"), "4bit"): "Use nf4.",
+    (("model", "quantization"), "fp4"): "Use nf4.",
+    (("model", "quantization"), "8bit"): "Use int8, or fp8 on a GPU that has it.",
     (("adapter", "kind"), "rslora"): "Use kind: lora with rank_stabilized: true.",
     (("engine", "device"), "gpu"): "Use cuda for an NVIDIA or AMD GPU, mps for Apple's.",
 }

@@ -134,6 +134,21 @@ def half_precision_needs_a_gpu(config: RunConfig) -> Iterator[Finding]:
         yield Finding(("engine", "precision"), what, "Use fp32 or bf16, or auto and let the plan choose.")
 
 
+def only_a_frozen_base_is_quantized(config: RunConfig) -> Iterator[Finding]:
+    """Weights that are trained are kept in fp32."""
+    kind = config.model.quantization
+    if kind != "none" and config.adapter is None:
+        what = f"model.quantization = {kind} freezes the base, but without an adapter its weights are what is trained."
+        yield Finding(("model", "quantization"), what, "Add an adapter (adapter: {kind: lora}), or use none.")
+
+
+def offloading_needs_a_gpu(config: RunConfig) -> Iterator[Finding]:
+    """Activations leave a GPU's memory for the host's; elsewhere there is no other memory to go to."""
+    if config.engine.offload_activations is True and config.engine.device in ("cpu", "mps"):
+        what = f"engine.offload_activations = true needs a CUDA GPU, but engine.device is {config.engine.device}."
+        yield Finding(("engine", "offload_activations"), what, "Use false, or auto and let the plan choose.")
+
+
 RULES = (
     one_length,
     one_interval,
@@ -146,4 +161,6 @@ RULES = (
     sources_are_files_or_ids,
     targets_are_a_pattern,
     half_precision_needs_a_gpu,
+    only_a_frozen_base_is_quantized,
+    offloading_needs_a_gpu,
 )

@@ -61,6 +61,9 @@ class Model(Section):
     """Hub id or folder of another tokenizer; the model's own unless set."""
     chat_template: Text | None = None
     """`chatml`, `llama2`, `llama3`, `mistral`, `alpaca`, or a Jinja file; the tokenizer's own unless set."""
+    quantization: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Format of the frozen base's linear layers under an adapter: `none` as stored, `nf4` 4.1 bits a weight, `int8` 8
+    bits, `fp8` 8 bits and products in fp8 on GPUs that have them. A bitsandbytes 4-bit folder is NF4 by itself."""
 
 
 class Adapter(Section):
@@ -323,7 +326,7 @@ class Train(Section):
 
 
 class Engine(Section):
-    """How to run it. Everything here is `auto`: the plan decides and says why."""
+    """How to run it. What is `auto` the plan decides, and says why."""
 
     strategy: Literal["auto", "single"] = "auto"
     """How work is spread over devices; this version runs on one."""
@@ -331,12 +334,19 @@ class Engine(Section):
     """Where to train."""
     micro_batch_size: Literal["auto"] | Count = "auto"
     """Sequences that go through the model at once; must divide `train.batch_size`."""
-    recompute: Literal["auto", "none", "block"] = "auto"
-    """What backward computes again instead of keeping: `none`, or everything inside each `block`."""
+    recompute: Literal["auto", "none", "mixer", "attention", "input"] = "auto"
+    """What a layer keeps for the backward, which computes the rest again: `none` keeps all; `mixer` what attention
+    made, but not the wide feed-forward; `attention` its input and attention's output; `input` its input alone. `auto`
+    keeps as much as fits, layer by layer. DoRA and adapters with dropout run op by op: there only `none` and `input`
+    exist."""
+    offload_activations: Literal["auto"] | bool = "auto"
+    """Let what layers keep wait in pinned host memory (CUDA only); `auto` when the GPU's memory demands it."""
+    memory_limit_gib: Positive | None = None
+    """Use at most so much of the device's memory, in GiB; all that is free unless set."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the matrix products; trained weights stay fp32."""
-    kernels: Literal["auto", "reference"] = "auto"
-    """Which implementation of each operation runs; `reference` is plain PyTorch."""
+    kernels: Literal["auto", "reference", "triton"] = "auto"
+    """Which implementation of each operation runs: `triton`, fused for CUDA GPUs, or `reference`, plain PyTorch."""
     num_threads: Literal["auto"] | Count = "auto"
     """CPU threads of PyTorch."""
 

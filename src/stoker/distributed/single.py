@@ -1,7 +1,7 @@
 """One device: a CPU, a CUDA GPU or an Apple GPU; fp32, or bf16 and fp16 autocast over fp32 weights."""
 
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,16 +25,24 @@ class SingleDevice:
     """The `Strategy` of one device.
 
     `precision` is "fp32", or "bf16" or "fp16" for autocast over fp32 weights; fp16 scales the loss (arXiv:1710.03740).
+    `on_discard` is called when a step is broken off, to let go of what else it holds.
     """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
 
-    def __init__(self, device: torch.device | str = "cpu", *, precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        precision: str = "fp32",
+        on_discard: Sequence[Callable[[], None]] = (),
+    ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"unknown precision {precision!r}; it is one of {', '.join(PRECISIONS)}")
         self.device = torch.device(device)
+        self._on_discard = tuple(on_discard)
         self._dtype = PRECISIONS[precision]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
@@ -62,6 +70,8 @@ class SingleDevice:
     def discard_gradients(self) -> None:
         """Clears gradients and gives cached device memory back."""
         self._task.zero_grad(set_to_none=True)
+        for let_go in self._on_discard:
+            let_go()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         elif self.device.type == "mps":

@@ -53,13 +53,18 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     kernels: str = "reference",
+    quantization: str = "none",
 ) -> Decoder:
-    """A `Decoder` with the weights of a Hugging Face folder; beyond the model, memory holds one tensor at a time.
+    """A `Decoder` with the weights of a Hugging Face folder; beyond the model, memory holds one weight at a time.
+
+    With `quantization` ("nf4", "int8", "fp8") the linear layers of the blocks become `FrozenLinear`s, quantised one by
+    one as they are read; the rest has `dtype`. A folder that bitsandbytes wrote in NF4 is read as it is with "nf4", and
+    dequantised to `dtype` with "none".
 
     Raises ModelError, naming the tensors, when some are missing, unexpected or of another shape.
     """
     decoder = _on_meta(spec, dtype=dtype, kernels=kernels)
-    weights.stream_into(decoder, spec, folder, device=device)
+    weights.stream_into(decoder, spec, folder, device=device, quantization=quantization, kernels=kernels)
     return decoder
 
 
@@ -67,8 +72,8 @@ def hf_tensors(decoder: Decoder, spec: ArchSpec) -> Iterator[tuple[str, Tensor]]
     """Each Hugging Face tensor's name and its rows of our parameters, as detached views."""
     for entry in weight_map(spec):
         module_name, _, kind = entry.ours.rpartition(".")
-        parameter = decoder.get_parameter(entry.ours).detach()
         module = decoder.get_submodule(module_name)
+        parameter = getattr(module, kind).detach()  # of a quantised layer: its dequantised weight
         if isinstance(module, FusedLinear):
             for name, rows in zip(module.names, module.slices, strict=True):
                 yield f"{name}.{kind}", parameter[rows]

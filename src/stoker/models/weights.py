@@ -3,67 +3,76 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from torch import nn
 
 from stoker.arch.families import weight_map
 from stoker.arch.spec import ArchSpec
 from stoker.errors import ModelError, Problem
-from stoker.models.folder import WeightIndex, weight_files
+from stoker.models.folder import weight_files
+from stoker.models.quantized import Quantizer
+from stoker.models.reader import Reader
 from stoker.nn.decoder import Decoder
+from stoker.nn.frozen_linear import FrozenLinear
 from stoker.nn.linear import FusedLinear
 
 _MAX_PROBLEMS = 12
 _HEAD = "lm_head.weight"
 
 
-def stream_into(decoder: Decoder, spec: ArchSpec, folder: Path | str, *, device: torch.device | str) -> None:
+def stream_into(
+    decoder: Decoder,
+    spec: ArchSpec,
+    folder: Path | str,
+    *,
+    device: torch.device | str,
+    quantization: str = "none",
+    kernels: str = "reference",
+) -> None:
     """Gives `decoder`, built on the meta device, memory on `device` and the weights of `folder`, cast to its dtypes.
 
-    Raises ModelError, before any memory is taken, when tensors are missing, unexpected or of another shape.
+    With `quantization` the weights of the blocks' linear layers are quantised on `device`, each as soon as it is read:
+    of what is read, memory holds one fused weight at a time. In a folder with weights in NF4 those that are stored in
+    full stay so. Raises ModelError, before any memory is taken, when tensors are missing, unexpected or of another
+    shape.
     """
     with ExitStack() as stack:
-        reader = _Reader(weight_files(folder), stack)
+        reader = Reader(weight_files(folder), stack)
         sources = _sources(spec, reader)
         _check_shapes(decoder, sources, reader)
+        frozen = _to_quantize(decoder, sources, reader) if quantization != "none" else {}
+        for layer in frozen.values():  # takes no memory on the device
+            layer.weight = nn.Parameter(layer.weight.new_empty(0, layer.in_features), requires_grad=False)
         decoder.to_empty(device=device)
+        quantizer = Quantizer(quantization, reader, device=device, kernels=kernels)
         for ours, names in sources.items():
+            if ours in frozen:
+                path = ours.removesuffix(".weight")
+                parent, _, name = path.rpartition(".")
+                matrix = quantizer.matrix(names)
+                setattr(decoder.get_submodule(parent), name, FrozenLinear(frozen[ours], matrix))
+                continue
             rows = decoder.get_parameter(ours).detach()
             start = 0
             for name in names:
-                tensor = reader.tensor(name)
+                tensor = reader.dense(name)
                 rows[start : start + tensor.shape[0]] = tensor
                 start += tensor.shape[0]
 
 
-class _Reader:
-    """Tensors of a folder by name; files are opened when first asked for and closed with `stack`."""
-
-    def __init__(self, index: WeightIndex, stack: ExitStack) -> None:
-        self.folder = index.folder
-        # Old checkpoints hold the rotary frequencies, which follow from config.json.
-        self.names = {name for name in index.files if not name.endswith("rotary_emb.inv_freq")}
-        self._paths = index.files
-        self._stack = stack
-        self._files: dict[Path, Any] = {}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file(name).get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> Tensor:
-        return self._file(name).get_tensor(name)
-
-    def _file(self, name: str) -> Any:
-        path = self._paths[name]
-        if path not in self._files:
-            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-        return self._files[path]
+def _to_quantize(decoder: Decoder, sources: dict[str, tuple[str, ...]], reader: Reader) -> dict[str, FusedLinear]:
+    """The layers whose weight will be kept in a frozen format, by the weight's name."""
+    found = {}
+    for ours, names in sources.items():
+        layer = decoder.get_submodule(ours.rpartition(".")[0])
+        is_stored_so = not reader.packed or reader.packed.issuperset(names)
+        if isinstance(layer, FusedLinear) and ours.endswith(".weight") and is_stored_so:
+            found[ours] = layer
+    return found
 
 
-def _sources(spec: ArchSpec, reader: _Reader) -> dict[str, tuple[str, ...]]:
+def _sources(spec: ArchSpec, reader: Reader) -> dict[str, tuple[str, ...]]:
     """Our parameter names and the tensors to read for each; raises ModelError for missing and unexpected ones."""
     sources = {entry.ours: entry.theirs for entry in weight_map(spec)}
     present = set(reader.names)
@@ -77,11 +86,11 @@ def _sources(spec: ArchSpec, reader: _Reader) -> dict[str, tuple[str, ...]]:
     return sources
 
 
-def _tied_source(embedding: str, reader: _Reader) -> str:
+def _tied_source(embedding: str, reader: Reader) -> str:
     """A tied model may store its one matrix under either name or both; two different ones contradict config.json."""
     if embedding not in reader.names:
         return _HEAD
-    if not torch.equal(reader.tensor(embedding), reader.tensor(_HEAD)):
+    if not torch.equal(reader.dense(embedding), reader.dense(_HEAD)):
         raise ModelError(
             f"config.json ties the head to the embedding, but {_HEAD} differs from {embedding}.",
             where=str(reader.folder),
@@ -90,7 +99,7 @@ def _tied_source(embedding: str, reader: _Reader) -> str:
     return embedding
 
 
-def _check_shapes(decoder: Decoder, sources: dict[str, tuple[str, ...]], reader: _Reader) -> None:
+def _check_shapes(decoder: Decoder, sources: dict[str, tuple[str, ...]], reader: Reader) -> None:
     problems = []
     for ours, names in sources.items():
         owner = decoder.get_submodule(ours.rpartition(".")[0])

@@ -30,10 +30,23 @@ class FrozenLinear(FusedLinear):
         """The dequantised weight `[sum(out_features), in_features]`, a new tensor in the dtype that it had before."""
         return cast("Any", self.matrix).dequantize(dtype=self.source_dtype)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the stored weight is."""
+        return next(self.matrix.buffers()).device
+
+    def product(self, x: Tensor) -> Tensor:
+        """Returns `x @ weight.T`, in autocast's dtype where it is on; gradient of `x`."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            flat = _FrozenProduct.apply(x.reshape(-1, x.shape[-1]), self.matrix)
+        return flat.view(*x.shape[:-1], flat.shape[-1])
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns `x @ weight.T + bias`; gradients of `x` and the bias."""
-        flat = _FrozenProduct.apply(x.reshape(-1, x.shape[-1]), self.matrix)
-        output = flat.view(*x.shape[:-1], flat.shape[-1])
+        output = self.product(x)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 

@@ -29,6 +29,11 @@ class FusedLinear(nn.Module):
         ends = [sum(self.out_features[: index + 1]) for index in range(len(self.out_features))]
         return tuple(slice(end - size, end) for end, size in zip(ends, self.out_features, strict=True))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.weight.device
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns `x @ weight.T + bias`: `[..., in_features]` to `[..., sum(out_features)]`, parts side by side."""
         return nn.functional.linear(x, self.weight, self.bias)

@@ -8,12 +8,18 @@ DeviceKind = Literal["cpu", "cuda", "mps"]
 
 @dataclass(frozen=True)
 class Device:
-    """A device that PyTorch can train on; `memory_bytes`: free for a run; `bf16`: whether it computes in bf16."""
+    """A device that PyTorch can train on; `memory_bytes`: free for a run; `bf16`: whether it computes in bf16.
+
+    `compute_capability` is an NVIDIA GPU's, (9, 0) for Hopper, and None elsewhere. `triton`: whether Triton's kernels
+    run on it (on a CPU: under Triton's interpreter, as in tests).
+    """
 
     kind: DeviceKind
     name: str
     memory_bytes: int
     bf16: bool = False
+    compute_capability: tuple[int, int] | None = None
+    triton: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 The peak lies in the backward pass: weights, gradients, the optimiser's state and what the forward kept live at once.
 Trained weights, their gradients and the optimiser's averages are fp32 (Micikevicius et al. 2018); frozen weights are in
-the compute type. These are estimates for choosing; a run prints the measured peak beside them.
+the compute type or a quantised one. These are estimates for choosing; a run prints the measured peak beside them.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from stoker.arch import arithmetic
 from stoker.arch.spec import ArchSpec
@@ -19,23 +19,31 @@ BASE_BYTES = {"cpu": GIB // 2, "cuda": GIB, "mps": GIB}
 _LOGITS_BYTES = 2 * 128 * 2**20
 # Freed blocks of odd sizes that the allocator cannot hand out again, as a share of everything else.
 _FRAGMENTATION = 0.05
+# NF4 (quant/nf4.py): 4 bits a value, a byte of scale for 64 of them, and two fp32 for each 256 of those.
+_NF4_BYTES = 0.5 + 1 / 64 + 2 * 4 / (64 * 256)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by category."""
+    """Bytes by category; `scratch` is where quantised weights are turned into the compute type, one at a time."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     logits: int
+    scratch: int
     reserve: int
 
     @property
     def total(self) -> int:
         """All of it."""
         return sum(asdict(self).values())
+
+    def with_activations(self, count: int) -> "Memory":
+        """Returns the same with `count` bytes more of activations, and what the allocator loses with them."""
+        lost = round(_FRAGMENTATION * count)
+        return replace(self, activations=self.activations + count, reserve=self.reserve + lost)
 
 
 def estimate(
@@ -46,20 +54,59 @@ def estimate(
     optimizer: Optimizer,
     tokens: int,
     precision: str,
-    recompute: arithmetic.Recompute,
     device: str,
+    quantization: str = "none",
+    casts_by_layer: bool = False,
 ) -> Memory:
-    """Returns what a micro-batch of `tokens` tokens needs; `trained` and `frozen` are counts of parameters."""
+    """Returns what a micro-batch of `tokens` tokens needs besides the layers' activations.
+
+    `trained` and `frozen` are counts of parameters. `casts_by_layer`: matrices that are trained are cast to
+    the compute type layer by layer; otherwise every copy lives as long as the forward's results.
+    """
     value_bytes = VALUE_BYTES[precision]
-    # Under autocast each trained matrix is cast once a step, and the copy lives as long as the forward's results.
-    copies = trained * value_bytes if precision != "fp32" else 0
-    weights = trained * 4 + frozen * value_bytes + copies
+    copied = min(trained, _largest_layer(spec) + 2 * spec.vocab_size * spec.hidden_size) if casts_by_layer else trained
+    copies = copied * value_bytes if precision != "fp32" else 0
+    base = frozen_weight_bytes(spec, quantization, value_bytes) if frozen else 0
+    weights = trained * 4 + base + copies
     gradients = trained * 4
     state = round(trained * optimizer_bytes(optimizer))
-    kept = arithmetic.saved_activation_bytes(spec, tokens, value_bytes, recompute)
     logits = min(_LOGITS_BYTES, 2 * 4 * tokens * spec.vocab_size) + tokens * spec.hidden_size * 4
-    held = weights + gradients + state + kept + logits
-    return Memory(weights, gradients, state, kept, logits, BASE_BYTES[device] + round(_FRAGMENTATION * held))
+    scratch = scratch_bytes(spec, quantization, value_bytes)
+    held = weights + gradients + state + logits + scratch
+    reserve = BASE_BYTES[device] + round(_FRAGMENTATION * held)
+    return Memory(weights, gradients, state, 0, logits, scratch, reserve)
+
+
+def frozen_weight_bytes(spec: ArchSpec, quantization: str, value_bytes: int) -> int:
+    """Returns the bytes of a frozen base: its layers' linear weights quantised, the rest in the compute type."""
+    shapes = arithmetic.linear_shapes(spec).values()
+    values, rows = sum(into * out for into, out in shapes), sum(out for _, out in shapes)
+    rest = (arithmetic.num_parameters(spec) - values) * value_bytes
+    if quantization == "nf4":
+        return rest + round(values * _NF4_BYTES)
+    if quantization in ("int8", "fp8"):
+        return rest + values + 4 * rows  # one fp32 scale a row
+    return rest + values * value_bytes
+
+
+def scratch_bytes(spec: ArchSpec, quantization: str, value_bytes: int) -> int:
+    """Returns the bytes of the buffer that holds one dequantised weight, the largest; fp8's holds a transposed one."""
+    if quantization == "none":
+        return 0
+    largest = max((max(_fused_sizes(spec, index)) for index in range(len(spec.layers))), default=0)
+    return largest if quantization == "fp8" else largest * value_bytes
+
+
+def _fused_sizes(spec: ArchSpec, index: int) -> tuple[int, ...]:
+    """Values of a layer's four weights, those of one input kept as one."""
+    mixer, inner = spec.layers[index].mixer, spec.layers[index].feed_forward.intermediate_size
+    query = mixer.num_heads * mixer.head_dim
+    heads = query + 2 * mixer.num_kv_heads * mixer.head_dim
+    return tuple(spec.hidden_size * size for size in (heads, query, 2 * inner, inner))
+
+
+def _largest_layer(spec: ArchSpec) -> int:
+    return max((sum(_fused_sizes(spec, index)) for index in range(len(spec.layers))), default=0)
 
 
 def optimizer_bytes(optimizer: Optimizer) -> float:

@@ -4,43 +4,74 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from stoker.arch.activations import Keep
+from stoker.plan import ladder
 from stoker.plan.memory import GIB, Memory
 
-CHOICES = ("device", "strategy", "precision", "kernels", "micro_batch_size", "recompute", "num_threads")
+CHOICES = (
+    "device",
+    "strategy",
+    "precision",
+    "quantization",
+    "kernels",
+    "layers",
+    "micro_batch_size",
+    "recompute",
+    "offload_activations",
+    "num_threads",
+)
 """The fields that are choices, in the order in which they are shown; each has a reason."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run will be run. `row_tokens`: tokens of a row at most; a step is `accumulation_steps` micro-batches."""
+    """How a run will be run. `row_tokens`: tokens of a row at most; a step is `accumulation_steps` micro-batches.
+
+    `layers`: each is one fused operation, or runs op by op. `keep`: what each layer keeps for the backward
+    (`arch.activations.LADDER`). `host_bytes`: pinned host memory in which kept tensors wait.
+    """
 
     device: str
     device_name: str
     strategy: Literal["single"]
     precision: Literal["fp32", "bf16", "fp16"]
-    kernels: Literal["reference"]
+    quantization: str
+    kernels: Literal["reference", "triton"]
+    layers: ladder.Layers
     micro_batch_size: int
     accumulation_steps: int
-    recompute: Literal["none", "block"]
+    keep: tuple[Keep, ...]
+    offload_activations: bool
     num_threads: int
     row_tokens: int
     num_parameters: int
     num_trained_parameters: int
     flops_per_token: float
     memory: Memory
+    host_bytes: int
     available_bytes: int
     reasons: Mapping[str, str]
 
+    @property
+    def recompute(self) -> str:
+        """The ladder in words: "keep all in 30 layers, mixer in 2"."""
+        return ladder.words(self.keep)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as JSON values."""
-        values = {**asdict(self), "reasons": dict(self.reasons)}
+        values: dict[str, Any] = {
+            **asdict(self),
+            "reasons": dict(self.reasons),
+            "recompute": self.recompute,
+            "keep": list(self.keep),
+        }
         values["memory"] = {f"{name}_bytes": count for name, count in values["memory"].items()}
         values["memory"]["total_bytes"] = self.memory.total
         return values
 
     def table(self) -> str:
         """Returns the plan as aligned lines for people: each choice with its reason, then sizes and memory."""
-        rows = [(name, str(getattr(self, name)), self.reasons[name]) for name in CHOICES]
+        rows = [(name, _shown(getattr(self, name)), self.reasons[name]) for name in CHOICES]
         share = self.num_trained_parameters / self.num_parameters
         rows += [
             ("accumulation", str(self.accumulation_steps), "micro-batches a step"),
@@ -53,6 +84,10 @@ class Plan:
         ]
         left, middle = (max(len(row[column]) for row in rows) for column in (0, 1))
         return "\n".join(f"{name:<{left}}  {value:<{middle}}  {reason}" for name, value, reason in rows)
+
+
+def _shown(value: object) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def size(num_bytes: int) -> str:
@@ -68,4 +103,4 @@ def _count(number: int) -> str:
 
 
 def _parts(memory: Memory) -> str:
-    return ", ".join(f"{name} {size(count)}" for name, count in asdict(memory).items())
+    return ", ".join(f"{name} {size(count)}" for name, count in asdict(memory).items() if count)

@@ -107,7 +107,7 @@ class MemoryGuard:
             width = max(batch.input_ids.shape[1] for batch in batches)
             raise TrainingError(
                 f"Memory is exhausted with a single document in a row of {width} tokens.",
-                fix="Set engine.recompute: block, lower data.sequence_length, or train an adapter of lower rank.",
+                fix="Set engine.recompute: input, lower data.sequence_length, or train an adapter of lower rank.",
             )
         largest = max(splittable, key=lambda batch: batch.input_ids.numel())
         self.max_positions = max(half.input_ids.numel() for half in largest.split())

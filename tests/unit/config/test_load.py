@@ -15,7 +15,7 @@ WRONG = """\
 model:
   base: 12
   revison: main
-  quantization: nf4
+  quantization: 4bit
 adapter:
   kind: qlora
   targets: "([a"
@@ -45,8 +45,8 @@ def test_every_mistake_is_reported_at_once_with_its_line_and_a_remedy(write):
     expected = {
         2: ("model.base = 12: must be text.", '"12"'),
         3: ("model.revison is not a setting.", "Did you mean revision?"),
-        4: ("model.quantization is not a setting.", "does not quantise"),
-        6: ("adapter.kind = 'qlora': must be lora or dora.", "use lora"),
+        4: ("model.quantization = '4bit': must be none, nf4, int8 or fp8.", "Use nf4."),
+        6: ("adapter.kind = 'qlora': must be lora or dora.", "kind: lora, and model.quantization: nf4"),
         7: ("adapter.targets = '([a' is not a regular expression", "all-linear"),
         9: ("data.train = 'data/train.jsonl': must be a list of sources", "[{path: data/train.jsonl}]"),
         10: ("data.packing = 'yes': must be true or false.", "Write true."),

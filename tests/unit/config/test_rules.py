@@ -23,6 +23,8 @@ import pytest
         (["data.validation=[{path: 'http://x/y'}]"], "http://x/y: this version reads files"),
         (["adapter.targets='(['"], "is not a regular expression"),
         (["engine.device=cpu", "engine.precision=fp16"], "needs a GPU"),
+        (["adapter=null", "model.quantization=nf4"], "model.quantization = nf4 freezes the base"),
+        (["engine.device=cpu", "engine.offload_activations=true"], "offload_activations = true needs a CUDA GPU"),
     ],
 )
 def test_what_does_not_go_together_is_refused(complaints, overrides, words):

@@ -46,9 +46,16 @@ def llama_8b() -> ArchSpec:
 def machine() -> Callable[..., Hardware]:
     """A machine with a CPU and, if its memory is given, a GPU."""
 
-    def build(gpu_gib: float = 0.0, *, bf16: bool = True, cpu_gib: float = 64.0) -> Hardware:
+    def build(
+        gpu_gib: float = 0.0,
+        *,
+        bf16: bool = True,
+        cpu_gib: float = 64.0,
+        capability: tuple[int, int] | None = (9, 0),
+        triton: bool = True,
+    ) -> Hardware:
         cpu = Device("cpu", "CPU", int(cpu_gib * GIB))
-        gpu = Device("cuda", "GPU", int(gpu_gib * GIB), bf16=bf16)
+        gpu = Device("cuda", "GPU", int(gpu_gib * GIB), bf16=bf16, compute_capability=capability, triton=triton)
         return Hardware((gpu, cpu) if gpu_gib else (cpu,), num_threads=8)
 
     return build

@@ -17,9 +17,21 @@ def test_the_table_shows_each_choice_with_its_reason(run, llama_8b, machine):
     plan = choose(run(), llama_8b, machine(80))
     lines = plan.table().splitlines()
     for line, name in zip(lines, CHOICES, strict=False):
-        assert line.split()[:2] == [name, str(getattr(plan, name))]
+        value = {True: "yes", False: "no"}.get(getattr(plan, name), str(getattr(plan, name)))
+        assert line.startswith(name)
         assert line.endswith(plan.reasons[name])
+        assert f"  {value}  " in line
     assert "8.1B" in plan.table()
+
+
+def test_the_ladder_is_said_in_words(run, llama_8b, machine):
+    asked = ("data.sequence_length=4096", "engine.micro_batch_size=2")
+    plan = choose(run(*asked), llama_8b, machine(42))
+    assert plan.recompute == "keep all in 30 layers, mixer in 2"
+    assert plan.recompute in plan.table()
+    values = json.loads(json.dumps(plan.to_dict()))
+    assert values["recompute"] == plan.recompute
+    assert values["keep"] == ["mixer"] * 2 + ["all"] * 30
 
 
 def test_sizes_are_for_people():

@@ -9,6 +9,7 @@ from typing import Any
 
 from stoker.arch.families.reader import ConfigReader
 from stoker.arch.families.rope import read_rope
+from stoker.arch.families.stored import stored_quantization
 from stoker.arch.spec import ArchSpec, AttentionSpec, GatedSpec, LayerSpec, NormSpec, WeightEntry
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -129,4 +130,4 @@ def _refuse_what_is_not_computed(reader: ConfigReader) -> None:
     reader.require("hidden_act", "silu", fix="Only SwiGLU feed-forwards (silu) are native.")
     reader.require("attention_dropout", 0, fix="Set it to 0.0 in config.json: Stoker trains without attention dropout.")
     reader.require("partial_rotary_factor", 1.0, fix="Llama models rotate whole heads.")
-    reader.require("quantization_config", None, fix="Use the unquantised checkpoint as model.base.")
+    stored_quantization(reader.config, reader.where)

@@ -1,0 +1,103 @@
+"""What layers keep for the backward, and what they run again for it, rung by rung of the recompute ladder. No torch.
+
+The rungs are those of the layer kernel (`kernels/block.py`), whose docstring says what each keeps. A layer that runs op
+by op under autograd has only two of them: "all", and "input" (activation checkpointing, Chen et al., arXiv:1604.06174).
+Bytes are those of the layers' tensors; what the caching allocator adds is the plan's to reckon with.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from stoker.arch import arithmetic
+from stoker.arch.spec import ArchSpec, LayerSpec
+
+Keep = Literal["all", "mixer", "attention", "input"]
+LADDER: tuple[Keep, ...] = ("all", "mixer", "attention", "input")
+"""From keeping most to keeping least; each step down runs more again."""
+OP_BY_OP_LADDER: tuple[Keep, ...] = ("all", "input")
+# Tensors on their way to the host or back at any time (`kernels/offload.py`: four leave, or four come).
+_IN_FLIGHT = 4
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a layer: `kept` until its backward, `passing` during it, and what waits on the `host` meanwhile."""
+
+    kept: int
+    passing: int
+    host: int = 0
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch: `tokens` tokens of `value_bytes` each value; `product_values` of adapters a token and layer."""
+
+    tokens: int
+    value_bytes: int
+    product_values: int = 0
+
+
+def fused(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep, *, offload: bool = False) -> Held:
+    """Returns what a layer that runs through the layer kernel holds."""
+    mixer, inner = layer.mixer, layer.feed_forward.intermediate_size
+    query = mixer.num_heads * mixer.head_dim
+    heads = query + 2 * mixer.num_kv_heads * mixer.head_dim
+    attention = {"all": heads + query, "mixer": heads + query, "attention": query, "input": 0}[keep]
+    beside = {"all": hidden_size + 2 * inner, "mixer": hidden_size, "attention": 0, "input": 0}[keep]
+    statistics = 4 * mixer.num_heads if keep != "input" else 0
+    away = hidden_size + attention
+    on_device = beside + micro.product_values + (0 if offload else away)
+    # Gradients of what comes in and goes out, the norm's output, the activation; then what is run again.
+    passing = 4 * hidden_size + max(inner, query + 2 * heads)
+    if keep == "mixer":
+        passing = 5 * hidden_size + heads + 3 * inner
+    elif keep != "all":
+        passing = 6 * hidden_size + 2 * heads + 3 * inner
+    if offload:
+        passing += _IN_FLIGHT * max(hidden_size, query)
+    unit = micro.tokens * micro.value_bytes
+    return Held(
+        on_device * unit + (0 if offload else statistics * micro.tokens),
+        passing * unit,
+        (away * unit + statistics * micro.tokens) if offload else 0,
+    )
+
+
+def op_by_op(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep) -> Held:
+    """Returns what a layer that runs under autograd, op by op, holds; with "input" it is run again as a whole."""
+    whole = arithmetic.saved_by_layer(layer, hidden_size, micro.tokens, micro.value_bytes)
+    whole += micro.product_values * micro.tokens * micro.value_bytes
+    unit = hidden_size * micro.tokens * micro.value_bytes
+    passing = 2 * unit + layer.feed_forward.intermediate_size * micro.tokens * micro.value_bytes
+    return Held(whole, passing) if keep == "all" else Held(unit, whole + passing)
+
+
+def peak(layers: Sequence[Held]) -> int:
+    """Returns the bytes of all layers at the backward's peak: when a layer runs it, those after it hold nothing."""
+    total = highest = 0
+    for held in layers:
+        total += held.kept
+        highest = max(highest, total + held.passing)
+    return highest
+
+
+def recomputed_flops_per_token(spec: ArchSpec, sequence_length: int, keep: Sequence[Keep], *, is_fused: bool) -> float:
+    """Returns the FLOPs that backward runs again, a token; `keep` names the rung of each layer.
+
+    The layer kernel never runs `down` again, autograd's checkpoint runs the whole layer.
+    """
+    total = 0.0
+    for layer, rung in zip(spec.layers, keep, strict=True):
+        parts = arithmetic.layer_flops_per_token(layer, spec.hidden_size, sequence_length)
+        again = _RUN_AGAIN[rung] if is_fused or rung == "all" else tuple(parts)
+        total += sum(parts[name] for name in again)
+    return total
+
+
+_RUN_AGAIN: dict[Keep, tuple[str, ...]] = {
+    "all": (),
+    "mixer": ("gate_up",),
+    "attention": ("gate_up", "qkv", "out"),
+    "input": ("gate_up", "qkv", "out", "attention"),
+}

@@ -1,0 +1,74 @@
+"""Tensors of a model's folder by name, those that bitsandbytes packed in NF4 among them."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from stoker.errors import ModelError
+from stoker.models.folder import WeightIndex
+from stoker.quant import nf4
+
+_PACKED = f".{nf4.STATE_KEY}"
+_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _PACKED)
+
+
+class Reader:
+    """Tensors of a folder by name; files are opened when first asked for and closed with `stack`.
+
+    `packed` are the weights in NF4: their values lie in tensors of their own, which are not in `names`.
+    """
+
+    def __init__(self, index: WeightIndex, stack: ExitStack) -> None:
+        self.folder = index.folder
+        self._paths = index.files
+        self._stack = stack
+        self._files: dict[Path, Any] = {}
+        self.packed = {name.removesuffix(_PACKED) for name in index.files if name.endswith(_PACKED)}
+        parts = {f"{name}{part}" for name in self.packed for part in _PARTS}
+        # Old checkpoints hold the rotary frequencies, which follow from config.json.
+        self.names = {name for name in index.files if not name.endswith("rotary_emb.inv_freq")} - parts
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, of a packed one before it was packed."""
+        if name in self.packed:
+            return self._packed_shape(name)
+        return tuple(self._file(name).get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as it is stored."""
+        return self._file(name).get_tensor(name)
+
+    def dense(self, name: str) -> Tensor:
+        """The tensor's values: of a packed one dequantised, in the dtype that it had before."""
+        if name not in self.packed:
+            return self.tensor(name)
+        module = name.removesuffix(".weight")
+        weight = nf4.from_checkpoint(self.packed_tensors(name), (module,))
+        return weight.dequantize(dtype=weight.source_dtype)
+
+    def packed_tensors(self, name: str, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """What makes up a packed weight, by name, on `device`."""
+        there = [name, *(f"{name}{part}" for part in _PARTS if f"{name}{part}" in self._paths)]
+        return {one: self.tensor(one).to(device) for one in there}
+
+    def _packed_shape(self, name: str) -> tuple[int, ...]:
+        try:
+            state = json.loads(bytes(self.tensor(f"{name}{_PACKED}").tolist()))
+            return tuple(int(size) for size in state["shape"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"the quantisation state of {name} cannot be read.",
+                where=str(self.folder),
+                fix="Fetch the model again.",
+            ) from error
+
+    def _file(self, name: str) -> Any:
+        path = self._paths[name]
+        if path not in self._files:
+            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        return self._files[path]

@@ -1,0 +1,108 @@
+"""Which kernels run, how the layers run, and whether this machine has what the configuration asks for."""
+
+from typing import Literal
+
+from stoker.config.schema import Adapter, RunConfig
+from stoker.errors import PlanError
+from stoker.plan.hardware import Device
+
+Kernels = Literal["reference", "triton"]
+# Triton compiles for GPUs from Volta on; PyTorch's fp8 products need Ada's or Hopper's tensor cores.
+_TRITON_CAPABILITY = (7, 0)
+_FP8_CAPABILITY = (8, 9)
+_FORMATS = {
+    "nf4": "the base in NF4, 4.1 bits a weight",
+    "int8": "the base in int8, one scale a row",
+    "fp8": "the base in fp8",
+}
+
+
+def kernels(config: RunConfig, device: Device) -> tuple[Kernels, str]:
+    """Returns which implementation of each operation runs, and why.
+
+    Raises PlanError when Triton's kernels are asked for where they cannot run.
+    """
+    asked = config.engine.kernels
+    missing = _why_no_triton(device)
+    if asked == "triton" and missing:
+        raise PlanError(f"engine.kernels = triton: {missing}.", fix="Use reference, or auto.")
+    if asked != "auto":
+        return asked, "set in the configuration"
+    # Under Triton's interpreter kernels run on a CPU too, for tests alone: it is a thousand times slower.
+    if device.kind == "cuda" and not missing:
+        return "triton", "fused kernels on a CUDA GPU"
+    return "reference", f"plain PyTorch: {missing or 'Triton is slower on a CPU'}"
+
+
+def _why_no_triton(device: Device) -> str:
+    if device.triton:
+        return ""
+    if device.kind != "cuda":
+        return f"Triton's kernels need a CUDA GPU, and this is {'a CPU' if device.kind == 'cpu' else 'an Apple GPU'}"
+    capability = device.compute_capability
+    if capability is not None and capability < _TRITON_CAPABILITY:
+        return f"Triton needs compute capability 7.0 or later, and {device.name} has {_dotted(capability)}"
+    return "Triton is not installed (pip install triton)"
+
+
+def quantization(config: RunConfig, device: Device) -> tuple[str, str]:
+    """Returns the format of the frozen base, and why; raises PlanError when the device cannot compute with it."""
+    kind = config.model.quantization
+    if kind == "none":
+        return kind, "weights as the compute type has them"
+    if kind != "fp8":
+        return kind, _FORMATS[kind]
+    capability = device.compute_capability
+    if device.kind == "cpu":
+        return kind, f"{_FORMATS[kind]}; a CPU computes the same values in fp32, which is slow"
+    if device.kind != "cuda" or capability is None or capability < _FP8_CAPABILITY:
+        has = f"{device.name} has {_dotted(capability)}" if capability else f"{device.name} has none"
+        raise PlanError(
+            f"model.quantization = fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper); {has}.",
+            fix="Use int8, which takes the same memory, or nf4, which takes half.",
+        )
+    return kind, f"{_FORMATS[kind]}, and products in fp8, which {device.name} has"
+
+
+def why_op_by_op(adapter: Adapter | None) -> str:
+    """Returns what of the adapter the layer kernel cannot run, or "" (see `adapters.fused_block.why_not_fused`)."""
+    if adapter is None:
+        return ""
+    if adapter.kind == "dora":
+        return "DoRA scales the rows of the sum of weight and update"
+    return f"adapter.dropout is {adapter.dropout}" if adapter.dropout > 0.0 else ""
+
+
+def refuse_unknown_rungs(config: RunConfig, device: Device) -> None:
+    """Raises PlanError for a rung of the ladder, or an offload, that does not exist for this adapter or device."""
+    engine, why = config.engine, why_op_by_op(config.adapter)
+    if why and engine.recompute in ("mixer", "attention"):
+        raise PlanError(
+            f"engine.recompute = {engine.recompute} is a rung of the layer kernel, which cannot run here: {why}.",
+            fix="Use none, input or auto; or adapter.dropout: 0.0 and kind: lora.",
+        )
+    if engine.offload_activations is True and device.kind != "cuda":
+        raise PlanError(
+            f"engine.offload_activations = true needs a CUDA GPU; this run uses {device.name}.",
+            fix="Use false or auto.",
+        )
+    if engine.offload_activations is True and why:
+        raise PlanError(
+            f"engine.offload_activations = true needs the layer kernel, which cannot run here: {why}.",
+            fix="Use false or auto; or adapter.dropout: 0.0 and kind: lora.",
+        )
+
+
+def layers_reason(config: RunConfig, layers: str, *, uses_triton: bool) -> str:
+    """Returns why the layers run as they do."""
+    why = why_op_by_op(config.adapter)
+    if layers == "fused":
+        return "each layer is one operation with its own backward"
+    if why:
+        return f"the layer kernel cannot run this adapter: {why}"
+    assert not uses_triton
+    return "fastest on plain PyTorch where nothing is computed again"
+
+
+def _dotted(capability: tuple[int, int] | None) -> str:
+    return "none" if capability is None else f"{capability[0]}.{capability[1]}"

@@ -1,0 +1,98 @@
+"""The recompute ladder: which layers keep what for the backward, from keeping everything to keeping next to nothing.
+
+The layers that keep less are the first ones: their backward runs last, when the others hold nothing any more, so what
+it computes again takes memory that is free by then.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from stoker.arch import activations
+from stoker.arch.activations import LADDER, OP_BY_OP_LADDER, Held, Keep, Micro
+from stoker.arch.spec import ArchSpec
+
+Layers = Literal["fused", "op by op"]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The rung of each layer, whether what they keep waits on the host, and how the layers run."""
+
+    keep: tuple[Keep, ...]
+    offload: bool
+    layers: Layers
+
+    def device_bytes(self, spec: ArchSpec, micro: Micro) -> int:
+        """Returns the bytes of all layers on the device at the backward's peak."""
+        return activations.peak(self._held(spec, micro))
+
+    def host_bytes(self, spec: ArchSpec, micro: Micro) -> int:
+        """Returns the bytes that wait in pinned host memory."""
+        return sum(held.host for held in self._held(spec, micro))
+
+    def _held(self, spec: ArchSpec, micro: Micro) -> list[Held]:
+        known: dict[tuple[int, Keep], Held] = {}  # layers are alike, most of them one and the same object
+        result = []
+        for layer, rung in zip(spec.layers, self.keep, strict=True):
+            key = (id(layer), rung)
+            if key not in known:
+                known[key] = (
+                    activations.fused(layer, spec.hidden_size, micro, rung, offload=self.offload)
+                    if self.layers == "fused"
+                    else activations.op_by_op(layer, spec.hidden_size, micro, rung)
+                )
+            result.append(known[key])
+        return result
+
+
+def ladders(
+    num_layers: int,
+    *,
+    asked: str,
+    offload: bool | Literal["auto"],
+    can_fuse: bool,
+    can_offload: bool,
+    fuses_all: bool,
+) -> Iterator[Ladder]:
+    """Yields what may run, from the least to the most that is computed again.
+
+    `asked` and `offload` are the user's settings, "auto" for the plan's choice. `can_fuse`: the layer kernel can run
+    this model; `fuses_all`: it is the faster one even where nothing is computed again. With an automatic offload,
+    attention's output waits on the host before any layer computes attention again.
+    """
+    if not can_fuse:
+        yield from _mixtures(num_layers, OP_BY_OP_LADDER, asked, offload=False, layers="op by op")
+        return
+    if not fuses_all and asked in ("auto", "none") and offload is not True:
+        yield Ladder(("all",) * num_layers, offload=False, layers="op by op")
+        if asked == "none":
+            return
+    if offload != "auto" or not can_offload:
+        yield from _mixtures(num_layers, LADDER, asked, offload=offload is True, layers="fused")
+        return
+    yield from _mixtures(num_layers, LADDER[:3], asked, offload=False, layers="fused")
+    yield from _mixtures(num_layers, LADDER[2:], asked, offload=True, layers="fused")
+
+
+def _mixtures(num_layers: int, rungs: Sequence[Keep], asked: str, *, offload: bool, layers: Layers) -> Iterator[Ladder]:
+    """Yields every layer on the highest rung, then one layer after the other a rung lower; or the rung asked for."""
+    if asked != "auto":
+        rung: Keep = next(rung for rung in LADDER if rung == ("all" if asked == "none" else asked))
+        yield Ladder((rung,) * num_layers, offload, layers)
+        return
+    yield Ladder((rungs[0],) * num_layers, offload, layers)
+    for upper, lower in itertools.pairwise(rungs):
+        for count in range(1, num_layers + 1):
+            yield Ladder((lower,) * count + (upper,) * (num_layers - count), offload, layers)
+
+
+def words(keep: Sequence[Keep]) -> str:
+    """Returns the ladder for people: "keep all", or "keep all in 30 layers, mixer in 2"."""
+    counts = {rung: list(keep).count(rung) for rung in LADDER if rung in keep}
+    if len(counts) < 2:
+        return f"keep {next(iter(counts), 'all')}"
+    (first, number), *rest = counts.items()
+    layers = "layer" if number == 1 else "layers"
+    return f"keep {first} in {number} {layers}, " + ", ".join(f"{rung} in {count}" for rung, count in rest)

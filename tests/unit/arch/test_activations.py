@@ -1,0 +1,65 @@
+import pytest
+
+from stoker.arch import activations, arithmetic
+from stoker.arch.activations import LADDER, Held, Micro
+from stoker.arch.families import read
+
+MIB = 2**20
+# Llama 3.1 8B's layer at 8,192 tokens in a two-byte dtype: the table of kernels/block.py, plus 1 MiB of statistics.
+EIGHT_B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+}
+MICRO = Micro(8192, 2)
+
+
+@pytest.fixture
+def spec():
+    return read(EIGHT_B, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("keep", "mib"), [("all", 64 + 96 + 64 + 64 + 448), ("mixer", 64 + 96 + 64 + 64), ("attention", 128), ("input", 64)]
+)
+def test_each_rung_keeps_what_the_layer_kernel_says(spec, keep, mib):
+    statistics = 0 if keep == "input" else 1
+    assert activations.fused(spec.layers[0], 4096, MICRO, keep).kept == (mib + statistics) * MIB
+
+
+def test_what_waits_on_the_host_leaves_the_device(spec):
+    for keep in LADDER:
+        here = activations.fused(spec.layers[0], 4096, MICRO, keep)
+        away = activations.fused(spec.layers[0], 4096, MICRO, keep, offload=True)
+        assert away.kept + away.host == here.kept
+        assert away.passing > here.passing
+    assert activations.fused(spec.layers[0], 4096, MICRO, "attention", offload=True).kept == 0
+
+
+def test_the_peak_is_where_a_layer_and_those_before_it_hold_most():
+    assert activations.peak([]) == 0
+    assert activations.peak([Held(10, 5), Held(10, 5)]) == 25
+    # The first layer's backward needs much, but by then the second has let go of what it kept.
+    assert activations.peak([Held(1, 20), Held(10, 5)]) == 21
+
+
+def test_op_by_op_a_layer_keeps_its_input_or_everything(spec):
+    layer = spec.layers[0]
+    whole = activations.op_by_op(layer, 4096, MICRO, "all")
+    assert whole.kept == arithmetic.saved_by_layer(layer, 4096, 8192, 2)
+    checkpointed = activations.op_by_op(layer, 4096, MICRO, "input")
+    assert checkpointed.kept == 64 * MIB
+    assert checkpointed.passing == whole.kept + whole.passing
+
+
+def test_lower_rungs_run_more_again_and_the_layer_kernel_never_the_last_matmul(spec):
+    again = [activations.recomputed_flops_per_token(spec, 4096, [keep] * 32, is_fused=True) for keep in LADDER]
+    assert again[0] == 0
+    assert again == sorted(again)
+    forward = arithmetic.flops_per_token(spec, 4096) - 2 * 4096 * 128256
+    assert again[-1] == forward - 32 * 2 * 4096 * 14336
+    assert activations.recomputed_flops_per_token(spec, 4096, ["input"] * 32, is_fused=False) == forward

@@ -1,0 +1,53 @@
+import itertools
+
+import pytest
+
+from stoker.arch.activations import LADDER, Micro
+from stoker.plan.ladder import Ladder, ladders, words
+
+
+def _ladders(**changes):
+    settings = {"asked": "auto", "offload": "auto", "can_fuse": True, "can_offload": True, "fuses_all": True}
+    return list(ladders(3, **(settings | changes)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"offload": False}, {"offload": True}, {"can_fuse": False}])
+def test_no_step_down_takes_more_memory(llama_8b, changes):
+    settings = {"asked": "auto", "offload": "auto", "can_fuse": True, "can_offload": True, "fuses_all": True}
+    steps = list(ladders(32, **(settings | changes)))
+    for upper, lower in itertools.pairwise(steps):
+        # But for the last layer's: its backward comes first, when all that the others keep is still there.
+        if upper.keep[-1] == lower.keep[-1]:
+            assert lower.device_bytes(llama_8b, Micro(8192, 2)) <= upper.device_bytes(llama_8b, Micro(8192, 2))
+    assert steps[-1].device_bytes(llama_8b, Micro(8192, 2)) < steps[0].device_bytes(llama_8b, Micro(8192, 2)) / 4
+    assert len(set(steps)) == len(steps)
+
+
+def test_the_ladder_goes_down_one_layer_at_a_time():
+    steps = _ladders(offload=False)
+    assert [step.keep.count("all") for step in steps[:4]] == [3, 2, 1, 0]
+    assert [step.keep[0] for step in steps[::3]] == list(LADDER)
+    assert not any(step.offload for step in steps)
+
+
+def test_a_rung_that_is_set_is_the_only_one():
+    assert [step.keep for step in _ladders(asked="mixer", offload=False)] == [("mixer",) * 3]
+    assert [step.offload for step in _ladders(asked="mixer")] == [False, True]
+    assert [step.offload for step in _ladders(asked="none", offload=True)] == [True]
+    assert _ladders(asked="none", fuses_all=False) == [Ladder(("all",) * 3, False, "op by op")]
+
+
+def test_without_the_layer_kernel_there_are_two_rungs():
+    steps = _ladders(can_fuse=False)
+    assert {step.layers for step in steps} == {"op by op"}
+    assert [step.keep.count("input") for step in steps] == [0, 1, 2, 3]
+
+
+def test_no_gpu_no_offload():
+    assert not any(step.offload for step in _ladders(can_offload=False))
+
+
+def test_words():
+    assert words(["all"] * 4) == "keep all"
+    assert words(["mixer"] * 2 + ["all"] * 30) == "keep all in 30 layers, mixer in 2"
+    assert words(["input", "attention"]) == "keep attention in 1 layer, input in 1"
