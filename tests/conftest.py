@@ -1,8 +1,12 @@
 """Choices that must be made before any test imports the package."""
 
 import os
+import signal
 
 import torch
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit it; tests must not depend on how they started.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     # Triton decides when a kernel is defined, at the package's import, whether it will run under its interpreter.

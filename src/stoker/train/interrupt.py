@@ -12,7 +12,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupt:
     """Within its `with` block the first SIGINT or SIGTERM only sets `requested`; the next one acts as it did before.
 
-    In a thread other than the main one, where Python delivers no signals, it never becomes requested.
+    In a thread other than the main one, where Python delivers no signals, it never becomes requested. A signal that the
+    process was told to ignore (SIGINT, for a job that a shell put in the background) stays ignored.
     """
 
     def __init__(self) -> None:
@@ -22,7 +23,8 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(

@@ -31,6 +31,17 @@ def test_a_second_ctrl_c_acts_at_once():
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_signal_that_the_process_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not interrupt.requested
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_in_another_thread_it_takes_no_signals():
     before = signal.getsignal(signal.SIGINT)
     seen = []
