@@ -5,7 +5,7 @@ import signal
 
 import torch
 
-# A shell starts background jobs with Ctrl-C ignored, and children inherit it; tests must not depend on how they started.
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that; tests must not depend on it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
