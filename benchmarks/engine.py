@@ -14,6 +14,7 @@ import gc
 import json
 import math
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from stoker.adapters.fused_block import freeze_into, fuse_blocks
 from stoker.adapters.lora import add_lora
 from stoker.arch.families import read
-from stoker.kernels import fp8, glu, linear_cross_entropy, rms_norm, rope
+from stoker.kernels import adapted_glu, fp8, glu, linear_cross_entropy, low_rank, rms_norm, rope
 from stoker.kernels.attention import attention
 from stoker.kernels.offload import HostOffload
 from stoker.models import native
@@ -103,6 +104,8 @@ def milliseconds(run: Callable[[], object], *, repeats: int = 20) -> float:
     """Median time of `run` on the GPU after warming up."""
     for _ in range(5):
         run()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(50_000_000)  # some 25 ms in which all runs are queued: launching must not count
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, end in events:
         start.record()
@@ -172,6 +175,7 @@ def kernel_cases(tokens: int = 8192) -> Iterator[tuple[str, int, Callable[[str],
         size * 3,
         lambda kind: lambda: glu.swiglu_backward(gate_up, grad, implementation=kind),
     )
+    yield from adapter_cases(gate_up, grad, qkv.flatten(0, 1), x)
     logits, targets = random(1024, 128256), torch.randint(0, 128256, (1024,), device="cuda")
     options = linear_cross_entropy.LossOptions()
     turns = {
@@ -184,6 +188,46 @@ def kernel_cases(tokens: int = 8192) -> Iterator[tuple[str, int, Callable[[str],
         lambda kind: lambda: turns[kind](logits, None, targets, None, options=options, with_gradient=True),
     )
     yield from format_cases(random(2 * inner, width, scale=0.02), x)
+
+
+def adapter_cases(
+    gate_up: Tensor, grad: Tensor, qkv: Tensor, x: Tensor, rank: int = 16
+) -> Iterator[tuple[str, int, Callable[[str], Callable[[], object]]]]:
+    """The same for what runs adapters, rank 16."""
+    tokens, inner = grad.shape
+    updates = adapted_glu.Updates(random(tokens, 2 * rank), random(2 * inner, rank), random(rank, inner), 1.0)
+    product, size = random(tokens, rank), gate_up.numel() * 2
+    yield (
+        "swiglu forward with updates",
+        size * 3 // 2,
+        lambda kind: lambda: adapted_glu.forward(gate_up, updates, implementation=kind),
+    )
+    yield (
+        "swiglu backward with updates",
+        size * 3,
+        lambda kind: lambda: adapted_glu.backward(gate_up, grad, product, updates, implementation=kind),
+    )
+    for name, rows, sizes in [
+        ("gate_up", gate_up, (inner, inner)),
+        ("qkv", qkv, (4096, 1024, 1024)),
+        ("out", x, (4096,)),
+    ]:
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        slices = [slice(end - part, end) for end, part in zip(ends, sizes, strict=True)]
+        p, b = random(tokens, rank * len(sizes)), random(sum(sizes), rank)
+        yield (
+            f"dP and dB of {name}",
+            rows.numel() * 2,
+            lambda kind, rows=rows, p=p, b=b, slices=slices: (
+                lambda: low_rank.grad_pair(rows, p, b, slices=slices, scaling=1.0, implementation=kind)
+            ),
+        )
+    y, b = random(*x.shape), random(x.shape[1], rank)
+    yield (
+        "update and residual",
+        3 * x.numel() * 2,
+        lambda kind: lambda: low_rank.add_update(y, x, product, b, scaling=1.0, implementation=kind),
+    )
 
 
 def format_cases(weight: Tensor, x: Tensor) -> Iterator[tuple[str, int, Callable[[str], Callable[[], object]]]]:
@@ -380,14 +424,12 @@ def run_steps(name: str, out: Path | None, *, steps: int, profile: bool) -> None
     run = training_step(model, ids, graph=setting.graph)
 
     def step() -> tuple[float, float, float]:
-        ids.random_(0, setting.config["vocab_size"])
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        loss, norm = run()
-        torch.cuda.synchronize()
-        return time.perf_counter() - begin, loss.item(), norm.item()
+        return timed_step(run, ids, setting.config["vocab_size"])
 
     results = [step() for _ in range(steps + 3)]
+    for _ in range(max(1, int(0.8 / results[-1][0]))):  # what runs while nvidia-smi looks
+        run()
+    speed = clocks()
     losses, norms = [r[1] for r in results], [r[2] for r in results]
     assert all(map(math.isfinite, losses)), losses
     assert min(norms) > 0, norms
@@ -401,6 +443,8 @@ def run_steps(name: str, out: Path | None, *, steps: int, profile: bool) -> None
         keep=setting.keep,
         tokens_per_second=setting.rows * setting.length / seconds,
         step_ms=seconds * 1e3,
+        fastest_ms=min(r[0] for r in results[3:]) * 1e3,
+        clocks=speed,
         first_step_s=results[0][0],
         build_s=build_seconds,
         held_gib=held / GIB,
@@ -414,9 +458,89 @@ def run_steps(name: str, out: Path | None, *, steps: int, profile: bool) -> None
         print(recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))
 
 
+Patch = tuple[object, str, object]
+"""An object, the name of an attribute, and what it is instead."""
+
+LEVERS: dict[str, tuple[tuple[Patch, ...], dict[str, float]]] = {
+    "as it is": ((), {}),
+    "updates outside swiglu": (((adapted_glu, "takes", lambda *_: False),), {"A": 16.0, "E": 9.5, "F": 16.0}),
+    "dP and dB apart": (((low_rank, "takes", lambda *_: False),), {"A": 7.0, "E": 4.0, "F": 7.0}),
+    "swiglu backward 32 x 128": (((adapted_glu, "BACKWARD", adapted_glu.Tile(32, 128, 4)),), {}),
+    "swiglu backward 32 x 64": (((adapted_glu, "BACKWARD", adapted_glu.Tile(32, 64, 4)),), {}),
+    "swiglu backward 64 x 128": (((adapted_glu, "BACKWARD", adapted_glu.Tile(64, 128, 8)),), {}),
+    "swiglu forward 64 x 64": (((adapted_glu, "FORWARD", adapted_glu.Tile(64, 64, 4)),), {}),
+    "swiglu forward 32 x 64": (((adapted_glu, "FORWARD", adapted_glu.Tile(32, 64, 4)),), {}),
+    "grad pairs of 32 rows": (((low_rank, "ROWS", 32),), {}),
+    "grad pairs of 1,024 rows a program": (((low_rank, "ROWS_A_PROGRAM", 1024),), {}),
+    "logits in 1 GiB": (((linear_cross_entropy, "TRITON_CHUNK_BYTES", 2**30),), {"A": -0.5, "E": -0.8, "F": -0.5}),
+    "logits by 16 warps": (
+        ((linear_cross_entropy, "TURN_BLOCK", 8192), (linear_cross_entropy, "TURN_WARPS", 16)),
+        {"A": -0.2, "E": -0.4, "F": -0.2},
+    ),
+    "logits by 32 warps": (
+        ((linear_cross_entropy, "TURN_BLOCK", 16384), (linear_cross_entropy, "TURN_WARPS", 32)),
+        {"A": -0.6, "E": -1.2, "F": -0.6},
+    ),
+}
+"""Ways to run a step that differ by a constant or a kernel: patches, and the milliseconds they should add or take."""
+
+
+def run_levers(name: str, out: Path | None, *, steps: int) -> None:
+    """Times one model's step under every lever, in turn, beside the step as it is before and after."""
+    setting = SETTINGS[name]
+    model = build(setting)
+    ids = torch.zeros((setting.rows, setting.length), dtype=torch.int64, device="cuda")
+    run = training_step(model, ids, graph=False)
+    base = 0.0
+    for lever, (patches, predicted) in [*LEVERS.items(), ("as it is, again", ((), {}))]:
+        before = [(target, attribute, getattr(target, attribute)) for target, attribute, _ in patches]
+        for target, attribute, value in patches:
+            setattr(target, attribute, value)
+        try:
+            torch.cuda.reset_peak_memory_stats()
+            times = [timed_step(run, ids, setting.config["vocab_size"])[0] * 1e3 for _ in range(steps + 2)][2:]
+        finally:
+            for target, attribute, value in before:
+                setattr(target, attribute, value)
+        step_ms = statistics.median(times)
+        base = base or step_ms
+        report(
+            out,
+            levers=name,
+            lever=lever,
+            step_ms=step_ms,
+            fastest_ms=min(times),
+            change_ms=step_ms - base,
+            predicted_ms=predicted.get(name),
+            peak_gib=torch.cuda.max_memory_allocated() / GIB,
+        )
+
+
+def timed_step(run: Callable[[], tuple[Tensor, Tensor]], ids: Tensor, vocab_size: int) -> tuple[float, float, float]:
+    """Seconds, loss and gradient norm of a step on new random tokens."""
+    ids.random_(0, vocab_size)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    loss, norm = run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin, loss.item(), norm.item()
+
+
+def clocks() -> str | None:
+    """The GPU's clock, power and reasons for slowing down, while it runs what was queued; None without nvidia-smi."""
+    fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
+    try:
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["kernels", "matmuls", *SETTINGS])
+    parser.add_argument(
+        "what", nargs="+", choices=["kernels", "matmuls", *SETTINGS, *(f"levers-{s}" for s in SETTINGS)]
+    )
     parser.add_argument("--out", type=Path, help="append results as JSON lines to this file")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", action="store_true", help="print the time of each GPU kernel of one step")
@@ -429,6 +553,8 @@ def main() -> None:
                 run_kernels(options.out)
             elif what == "matmuls":
                 run_matmuls(options.out)
+            elif what.startswith("levers-"):
+                run_levers(what.removeprefix("levers-"), options.out, steps=max(3, options.steps // 2))
             else:
                 run_steps(what, options.out, steps=options.steps, profile=options.profile)
         except (AssertionError, RuntimeError, ValueError) as error:

@@ -20,21 +20,21 @@ long as the matmuls are deterministic.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stoker.kernels import adapted_glu, glu, low_rank, rms_norm, rope
+from stoker.kernels import adapted_glu, glu, rms_norm, rope
 from stoker.kernels.attention import DocumentLengths, attention
+from stoker.kernels.feed_forward import KEEP, BlockOptions, add, feed_forward, joined, swiglu_updates, tiles
 from stoker.kernels.kept_attention import Attend, KeptAttention
-from stoker.kernels.offload import HostOffload
 from stoker.kernels.projection import FrozenMatrix, Projection, grad_input, grad_product, project, project_base
 from stoker.kernels.triton_support import as_rows
 
-KEEP = ("all", "mixer", "attention", "input")
+__all__ = ["KEEP", "BlockOptions", "BlockWeights", "block"]
 
 
 class BlockWeights(NamedTuple):
@@ -46,31 +46,6 @@ class BlockWeights(NamedTuple):
     out: Projection
     gate_up: Projection
     down: Projection
-
-
-@dataclass(frozen=True)
-class BlockOptions:
-    """How a layer computes: heads, the norms' epsilons, the sliding window, the kernels, and what it keeps (KEEP).
-
-    With `offload`, x and what attention keeps wait on the host for the backward. With `tile_tokens` (not on the rung
-    "all"), the feed-forward runs so many tokens at a time in both directions: of 2F values a token, the widest of the
-    layer, no more than a tile's exist at once, however long the row.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    epsilons: tuple[float, float]
-    window: int | None = None
-    implementation: str = "reference"
-    keep: str = "all"
-    offload: HostOffload | None = None
-    tile_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.tile_tokens is not None and self.tile_tokens < 1:
-            raise ValueError(f"tile_tokens = {self.tile_tokens} is not positive")
-        if self.keep not in KEEP:
-            raise ValueError(f"keep = {self.keep!r}; allowed: {', '.join(KEEP)}")
 
 
 def block(
@@ -138,6 +113,22 @@ def _projections(layout: _Layout, tensors: Sequence[Tensor | None], dtype: torch
     return result
 
 
+def _narrowed(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """The tensors with adapters in the working dtype, cast in one launch and once for forward and backward.
+
+    Weights and biases stay as they are: a second copy of a trained weight would be large.
+    """
+    result = list(tensors)
+    wide = [i for i, t in enumerate(tensors) if t is not None and i % 4 >= 2 and t.dtype != dtype]
+    sources = [t.detach() for i in wide if (t := tensors[i]) is not None]
+    if sources:
+        copies = [torch.empty_like(t, dtype=dtype) for t in sources]
+        torch._foreach_copy_(copies, sources)
+        for index, copy in zip(wide, copies, strict=True):
+            result[index] = copy
+    return tuple(result)
+
+
 class _Kept(NamedTuple):
     """What the forward leaves for the backward; None where the rung drops it."""
 
@@ -171,9 +162,11 @@ class _Block(torch.autograd.Function):
     ) -> Tensor:
         """x: [B, T, D]; tensors: weight, bias, a and b of each projection."""
         options = layout.options
+        dtypes = [None if t is None else t.dtype for t in tensors]
+        tensors = _narrowed(tensors, x.dtype)
         projections = _projections(layout, tensors, x.dtype)
         rows = as_rows(x)
-        normed, _, rstd_x = _norm(rows, None, attention_norm, options.epsilons[0], options.implementation)
+        normed, rstd_x = _norm(rows, attention_norm, options.epsilons[0], options.implementation)
         heads, product_qkv = _heads(projections[0], normed, x.shape, (cos, sin), options)
         attended = None
         if options.keep == "input":
@@ -182,19 +175,20 @@ class _Block(torch.autograd.Function):
             forget = options.keep == "attention"
             attended = KeptAttention(_attend(layout), heads, forget=forget, offload=options.offload)
             values = attended.values()
-        mixed, product_out = project(projections[1], values.flatten(0, 1))
+        mixed, product_out = project(projections[1], values.flatten(0, 1), update=False)
         if attended is not None:
             attended.put_away()
-        normed, mid, rstd_mid = _norm(mixed, rows, feed_forward_norm, options.epsilons[1], options.implementation)
+        mid = add(projections[1], mixed, rows, product_out, options)
+        normed, rstd_mid = _norm(mid, feed_forward_norm, options.epsilons[1], options.implementation)
         del heads, values, mixed
-        output, kept_gate_up, product_gate_up, product_down = _feed_forward(projections, normed, mid, options)
+        output, kept_gate_up, product_gate_up, product_down = feed_forward(projections, normed, mid, options)
         kept_mid = mid if options.keep in ("all", "mixer") else None
         products = (product_qkv, product_out, product_gate_up, product_down)
         ctx.attended = attended
         ctx.x_handle = None
         if options.offload is not None and options.offload.takes(x):
             ctx.x_handle = options.offload.store(x.detach())
-        ctx.layout, ctx.ran = layout, False
+        ctx.layout, ctx.ran, ctx.dtypes = layout, False, (attention_norm.dtype, feed_forward_norm.dtype, *dtypes)
         kept = (kept_mid, kept_gate_up, rstd_x, rstd_mid, *products)
         ctx.save_for_backward(
             None if ctx.x_handle is not None else x, cos, sin, attention_norm, feed_forward_norm, *kept, *tensors
@@ -218,8 +212,8 @@ class _Block(torch.autograd.Function):
         grad_x = run(grads[0], attended, _Kept(kept[0], kept[1], (kept[2], kept[3]), tuple(kept[4:])))
         if ctx.x_handle is not None:
             ctx.layout.options.offload.release(ctx.x_handle)
-        pairs = zip((*run.norm_grads, *run.grads), (*norms, *tensors), strict=True)
-        return grad_x, None, None, None, *(None if g is None or x is None else g.to(x.dtype) for g, x in pairs)
+        pairs = zip((*run.norm_grads, *run.grads), ctx.dtypes, strict=True)
+        return grad_x, None, None, None, *(None if g is None or d is None else g.to(d) for g, d in pairs)
 
 
 class _Backward:
@@ -253,15 +247,15 @@ class _Backward:
         if attended is None:
             attended = KeptAttention(_attend(layout), heads)
         if kept.mid is None:
-            mixed, _ = project(out, attended.values().flatten(0, 1))
-            normed_mid, mid, _ = self._norm(mixed, 1, residual=rows)
+            mixed = project_base(out, attended.values().flatten(0, 1))
+            mid = add(out, mixed, rows, kept.products[1], options)
             del mixed
         else:
             mid = kept.mid
-            normed_mid = self._norm(mid, 1)[0] if kept.gate_up is None or self.needs[8] else None
+        normed_mid = self._norm(mid, 1)[0] if kept.gate_up is None or self.needs[8] else None
         grad_rows = as_rows(grad)
-        grad_normed = _joined(
-            [self._feed_forward(grad_rows, mid, normed_mid, kept, tile) for tile in _tiles(rows.shape[0], options)]
+        grad_normed = joined(
+            [self._feed_forward(grad_rows, mid, normed_mid, kept, tile) for tile in tiles(rows.shape[0], options)]
         )
         del normed_mid
         grad_mid = self._norm_backward(1, grad_normed, mid, rstd_mid, grad_rows)
@@ -272,9 +266,9 @@ class _Backward:
         grad_normed = self._after_norm(0, grad_qkv.flatten(0, 1), kept.products[0], _Normed(rows, rstd_x, normed_x))
         return self._norm_backward(0, grad_normed, rows, rstd_x, grad_mid).view_as(self.x)
 
-    def _norm(self, rows: Tensor, index: int, *, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def _norm(self, rows: Tensor, index: int) -> tuple[Tensor, Tensor]:
         options = self.layout.options
-        return _norm(rows, residual, self.norms[index], options.epsilons[index], options.implementation)
+        return _norm(rows, self.norms[index], options.epsilons[index], options.implementation)
 
     def _norm_backward(self, index: int, grad: Tensor, rows: Tensor, rstd: Tensor, grad_residual: Tensor) -> Tensor:
         grad_rows, self.norm_grads[index] = _norm_backward(
@@ -294,7 +288,7 @@ class _Backward:
         grad, normed = grad[tile], None if normed is None else normed[tile]
         implementation = self.layout.options.implementation
         product_gate_up, product_down = (None if x is None else x[tile] for x in kept.products[2:])
-        updates = _updates(self.projections, product_gate_up, implementation)
+        updates = swiglu_updates(self.projections, product_gate_up, implementation)
         gate_up_output = kept.gate_up
         if gate_up_output is None and normed is not None:
             gate_up_output, _ = project(gate_up, normed, update=updates is None)
@@ -354,71 +348,6 @@ class _Backward:
         self.grads[index] = grad if before is None or grad is None else before.float() + grad
 
 
-def _tiles(num_rows: int, options: BlockOptions) -> list[slice]:
-    """Rows of each piece that the feed-forward takes at a time."""
-    size = num_rows if options.tile_tokens is None or options.keep == "all" else options.tile_tokens
-    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, max(1, size))]
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _feed_forward(
-    projections: Sequence[Projection], normed: Tensor, mid: Tensor, options: BlockOptions
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(mid + output [N, D], gate_up if it is kept, the adapters' products of gate_up and of down)."""
-    outputs: list[Tensor] = []
-    products: tuple[list[Tensor], list[Tensor]] = ([], [])
-    kept = None
-    for tile in _tiles(normed.shape[0], options):
-        output, gate_up, product_gate_up, product_down = _feed_forward_tile(
-            projections, normed[tile], mid[tile], options
-        )
-        outputs.append(output)
-        products[0].extend([] if product_gate_up is None else [product_gate_up])
-        products[1].extend([] if product_down is None else [product_down])
-        kept = gate_up if options.keep == "all" else None
-        del gate_up
-    joined = [_joined(pieces) if pieces else None for pieces in products]
-    return _joined(outputs), kept, joined[0], joined[1]
-
-
-def _feed_forward_tile(
-    projections: Sequence[Projection], normed: Tensor, mid: Tensor, options: BlockOptions
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(mid + output, gate_up, the adapters' products); gate_up has its updates, unless swiglu's kernel adds them."""
-    _, _, gate_up, down = projections
-    implementation = options.implementation
-    fused = _fuses(projections, implementation)
-    values, product = project(gate_up, normed, update=not fused)
-    updates = _updates(projections, product, implementation)
-    if updates is None or down.b is None:
-        output, product_down = project(down, glu.swiglu(values, implementation=implementation))
-        return output.add_(mid), values, product, product_down
-    activated, product_down = adapted_glu.forward(values, updates, implementation=implementation)
-    output = project_base(down, activated)
-    del activated
-    output = low_rank.add_update(output, mid, product_down, down.b, scaling=down.scaling, implementation=implementation)
-    return output, values, product, product_down
-
-
-def _fuses(projections: Sequence[Projection], implementation: str) -> bool:
-    """Whether swiglu's kernel adds the updates around it: Triton, and adapters on all of gate, up and down."""
-    _, _, gate_up, down = projections
-    whole = gate_up.b is not None and len(gate_up.slices) == 2
-    return implementation == "triton" and whole and adapted_glu.takes(gate_up.b, down.a)
-
-
-def _updates(
-    projections: Sequence[Projection], product: Tensor | None, implementation: str
-) -> adapted_glu.Updates | None:
-    _, _, gate_up, down = projections
-    if product is None or gate_up.b is None or down.a is None or not _fuses(projections, implementation):
-        return None
-    return adapted_glu.Updates(product, gate_up.b.contiguous(), down.a.contiguous(), gate_up.scaling)
-
-
 def _attend(layout: _Layout) -> Attend:
     """Attention by the layout's documents, window and kernels."""
 
@@ -456,15 +385,13 @@ def _heads(
     return heads, product
 
 
-def _norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, implementation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(norm of residual + x, that sum, its rstd) for rows x [N, D]."""
+def _norm(x: Tensor, weight: Tensor, epsilon: float, implementation: str) -> tuple[Tensor, Tensor]:
+    """(norm of x, its rstd) for rows x [N, D]."""
     if implementation == "triton":
-        return rms_norm.launch_forward(x, residual, weight, epsilon)
-    total = x if residual is None else residual + x
-    rstd = torch.rsqrt(total.float().pow(2).mean(-1) + epsilon)
-    return rms_norm.rms_norm_reference(total, weight, epsilon), total, rstd
+        normed, _, rstd = rms_norm.launch_forward(x, None, weight, epsilon)
+        return normed, rstd
+    rstd = torch.rsqrt(x.float().pow(2).mean(-1) + epsilon)
+    return rms_norm.rms_norm_reference(x, weight, epsilon), rstd
 
 
 def _norm_backward(

@@ -30,6 +30,9 @@ on a CPU core, 512 rows of D 1024 and V 32000 took 0.52 s at 32 MiB and 0.94 s a
 TRITON_CHUNK_BYTES = 256 * 2**20
 """The same for Triton, in bytes of the working dtype: enough rows to keep a large GPU's matmul busy."""
 
+TURN_BLOCK, TURN_WARPS = 4096, 8
+"""Columns that a program turns at a time, and its warps."""
+
 
 @dataclass(frozen=True)
 class LossOptions:
@@ -429,7 +432,7 @@ def _turn_logits_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `_turn_logits_reference`, but in place and in the dtype of `logits`."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    block = min(4096, next_power_of_2(logits.shape[1]))
+    block = min(TURN_BLOCK, next_power_of_2(logits.shape[1]))
     _turn_logits_kernel[(logits.shape[0],)](
         logits,
         logits if bias is None else bias,
@@ -446,6 +449,6 @@ def _turn_logits_triton(
         HAS_CAP=options.soft_cap is not None,
         HAS_FACTOR=factor is not None,
         WITH_GRADIENT=with_gradient,
-        num_warps=max(1, min(8, block // 512)),
+        num_warps=max(1, min(TURN_WARPS, block // 512)),
     )
     return losses, logits

@@ -1,0 +1,123 @@
+"""The forward of a layer's feed-forward, with its adapters and its residual, and the options of a layer.
+
+y = m + down(swiglu(gate_up(x)))        x [N, D]: the normed rows of m
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stoker.kernels import adapted_glu, glu, low_rank
+from stoker.kernels.offload import HostOffload
+from stoker.kernels.projection import Projection, project, project_base
+
+KEEP = ("all", "mixer", "attention", "input")
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """How a layer computes: heads, the norms' epsilons, the sliding window, the kernels, and what it keeps (KEEP).
+
+    With `offload`, x and what attention keeps wait on the host for the backward. With `tile_tokens` (not on the rung
+    "all"), the feed-forward runs so many tokens at a time in both directions: of 2F values a token, the widest of the
+    layer, no more than a tile's exist at once, however long the row.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    epsilons: tuple[float, float]
+    window: int | None = None
+    implementation: str = "reference"
+    keep: str = "all"
+    offload: HostOffload | None = None
+    tile_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tile_tokens is not None and self.tile_tokens < 1:
+            raise ValueError(f"tile_tokens = {self.tile_tokens} is not positive")
+        if self.keep not in KEEP:
+            raise ValueError(f"keep = {self.keep!r}; allowed: {', '.join(KEEP)}")
+
+
+def feed_forward(
+    projections: Sequence[Projection], normed: Tensor, mid: Tensor, options: BlockOptions
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(mid + output [N, D], gate_up if it is kept, the adapters' products of gate_up and of down)."""
+    outputs: list[Tensor] = []
+    products: tuple[list[Tensor], list[Tensor]] = ([], [])
+    kept = None
+    for tile in tiles(normed.shape[0], options):
+        output, gate_up, product_gate_up, product_down = _run_tile(projections, normed[tile], mid[tile], options)
+        outputs.append(output)
+        products[0].extend([] if product_gate_up is None else [product_gate_up])
+        products[1].extend([] if product_down is None else [product_down])
+        kept = gate_up if options.keep == "all" else None
+        del gate_up
+    whole = [joined(pieces) if pieces else None for pieces in products]
+    return joined(outputs), kept, whole[0], whole[1]
+
+
+def _run_tile(
+    projections: Sequence[Projection], normed: Tensor, mid: Tensor, options: BlockOptions
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(mid + output, gate_up, the adapters' products); gate_up has its updates, unless swiglu's kernel adds them."""
+    _, _, gate_up, down = projections
+    implementation = options.implementation
+    fused = _fuses(projections, implementation)
+    values, product = project(gate_up, normed, update=not fused)
+    updates = swiglu_updates(projections, product, implementation)
+    if updates is None:
+        output, product_down = project(down, glu.swiglu(values, implementation=implementation))
+        return output.add_(mid), values, product, product_down
+    activated, product_down = adapted_glu.forward(values, updates, implementation=implementation)
+    output = project_base(down, activated)
+    del activated
+    return add(down, output, mid, product_down, options), values, product, product_down
+
+
+def _fuses(projections: Sequence[Projection], implementation: str) -> bool:
+    """Whether swiglu's kernel adds the updates around it: Triton, and adapters on all of gate, up and down."""
+    _, _, gate_up, down = projections
+    whole = gate_up.b is not None and len(gate_up.slices) == 2
+    return implementation == "triton" and whole and adapted_glu.takes(gate_up.b, down.a)
+
+
+def swiglu_updates(
+    projections: Sequence[Projection], product: Tensor | None, implementation: str
+) -> adapted_glu.Updates | None:
+    """What swiglu's kernel adds, with the product of gate_up; None where it does not."""
+    _, _, gate_up, down = projections
+    if product is None or gate_up.b is None or down.a is None or not _fuses(projections, implementation):
+        return None
+    return adapted_glu.Updates(product, gate_up.b.contiguous(), down.a.contiguous(), gate_up.scaling)
+
+
+def add(
+    projection: Projection, output: Tensor, residual: Tensor, product: Tensor | None, options: BlockOptions
+) -> Tensor:
+    """Residual, frozen output and its update, over `output`; the projection has one part."""
+    if product is None or projection.b is None:
+        return output.add_(residual)
+    return low_rank.add_update(
+        output,
+        residual,
+        product,
+        projection.b,
+        scaling=projection.scaling,
+        implementation=options.implementation,
+    )
+
+
+def tiles(num_rows: int, options: BlockOptions) -> list[slice]:
+    """Rows of each piece that the feed-forward takes at a time."""
+    size = num_rows if options.tile_tokens is None or options.keep == "all" else options.tile_tokens
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, max(1, size))]
+
+
+def joined(pieces: list[Tensor]) -> Tensor:
+    """The tiles' results as one tensor."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
