@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from stoker.adapters.fused_block import freeze_into, fuse_blocks
 from stoker.adapters.lora import add_lora
 from stoker.arch.families import read
-from stoker.kernels import adapted_glu, fp8, glu, linear_cross_entropy, low_rank, rms_norm, rope
+from stoker.kernels import adapted_glu, fp8, glu, linear_cross_entropy, low_rank, projection, rms_norm, rope
 from stoker.kernels.attention import attention
 from stoker.kernels.offload import HostOffload
 from stoker.models import native
@@ -464,6 +464,7 @@ Patch = tuple[object, str, object]
 LEVERS: dict[str, tuple[tuple[Patch, ...], dict[str, float]]] = {
     "as it is": ((), {}),
     "updates outside swiglu": (((adapted_glu, "takes", lambda *_: False),), {"A": 16.0, "E": 9.5, "F": 16.0}),
+    "big matmuls before updates": (((projection, "ACCUMULATE", False),), {"A": 5.0, "E": 2.5, "F": 0.0}),
     "dP and dB apart": (((low_rank, "takes", lambda *_: False),), {"A": 7.0, "E": 4.0, "F": 7.0}),
     "swiglu backward 32 x 128": (((adapted_glu, "BACKWARD", adapted_glu.Tile(32, 128, 4)),), {}),
     "swiglu backward 32 x 64": (((adapted_glu, "BACKWARD", adapted_glu.Tile(32, 64, 4)),), {}),
@@ -498,10 +499,11 @@ def run_levers(name: str, out: Path | None, *, steps: int) -> None:
             setattr(target, attribute, value)
         try:
             torch.cuda.reset_peak_memory_stats()
-            times = [timed_step(run, ids, setting.config["vocab_size"])[0] * 1e3 for _ in range(steps + 2)][2:]
+            results = [timed_step(run, ids, setting.config["vocab_size"]) for _ in range(steps + 2)][2:]
         finally:
             for target, attribute, value in before:
                 setattr(target, attribute, value)
+        times = [seconds * 1e3 for seconds, _, _ in results]
         step_ms = statistics.median(times)
         base = base or step_ms
         report(
@@ -512,6 +514,8 @@ def run_levers(name: str, out: Path | None, *, steps: int) -> None:
             fastest_ms=min(times),
             change_ms=step_ms - base,
             predicted_ms=predicted.get(name),
+            loss=results[-1][1],
+            gradient_norm=results[-1][2],
             peak_gib=torch.cuda.max_memory_allocated() / GIB,
         )
 

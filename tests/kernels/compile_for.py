@@ -54,7 +54,7 @@ CASES = [
     (low_rank._sum_shares_kernel, {"ELEMENTS": 512, "SHARES": 8}, 4, {}),
     (
         low_rank._add_update_kernel,
-        {"ROWS": low_rank.ROWS, "COLUMNS": low_rank.COLUMNS, "RANK": 16, "rank": 16},
+        {"ROWS": low_rank.ROWS, "COLUMNS": low_rank.COLUMNS, "RANK": 16, "rank": 16, "HAS_Y": True},
         4,
         {},
     ),

@@ -88,3 +88,13 @@ def test_shares_are_summed_by_runs(ends, draw):
 def test_unknown_implementation_is_refused(draw):
     with pytest.raises(ValueError, match="no implementation 'other'"):
         grad_pair(draw(2, 16), draw(2, 2), draw(16, 2), slices=[slice(0, 16)], scaling=1.0, implementation="other")
+
+
+def test_update_and_residual_without_another_term_are_a_new_tensor(draw):
+    residual, product, b = draw(5, 20).float(), draw(5, 2).float(), draw(20, 2).float()
+    before = residual.clone()
+    expected = residual + 0.3 * product @ b.T
+    for implementation in ("reference", "triton"):
+        actual = add_update(None, residual, product, b, scaling=0.3, implementation=implementation)
+        torch.testing.assert_close(actual, expected)
+    assert torch.equal(residual, before)

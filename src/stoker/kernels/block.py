@@ -29,9 +29,9 @@ from torch.autograd.function import once_differentiable
 
 from stoker.kernels import adapted_glu, glu, rms_norm, rope
 from stoker.kernels.attention import DocumentLengths, attention
-from stoker.kernels.feed_forward import KEEP, BlockOptions, add, feed_forward, joined, swiglu_updates, tiles
+from stoker.kernels.feed_forward import KEEP, BlockOptions, feed_forward, joined, swiglu_updates, tiles
 from stoker.kernels.kept_attention import Attend, KeptAttention
-from stoker.kernels.projection import FrozenMatrix, Projection, grad_input, grad_product, project, project_base
+from stoker.kernels.projection import FrozenMatrix, Projection, grad_input, grad_product, project, project_onto
 from stoker.kernels.triton_support import as_rows
 
 __all__ = ["KEEP", "BlockOptions", "BlockWeights", "block"]
@@ -175,12 +175,13 @@ class _Block(torch.autograd.Function):
             forget = options.keep == "attention"
             attended = KeptAttention(_attend(layout), heads, forget=forget, offload=options.offload)
             values = attended.values()
-        mixed, product_out = project(projections[1], values.flatten(0, 1), update=False)
+        out, values = projections[1], values.flatten(0, 1)
+        product_out = None if out.a is None else values @ out.a.t()
+        mid = project_onto(out, values, rows, product_out, implementation=options.implementation)
         if attended is not None:
             attended.put_away()
-        mid = add(projections[1], mixed, rows, product_out, options)
         normed, rstd_mid = _norm(mid, feed_forward_norm, options.epsilons[1], options.implementation)
-        del heads, values, mixed
+        del heads, values
         output, kept_gate_up, product_gate_up, product_down = feed_forward(projections, normed, mid, options)
         kept_mid = mid if options.keep in ("all", "mixer") else None
         products = (product_qkv, product_out, product_gate_up, product_down)
@@ -247,9 +248,9 @@ class _Backward:
         if attended is None:
             attended = KeptAttention(_attend(layout), heads)
         if kept.mid is None:
-            mixed = project_base(out, attended.values().flatten(0, 1))
-            mid = add(out, mixed, rows, kept.products[1], options)
-            del mixed
+            values = attended.values().flatten(0, 1)
+            mid = project_onto(out, values, rows, kept.products[1], implementation=options.implementation)
+            del values
         else:
             mid = kept.mid
         normed_mid = self._norm(mid, 1)[0] if kept.gate_up is None or self.needs[8] else None

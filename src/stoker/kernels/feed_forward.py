@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stoker.kernels import adapted_glu, glu, low_rank
+from stoker.kernels import adapted_glu, glu
 from stoker.kernels.offload import HostOffload
-from stoker.kernels.projection import Projection, project, project_base
+from stoker.kernels.projection import Projection, project, project_onto
 
 KEEP = ("all", "mixer", "attention", "input")
 
@@ -71,12 +71,12 @@ def _run_tile(
     values, product = project(gate_up, normed, update=not fused)
     updates = swiglu_updates(projections, product, implementation)
     if updates is None:
-        output, product_down = project(down, glu.swiglu(values, implementation=implementation))
-        return output.add_(mid), values, product, product_down
-    activated, product_down = adapted_glu.forward(values, updates, implementation=implementation)
-    output = project_base(down, activated)
-    del activated
-    return add(down, output, mid, product_down, options), values, product, product_down
+        activated = glu.swiglu(values, implementation=implementation)
+        product_down = None if down.a is None else activated @ down.a.t()
+    else:
+        activated, product_down = adapted_glu.forward(values, updates, implementation=implementation)
+    output = project_onto(down, activated, mid, product_down, implementation=implementation)
+    return output, values, product, product_down
 
 
 def _fuses(projections: Sequence[Projection], implementation: str) -> bool:
@@ -94,22 +94,6 @@ def swiglu_updates(
     if product is None or gate_up.b is None or down.a is None or not _fuses(projections, implementation):
         return None
     return adapted_glu.Updates(product, gate_up.b.contiguous(), down.a.contiguous(), gate_up.scaling)
-
-
-def add(
-    projection: Projection, output: Tensor, residual: Tensor, product: Tensor | None, options: BlockOptions
-) -> Tensor:
-    """Residual, frozen output and its update, over `output`; the projection has one part."""
-    if product is None or projection.b is None:
-        return output.add_(residual)
-    return low_rank.add_update(
-        output,
-        residual,
-        product,
-        projection.b,
-        scaling=projection.scaling,
-        implementation=options.implementation,
-    )
 
 
 def tiles(num_rows: int, options: BlockOptions) -> list[slice]:

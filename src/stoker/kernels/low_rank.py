@@ -222,6 +222,7 @@ def _add_update_kernel(  # noqa: PLR0917
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
+    HAS_Y: tl.constexpr,
 ) -> None:
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -229,10 +230,10 @@ def _add_update_kernel(  # noqa: PLR0917
     in_columns, in_rows, in_rank = column < num_columns, row < num_rows, k < rank
     mask = in_rows[:, None] & in_columns[None, :]
     y = y_ptr + row[:, None] * y_stride + column[None, :]
-    total = tl.load(y, mask=mask, other=0.0).to(tl.float32)
-    total += tl.load(residual_ptr + row[:, None] * residual_stride + column[None, :], mask=mask, other=0.0).to(
-        tl.float32
-    )
+    residual = residual_ptr + row[:, None] * residual_stride + column[None, :]
+    total = tl.load(residual, mask=mask, other=0.0).to(tl.float32)
+    if HAS_Y:
+        total += tl.load(y, mask=mask, other=0.0).to(tl.float32)
     here = in_rows[:, None] & in_rank[None, :]
     p = tl.load(p_ptr + row[:, None] * p_stride + k[None, :], mask=here, other=0.0)
     there = in_columns[None, :] & in_rank[:, None]
@@ -242,22 +243,26 @@ def _add_update_kernel(  # noqa: PLR0917
 
 
 def add_update(
-    y: Tensor, residual: Tensor, product: Tensor, b: Tensor, *, scaling: float, implementation: str = "reference"
+    y: Tensor | None, residual: Tensor, product: Tensor, b: Tensor, *, scaling: float, implementation: str = "reference"
 ) -> Tensor:
-    """Returns `y + residual + scaling * product @ b.T`, written over `y` [N, out]; one pass, rounded once, with Triton.
+    """Returns `y + residual + scaling * product @ b.T`, over `y` [N, out] (None: 0, and a new tensor).
 
-    residual: [N, out]; product: [N, r]; b: [out, r]. ValueError for an unknown implementation.
+    residual: [N, out]; product: [N, r]; b: [out, r]. Triton makes one pass and rounds once. ValueError for an unknown
+    implementation.
     """
-    if not check_implementation(implementation) or not y.numel() or b.shape[1] > MAX_RANK:
+    if not check_implementation(implementation) or not residual.numel() or b.shape[1] > MAX_RANK:
+        if y is None:
+            return torch.addmm(residual, product, b.t(), alpha=scaling)
         return y.addmm_(product, b.t(), alpha=scaling).add_(residual)
-    num_rows, num_columns = y.shape
+    num_rows, num_columns = residual.shape
     b = b.contiguous()
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) if y is None else y
     _add_update_kernel[(triton.cdiv(num_columns, COLUMNS), triton.cdiv(num_rows, ROWS))](
-        y,
+        out,
         residual,
         product,
         b,
-        y.stride(0),
+        out.stride(0),
         residual.stride(0),
         product.stride(0),
         num_rows,
@@ -267,6 +272,7 @@ def add_update(
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         RANK=max(16, next_power_of_2(b.shape[1])),
+        HAS_Y=y is not None,
         num_warps=4,
     )
-    return y
+    return out

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from stoker.kernels import low_rank
+
+ACCUMULATE = True
+"""Whether updates are written first and the big matmul adds to them, or the other way round."""
 
 
 class FrozenMatrix(Protocol):
@@ -47,11 +51,46 @@ def project(projection: Projection, x: Tensor, *, update: bool = True) -> tuple[
 
     Without `update` the output is that of the frozen layer alone, for a caller who adds the rest.
     """
-    output = project_base(projection, x)
     if projection.a is None or projection.b is None:
-        return output, None
+        return project_base(projection, x), None
     product = x @ projection.a.t()
-    return _add_updates(projection, output, product) if update else output, product
+    if not update:
+        return project_base(projection, x), product
+    if _accumulates(projection) and sum(b.shape[0] for _, _, b in _parts(projection, product)) == _num_out(projection):
+        output = x.new_empty(x.shape[0], _num_out(projection))
+        for rows, part, b in _parts(projection, product if projection.scaling == 1.0 else product * projection.scaling):
+            torch.mm(part, b.t(), out=output[:, rows])
+        return _accumulate(output, projection, x), product
+    return _add_updates(projection, project_base(projection, x), product), product
+
+
+def project_onto(
+    projection: Projection, x: Tensor, residual: Tensor, product: Tensor | None, *, implementation: str = "reference"
+) -> Tensor:
+    """Returns `residual` plus the layer's output [N, out], with `product` = x Aᵀ; for a layer of one part."""
+    if product is None or projection.b is None:
+        return project_base(projection, x).add_(residual)
+    b, scaling = projection.b, projection.scaling
+    if _accumulates(projection):
+        update = low_rank.add_update(None, residual, product, b, scaling=scaling, implementation=implementation)
+        return _accumulate(update, projection, x)
+    output = project_base(projection, x)
+    return low_rank.add_update(output, residual, product, b, scaling=scaling, implementation=implementation)
+
+
+def _accumulates(projection: Projection) -> bool:
+    """Whether a matmul adds to what is there: on a GPU a big one does so for less than a pass over its result."""
+    return ACCUMULATE and isinstance(projection.weight, Tensor) and projection.bias is None
+
+
+def _accumulate(output: Tensor, projection: Projection, x: Tensor) -> Tensor:
+    weight = projection.weight
+    return output.addmm_(x, weight.t()) if isinstance(weight, Tensor) else output
+
+
+def _num_out(projection: Projection) -> int:
+    weight = projection.weight
+    return weight.shape[0] if isinstance(weight, Tensor) else 0
 
 
 def project_base(projection: Projection, x: Tensor) -> Tensor:
@@ -97,6 +136,8 @@ def grad_product(
 def grad_input(projection: Projection, grad: Tensor, grad_product: Tensor | None) -> Tensor:
     """Returns the gradient [N, in] of a projection's input, from that of its output and dP."""
     weight = projection.weight
+    if ACCUMULATE and isinstance(weight, Tensor) and grad_product is not None and projection.a is not None:
+        return (grad_product @ projection.a).addmm_(grad, weight)
     grad_x = grad @ weight if isinstance(weight, Tensor) else weight.matmul_transposed(grad)
     if grad_product is not None and projection.a is not None:
         grad_x.addmm_(grad_product, projection.a)
