@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from stoker.cli.init import Answers, starter
 from stoker.config import describe, foreign
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
 README = ROOT / "README.md"
 MAIN_JOB = ROOT / "benchmarks" / "results" / "main_job.json"
+SINGLE_GPU = ROOT / "benchmarks" / "results" / "single_gpu.json"
 
 _HEAD = """\
 # The YAML of a run
@@ -108,11 +110,53 @@ def _other_trainers() -> str:
 
 
 def readme() -> str:
-    """Returns the README with its table of speed renewed from the committed results."""
-    begin, end = "<!-- main_job:begin -->", "<!-- main_job:end -->"
-    before, _, rest = README.read_text(encoding="utf-8").partition(begin)
-    _, _, after = rest.partition(end)
-    return f"{before}{begin}\n{_main_job_table()}\n{end}{after}"
+    """Returns the README with its tables of speed renewed from the committed results."""
+    text = README.read_text(encoding="utf-8")
+    tables = {"main_job": _main_job_table(), "single_gpu": single_gpu_table(SINGLE_GPU)}
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n{table}{end}{after}"
+    return text
+
+
+def single_gpu_table(path: Path) -> str:
+    """Returns the last result of each cell of the single-GPU benchmark; nothing when none is there."""
+    if not path.is_file():
+        return ""
+    runs = {facts["cell"]: facts for facts in json.loads(path.read_text(encoding="utf-8"))["runs"]}
+    lines = ["| | work | Stoker | of the floor | peers |", "|---|---|---|---|---|"]
+    for cell, facts in sorted(runs.items()):
+        ours, *others = facts["results"]
+        lines.append(
+            f"| {cell} | {facts['title'].replace('shape:', '')}, {facts['rows']} | {_speed_and_memory(ours)} "
+            f"| {_share_of_floor(ours)} | {'; '.join(map(_beside, others)) or 'none'} |"
+        )
+    made = {(facts["device"], facts["versions"]["torch"], facts["commit"]) for facts in runs.values()}
+    where = "; ".join(f"{device}, torch {torch}, commit {commit}" for device, torch, commit in sorted(made))
+    lines.append(
+        f"\n{where}. The floor is the time of the step's matrix products and attention alone, measured in the same "
+        "run; in brackets, with every layer computed twice. Made by `python benchmarks/single_gpu/run.py`."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _speed_and_memory(row: dict[str, Any]) -> str:
+    return f"{row['tokens_per_second']:,.0f} tokens/s, {row['peak_bytes'] / 2**30:.1f} GiB"
+
+
+def _share_of_floor(row: dict[str, Any]) -> str:
+    again = row["share_of_recomputed_floor"]
+    return f"{row['share_of_floor']:.0%}" + (f" ({again:.0%})" if again else "")
+
+
+def _beside(row: dict[str, Any]) -> str:
+    name = {"hf": "Transformers + PEFT", "liger": "with Liger", "unsloth": "Unsloth"}[row["name"]]
+    if row["error"]:
+        return f"{name}: no result"
+    ratios = f"**{row['stoker_speed_ratio']:.2f} x** its speed, {row['stoker_memory_ratio']:.2f} x its memory"
+    return f"{name}: {_speed_and_memory(row)} ({ratios})"
 
 
 def _main_job_table() -> str:
@@ -133,7 +177,7 @@ def _main_job_table() -> str:
         "Made by `python -m benchmarks.main_job` (commit "
         f"{facts['commit']}), kept in benchmarks/results."
     )
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:

@@ -1,0 +1,116 @@
+"""Trains a few steps the way `stoker train` does, and looks at the clock."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from stoker.build.bench.result import Measured, fault, speed
+from stoker.build.data import Data
+from stoker.build.model import Base, load_decoder
+from stoker.build.trainer import add_adapter, compute_dtype, make_engine
+from stoker.config.schema import RunConfig
+from stoker.data.batch import Batch
+from stoker.errors import TrainingError
+from stoker.plan.plan import Plan
+from stoker.train.guard import MemoryGuard
+from stoker.train.step import take_step
+
+WARMUP_STEPS = 3
+"""Steps before the timed ones: kernels compile, caches and the allocator settle."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The micro-batches of every step, warm-up first, the same for every trainer."""
+
+    batches: tuple[tuple[Batch, ...], ...]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether rows hold several documents."""
+        return self.batches[0][0].document_lengths is not None
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of each step that count: trained ones of packed rows, all of full ones."""
+        return [
+            sum(one.num_trained_tokens if self.is_packed else one.num_tokens for one in step) for step in self.batches
+        ]
+
+
+def measure(config: RunConfig, plan: Plan, base: Base, data: Data, *, steps: int) -> tuple[Measured, Steps]:
+    """Loads the model as the plan says, takes warm-up steps and `steps` timed ones; everything is freed on return.
+
+    Raises:
+        TrainingError: the loss is not finite, or the gradient's norm is not above zero.
+    """
+    torch.set_num_threads(plan.num_threads)
+    torch.manual_seed(config.train.seed)
+    device = torch.device(plan.device)
+    start = time.perf_counter()
+    decoder = load_decoder(
+        base,
+        device=plan.device,
+        dtype=compute_dtype(plan) if config.adapter is not None else torch.float32,
+        kernels=plan.kernels,
+        quantization=plan.quantization,
+    )
+    if config.adapter is not None:
+        add_adapter(decoder, config.adapter, seed=config.train.seed)
+    engine = make_engine(config, plan, decoder, data, pad_id=0)
+    wait(device)
+    load_seconds = time.perf_counter() - start
+    batches = Steps(tuple(tuple(engine.train.step(index)) for index in range(WARMUP_STEPS + steps)))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    notices: list[str] = []
+    guard = MemoryGuard(engine.strategy, notices.append)
+    seconds, losses, norms = [], [], []
+    for number, micro_batches in enumerate(batches.batches, start=1):
+        wait(device)
+        start = time.perf_counter()
+        outcome = take_step(
+            engine.strategy,
+            micro_batches,
+            number=number,
+            learning_rate=config.train.learning_rate,
+            max_gradient_norm=config.train.max_gradient_norm,
+            guard=guard,
+            notify=notices.append,
+        )
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+        losses.append(outcome.loss)
+        norms.append(outcome.gradient_norm)
+    if wrong := fault(losses, min(norms)):
+        raise TrainingError(f"No number is worth printing: {wrong}.")
+    rate, step_seconds = speed(batches.tokens[WARMUP_STEPS:], seconds[WARMUP_STEPS:])
+    measured = Measured(
+        "stoker",
+        tokens_per_second=rate,
+        step_seconds=step_seconds,
+        first_step_seconds=seconds[0],
+        load_seconds=load_seconds,
+        peak_bytes=engine.strategy.peak_memory_bytes(),
+        losses=tuple(losses),
+        gradient_norm=min(norms),
+        notices=tuple(notices),
+    )
+    return measured, batches
+
+
+def wait(device: torch.device) -> None:
+    """Waits for the work that was given to `device`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def documents_of(batch: Batch) -> Sequence[int]:
+    """Returns the lengths of a micro-batch's documents, padding among them."""
+    if batch.document_lengths is None:
+        return [batch.input_ids.shape[1]] * batch.num_rows
+    return [length for row in batch.document_lengths for length in row]

@@ -1,0 +1,49 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stoker.arch import arithmetic, families
+from stoker.build.bench import shapes
+from stoker.build.model import load_decoder, load_tokenizer
+from stoker.errors import ModelError
+
+
+def test_transformers_and_stoker_load_the_same_model(folder, base):
+    ours = load_decoder(base, device="cpu", dtype=torch.float32, kernels="reference")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.arange(12)[None] * 7
+    with torch.no_grad():
+        difference = (ours.logits(ours(ids)) - theirs(input_ids=ids).logits).abs().max()
+    assert difference < 1e-5  # fp32 sums in another order
+    assert ours.blocks[0].attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_it_has_a_tokenizer_of_bytes(folder, base):
+    assert AutoTokenizer.from_pretrained(folder).decode(load_tokenizer(base)("any text: ü").input_ids) == "any text: ü"
+
+
+def test_it_is_made_once_and_in_shards(folder, tmp_path):
+    made = (folder / "config.json").stat().st_mtime_ns
+    assert shapes.resolve("shape:llama-tiny", device="cpu", folder=folder.parent) == folder
+    assert (folder / "config.json").stat().st_mtime_ns == made
+    shapes.write(shapes.SHAPES["llama-tiny"], tmp_path, device="cpu", max_shard_bytes=100_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    whole, parts = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (folder, tmp_path))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_shapes_have_the_published_sizes():
+    counts = {name: arithmetic.num_parameters(families.read(config, name)) for name, config in shapes.SHAPES.items()}
+    assert counts["llama-3.1-8b"] == 8_030_261_248
+    assert counts["llama-3.2-1b"] == 1_235_814_400
+
+
+def test_an_unknown_shape_is_refused_with_those_that_exist():
+    with pytest.raises(ModelError, match=r"There is no shape 'shape:gpt-5'.*shape:llama-3\.2-1b"):
+        shapes.resolve("shape:gpt-5", device="cpu")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match="cannot be written"):
+        shapes.resolve("shape:llama-tiny", device="cpu", folder=tmp_path / "file")

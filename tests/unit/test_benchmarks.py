@@ -1,0 +1,98 @@
+"""The cells of the single-GPU benchmark, its runner, and the table made from its results."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from docs.generate import single_gpu_table
+
+from stoker.arch import families
+from stoker.build.bench import shapes
+from stoker.config.load import load
+from stoker.plan.choose import choose
+from stoker.plan.hardware import Device, Hardware
+
+ROOT = Path(__file__).parents[2]
+CELLS = sorted((ROOT / "benchmarks" / "single_gpu").glob("*.yaml"))
+H200 = Hardware(
+    (
+        Device("cuda", "NVIDIA H200", 139 * 2**30, bf16=True, compute_capability=(9, 0), triton=True),
+        Device("cpu", "CPU", 120 * 2**30, bf16=True),
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def runner():
+    spec = importlib.util.spec_from_file_location("single_gpu_run", ROOT / "benchmarks" / "single_gpu" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def facts(cell, speed, peers=()):
+    def row(name, tokens, error=""):
+        return {
+            "name": name,
+            "tokens_per_second": tokens,
+            "peak_bytes": 2**30,
+            "share_of_floor": 0.8,
+            "share_of_recomputed_floor": 0.9,
+            "stoker_speed_ratio": speed / tokens if tokens else None,
+            "stoker_memory_ratio": 1.0,
+            "error": error,
+        }
+
+    rows = [row("stoker", speed), *(row(name, tokens, "" if tokens else "no memory") for name, tokens in peers)]
+    shared = {"title": f"LoRA on shape:{cell}", "rows": "2 x 8", "device": "H200", "commit": "abc", "date": "now"}
+    return shared | {
+        "cell": cell,
+        "versions": {"torch": "2.11"},
+        "floor": {"tokens_per_second": 1000.0},
+        "results": rows,
+        "notices": [],
+    }
+
+
+def test_there_is_a_cell_for_each_kind_of_work():
+    assert [path.stem for path in CELLS] == list("ABCDEFGHI")
+
+
+@pytest.mark.parametrize("path", CELLS, ids=lambda path: path.stem)
+def test_a_cell_fits_an_h200_and_runs_as_it_says(path):
+    config = load(path)
+    spec = families.read(shapes.SHAPES[config.model.base.removeprefix("shape:")], "shape")
+    plan = choose(config, spec, H200)
+    assert plan.kernels == "triton"
+    assert plan.micro_batch_size == config.train.batch_size
+    assert plan.offload_activations == (path.stem in "BCD")
+    assert set(plan.keep) == {"attention" if path.stem in "BCD" else "all"}
+    assert plan.quantization == {"C": "nf4", "D": "nf4", "F": "fp8"}.get(path.stem, "none")
+    assert f"single_gpu/{path.name}" in path.read_text()
+
+
+def test_peers_of_the_same_job_are_shared_between_cells(runner):
+    shared = runner.with_peers(facts("F", 300.0), facts("A", 200.0, [("unsloth", 150.0), ("hf", None)]))
+    ours, unsloth, failed = shared["results"]
+    assert unsloth["stoker_speed_ratio"] == 2.0
+    assert failed["error"] == "no memory"
+    assert ours["tokens_per_second"] == 300.0
+    assert "those of cell A" in shared["notices"][0]
+
+
+def test_results_are_appended_and_the_last_of_a_cell_is_shown(runner, tmp_path):
+    for speed in (100.0, 300.0):
+        runner.append(facts("A", speed, [("unsloth", 150.0)]), tmp_path)
+    runner.append(facts("B", 50.0, [("hf", None)]), tmp_path)
+    assert len(json.loads((tmp_path / "single_gpu.json").read_text())["runs"]) == 3
+    assert (tmp_path / "single_gpu.csv").read_text().count("\n") == 7
+    table = single_gpu_table(tmp_path / "single_gpu.json")
+    assert "300 tokens/s, 1.0 GiB | 80% (90%)" in table
+    assert "**2.00 x** its speed" in table
+    assert "Transformers + PEFT: no result" in table
+    assert "100 tokens/s" not in table
+
+
+def test_without_results_there_is_no_table(tmp_path):
+    assert single_gpu_table(tmp_path / "none.json") == ""
