@@ -5,7 +5,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from stoker.adapters.lora import LoraLinear, add_lora, lora_layers
+from stoker.adapters.merge import merge_into
 from stoker.errors import ModelError
+from stoker.nn.frozen_linear import FrozenLinear
+from stoker.quant.formats import quantize
 
 VARIANTS = [{}, {"rank_stabilized": True}, {"dora": True}]
 
@@ -162,3 +165,70 @@ def test_a_second_set_of_adapters_is_refused(make_model):
 def test_settings_without_meaning_are_refused(make_model, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         add_lora(make_model(), **{"rank": 2, "alpha": 4, **options})
+
+
+@pytest.fixture
+def make_pair(make_model, train):
+    """A model over a quantised base, and the same over that base's values in full, with equal adapters."""
+
+    def make(**options):
+        models = []
+        for is_dense in (False, True):
+            model = make_model()
+            add_lora(model, rank=2, alpha=4, **options)
+            for layer in lora_layers(model):
+                frozen = FrozenLinear(layer.base, quantize(layer.base.weight, "nf4", part_rows=layer.base.out_features))
+                if is_dense:
+                    layer.base.weight.data = frozen.weight
+                else:
+                    layer.base = frozen
+                if layer.magnitude is not None:
+                    layer.magnitude.data = layer._row_norms()
+            models.append(train(model))
+        return models
+
+    return make
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"targets": ["k_proj"]}, {"targets": ["q_proj", "v_proj"]}])
+def test_adapter_over_a_quantized_base_is_that_over_its_values(make_pair, x, options):
+    results = []
+    for model in make_pair(**options):
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        inputs = x.clone().requires_grad_()
+        output = model(inputs)
+        grads = torch.autograd.grad(output.square().sum(), [inputs, *trained.values()])
+        results.append((output.detach(), *grads))
+    # fp32; the update is added after the base's product instead of into it.
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_over_a_quantized_base_acts_on_the_update_in_training_only(make_pair, x):
+    model, dense = make_pair(dropout=0.5)
+    assert not torch.equal(model(x), model(x))
+    torch.testing.assert_close(model.eval()(x), dense.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"dropout": 0.1}])
+def test_a_quantized_base_is_never_saved_in_full(make_pair, x, options):
+    model, _ = make_pair(**options)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        model(x)
+    assert saved
+    assert torch.Size((16, 8)) not in saved  # of q, k and v together; adapters have other shapes
+
+
+def test_a_quantized_base_computes_in_autocasts_dtype(make_pair, x):
+    model, _ = make_pair()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = next(lora_layers(model))(x)
+    assert output.dtype == torch.bfloat16
+    output.float().square().sum().backward()
+    assert next(lora_layers(model)).lora_a.grad.dtype == torch.float32
+
+
+def test_a_quantized_base_cannot_be_merged_into(make_pair):
+    model, _ = make_pair()
+    with pytest.raises(ValueError, match="cannot hold a merged weight"):
+        merge_into(model)
