@@ -7,7 +7,6 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
-
 from benchmarks import loss_parity
 from benchmarks.curves import svg
 

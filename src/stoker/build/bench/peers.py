@@ -104,7 +104,7 @@ def run(name: str, job: Path, *, timeout_seconds: float) -> Measured:
         done = subprocess.run(
             command,
             cwd=job.parent,
-            env={**os.environ, "PYTHONPATH": places},
+            env={**os.environ, "PYTHONPATH": places, "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
             check=False,

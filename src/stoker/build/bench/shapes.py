@@ -154,13 +154,11 @@ def _tensors(
 def _write_tokenizer(folder: Path) -> None:
     """A tokenizer of single bytes, for trainers that will not load a model without one."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     special = ["<s>", "</s>", "<pad>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({token: index for index, token in enumerate([*special, *alphabet])}, []))
-    core.add_special_tokens(special)
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.save(str(folder / "tokenizer.json"))
     names = dict(zip(("bos_token", "eos_token", "pad_token"), special, strict=True))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 131072, **names}
-    _write_json(folder / "tokenizer_config.json", settings)
+    PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=131072, **names).save_pretrained(folder)
