@@ -47,10 +47,11 @@ from stoker.train.guard import MemoryGuard
 from stoker.train.step import take_step
 
 RESULTS = Path(__file__).parent / "results"
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 5e-4
+"""Low enough that after 300 steps there is still a loss to compare: at 3e-3 the rows are known by heart by then."""
 WINDOW = 20
 SAME_NUMBERS = 1e-3
-"""fp32 against fp32: sums in another order, which 300 steps of a high learning rate amplify."""
+"""fp32 against fp32: sums in another order."""
 SAME_PRECISION = 1e-2
 """bf16 against bf16, rounded in other places."""
 SAME_ARITHMETIC = 2e-3
@@ -150,7 +151,7 @@ class Job:
     device: str
 
 
-def make_job(folder: Path, *, steps: int, device: str, rows: int = 8, length: int = 128) -> Job:
+def make_job(folder: Path, *, steps: int, device: str, rows: int = 4, length: int = 128) -> Job:
     """Writes an untrained adapter and draws packed batches of the shipped conversations."""
     base = open_base("builtin:tiny-llama")
     decoder = load_decoder(base, device="cpu", dtype=torch.float32, kernels="reference")
