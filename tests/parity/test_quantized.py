@@ -8,6 +8,7 @@ from stoker.adapters.fused_block import fuse_blocks
 from stoker.adapters.lora import add_lora
 from stoker.arch.families import read
 from stoker.export import adapter
+from stoker.export.merged import merge
 from stoker.models.folder import read_config
 from stoker.models.native import load
 
@@ -102,3 +103,20 @@ def test_training_over_nf4_gives_the_losses_of_peft_over_bitsandbytes(folder, th
     assert our_losses[-1] < our_losses[0] - 0.1
     # fp32 on both sides, so only the order of sums differs; Adam's small denominators let 1e-6 grow over six steps.
     assert our_losses == pytest.approx(their_losses, abs=1e-4)
+
+
+def test_adapter_trained_over_a_folder_in_nf4_merges_into_its_values(theirs, ids, tmp_path):
+    theirs.save_pretrained(tmp_path / "base")
+    spec = read(read_config(tmp_path / "base"), "config.json")
+    model = load(tmp_path / "base", spec, quantization="nf4")
+    add_lora(model, rank=4, alpha=8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.1)
+        expected = model.logits(model(ids))
+    adapter.save(model, tmp_path / "adapter", base_name=str(tmp_path / "base"))
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    # fp32 sums in another order, over logits of about ten.
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-3)

@@ -74,7 +74,7 @@ def merge(base: Path, adapter_folder: Path, out: Path, *, dtype: torch.dtype | N
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
             written = Path(aside) / "model"
-            native.save(model.to(dtype), spec, written, config=_without_old_dtype(config))
+            native.save(model.to(dtype), spec, written, config=_of_plain_weights(config))
             _copy_files(base, adapter_folder, written)
             rounded = _logits(model.float(), tokens)
             del model  # before the second is loaded
@@ -117,9 +117,9 @@ def _judge_rounding(
     return MergeReport(out, num_layers, dtype, difference, tolerance, effect)
 
 
-def _without_old_dtype(config: dict[str, Any]) -> dict[str, Any]:
-    """`dtype` was called `torch_dtype` before Transformers 5; the two must not contradict each other."""
-    return {key: value for key, value in config.items() if key != "torch_dtype"}
+def _of_plain_weights(config: dict[str, Any]) -> dict[str, Any]:
+    """What is written is not quantised, and `dtype`, called `torch_dtype` before Transformers 5, is its only dtype."""
+    return {key: value for key, value in config.items() if key not in ("torch_dtype", "quantization_config")}
 
 
 def _refuse_occupied(out: Path) -> None:

@@ -5,28 +5,17 @@ ranked by the time of a step. What the user set is obeyed, or refused with the n
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Literal
 
-from stoker.arch import activations, arithmetic
-from stoker.arch.activations import Micro
 from stoker.arch.spec import ArchSpec
 from stoker.config.schema import RunConfig
 from stoker.errors import PlanError
 from stoker.plan import execution, limits
-from stoker.plan.adapter import adapter_parameters, targeted
 from stoker.plan.alternatives import alternatives
+from stoker.plan.candidates import Candidate, Job, Machine, Precision, Size
 from stoker.plan.hardware import Device, Hardware
-from stoker.plan.ladder import Ladder, ladders
-from stoker.plan.memory import GIB, VALUE_BYTES, Memory, estimate
+from stoker.plan.memory import GIB
 from stoker.plan.plan import Plan, size
 
-Precision = Literal["fp32", "bf16", "fp16"]
-# Tokens at which a micro-batch reaches half of a device's speed: fixed costs of a layer's launches against its work.
-# Rules of thumb until measured efficiencies take their place.
-_HALF_SPEED_TOKENS = {"cpu": 64, "cuda": 256, "mps": 256}
-# What copies to the host and back cost when the compute hides nearly all of it, as a share of a step.
-_OFFLOAD_TIME = 0.02
 # Of candidates within this share of the fastest, the one with the least memory is taken.
 _AS_FAST = 1.03
 # Pinned memory cannot be swapped out: more than this share of what the host has free is not taken.
@@ -39,127 +28,6 @@ class Statistics:
     """What is known of the prepared rows: the longest document, in tokens."""
 
     longest: int
-
-
-@dataclass(frozen=True)
-class _Machine:
-    """What candidates are measured against: a device with its memory limit, and the host's memory beside it."""
-
-    device: Device
-    host_bytes: int
-    precision: Precision
-    uses_triton: bool
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is to be run, on rows of so many tokens, and what follows from it."""
-
-    config: RunConfig
-    spec: ArchSpec
-    machine: _Machine
-    row_tokens: int
-
-    @cached_property
-    def counts(self) -> tuple[int, int]:
-        """How many parameters are trained and how many are frozen."""
-        total = arithmetic.num_parameters(self.spec)
-        adapter = self.config.adapter
-        return (adapter_parameters(self.spec, adapter), total) if adapter else (total, 0)
-
-    @cached_property
-    def product_values(self) -> int:
-        """What adapters keep beside a layer's tensors, values a token."""
-        adapter, layers = self.config.adapter, max(1, len(self.spec.layers))
-        return adapter.rank * len(targeted(self.spec, adapter.targets)) // layers if adapter else 0
-
-    @cached_property
-    def ladders(self) -> tuple[Ladder, ...]:
-        """What the user allows, from the least to the most that is computed again."""
-        engine = self.config.engine
-        steps = ladders(
-            len(self.spec.layers),
-            asked=engine.recompute,
-            offload=engine.offload_activations,
-            can_fuse=not execution.why_op_by_op(self.config.adapter),
-            can_offload=self.machine.device.kind == "cuda",
-            fuses_all=self.machine.uses_triton,
-        )
-        return tuple(steps)
-
-    @cached_property
-    def flops(self) -> float:
-        """FLOPs of a trained token when nothing is computed again."""
-        frozen_base = self.config.adapter is not None
-        return arithmetic.training_flops_per_token(self.spec, self.row_tokens, frozen_base=frozen_base)
-
-    def flops_with(self, ladder: Ladder) -> float:
-        """FLOPs of a trained token with what is computed again."""
-        is_fused = ladder.layers == "fused"
-        again = activations.recomputed_flops_per_token(self.spec, self.row_tokens, ladder.keep, is_fused=is_fused)
-        return self.flops + again
-
-    def memory(self, tokens: int, *, casts_by_layer: bool) -> Memory:
-        """Bytes of a micro-batch besides the layers' activations."""
-        trained, frozen = self.counts
-        return estimate(
-            self.spec,
-            trained=trained,
-            frozen=frozen,
-            optimizer=self.config.train.optimizer,
-            tokens=tokens,
-            precision=self.machine.precision,
-            device=self.machine.device.kind,
-            quantization=self.config.model.quantization,
-            casts_by_layer=casts_by_layer,
-        )
-
-
-class _Size:
-    """A micro-batch of so many rows, to try ladders with."""
-
-    def __init__(self, job: _Job, rows: int) -> None:
-        self.job, self.rows = job, rows
-        tokens = rows * job.row_tokens
-        self._micro = Micro(tokens, VALUE_BYTES[job.machine.precision], job.product_values)
-        self._besides = {fused: job.memory(tokens, casts_by_layer=fused) for fused in (False, True)}
-
-    def candidate(self, ladder: Ladder) -> "_Candidate":
-        """Returns what this micro-batch takes with `ladder`."""
-        spec, besides = self.job.spec, self._besides[ladder.layers == "fused"]
-        memory = besides.with_activations(ladder.device_bytes(spec, self._micro))
-        return _Candidate(self, ladder, memory, ladder.host_bytes(spec, self._micro) if ladder.offload else 0)
-
-    def best(self) -> "_Candidate":
-        """Returns the candidate that computes least again of those that fit, or else the nearest to fitting."""
-        allowed = self.job.machine.host_bytes
-        each = [self.candidate(ladder) for ladder in self.job.ladders]
-        nearest = min(each, key=lambda one: (one.host_bytes > allowed, one.memory.total))
-        return next((one for one in each if one.fits), nearest)
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    size: _Size
-    ladder: Ladder
-    memory: Memory
-    host_bytes: int
-
-    @property
-    def rows(self) -> int:
-        return self.size.rows
-
-    @property
-    def fits(self) -> bool:
-        machine = self.size.job.machine
-        return self.memory.total <= machine.device.memory_bytes and self.host_bytes <= machine.host_bytes
-
-    @cached_property
-    def time(self) -> float:
-        """Of a token, in units of one that computes nothing again at full speed."""
-        job = self.size.job
-        work = job.flops_with(self.ladder) / job.flops + _OFFLOAD_TIME * self.ladder.offload
-        return work * (1.0 + _HALF_SPEED_TOKENS[job.machine.device.kind] / (self.rows * job.row_tokens))
 
 
 def choose(config: RunConfig, spec: ArchSpec, hardware: Hardware, *, statistics: Statistics | None = None) -> Plan:
@@ -179,7 +47,7 @@ def choose(config: RunConfig, spec: ArchSpec, hardware: Hardware, *, statistics:
     execution.refuse_unknown_rungs(config, device)
     row_tokens = _row_tokens(config, statistics)
     machine = _machine(config, hardware, device, precision, uses_triton=kernels == "triton")
-    job = _Job(config, spec, machine, row_tokens)
+    job = Job(config, spec, machine, row_tokens)
     candidates = _candidates(job)
     fitting = [one for one in candidates if one.fits]
     if not fitting:
@@ -224,13 +92,13 @@ def choose(config: RunConfig, spec: ArchSpec, hardware: Hardware, *, statistics:
 
 def _machine(
     config: RunConfig, hardware: Hardware, device: Device, precision: Precision, *, uses_triton: bool
-) -> _Machine:
+) -> Machine:
     limit = config.engine.memory_limit_gib
     host = hardware.first("cpu")
     if limit is not None:
         device = replace(device, memory_bytes=min(device.memory_bytes, int(limit * GIB)))
     host_bytes = int(_HOST_SHARE * host.memory_bytes) if host else 0
-    return _Machine(device, host_bytes, precision, uses_triton)
+    return Machine(device, host_bytes, precision, uses_triton)
 
 
 def _said(value: object, reason: str) -> str:
@@ -283,19 +151,19 @@ def _num_threads(config: RunConfig, hardware: Hardware) -> tuple[int, str]:
     return asked, "set in the configuration"
 
 
-def _candidates(job: _Job) -> list[_Candidate]:
+def _candidates(job: Job) -> list[Candidate]:
     """Returns the best candidate of each micro-batch that the user allows."""
     batch_size, asked = job.config.train.batch_size, job.config.engine.micro_batch_size
     sizes = [n for n in range(1, batch_size + 1) if batch_size % n == 0] if asked == "auto" else [asked]
-    return [_Size(job, rows).best() for rows in sizes]
+    return [Size(job, rows).best() for rows in sizes]
 
 
-def _best(fitting: list[_Candidate]) -> _Candidate:
+def _best(fitting: list[Candidate]) -> Candidate:
     fastest = min(candidate.time for candidate in fitting)
     return min((one for one in fitting if one.time <= _AS_FAST * fastest), key=lambda one: one.memory.total)
 
 
-def _micro_batch_reason(best: _Candidate) -> str:
+def _micro_batch_reason(best: Candidate) -> str:
     job, rows = best.size.job, best.rows
     if job.config.engine.micro_batch_size != "auto":
         return "set in the configuration"
@@ -304,11 +172,11 @@ def _micro_batch_reason(best: _Candidate) -> str:
     if rows == batch_size:
         return f"{tokens}: the whole step"
     larger = next(n for n in range(rows + 1, batch_size + 1) if batch_size % n == 0)
-    fits = _Size(job, larger).best().fits
+    fits = Size(job, larger).best().fits
     return f"{tokens}: more would hardly be faster" if fits else f"{tokens}: more does not fit"
 
 
-def _recompute_reason(best: _Candidate) -> str:
+def _recompute_reason(best: Candidate) -> str:
     job = best.size.job
     if job.config.engine.recompute != "auto":
         return "set in the configuration"
@@ -319,7 +187,7 @@ def _recompute_reason(best: _Candidate) -> str:
     return f"as much as fits: keeping all needs {size(needed)} of {size(allowed)}"
 
 
-def _offload_reason(best: _Candidate) -> str:
+def _offload_reason(best: Candidate) -> str:
     job = best.size.job
     if job.config.engine.offload_activations != "auto":
         return "set in the configuration"
@@ -329,7 +197,7 @@ def _offload_reason(best: _Candidate) -> str:
     return "it fits on the device" if on_gpu else "only a CUDA GPU has another memory beside it"
 
 
-def _shortfall(job: _Job, candidates: list[_Candidate]) -> str:
+def _shortfall(job: Job, candidates: list[Candidate]) -> str:
     device = job.machine.device
     least = min(candidates, key=lambda one: one.memory.total)
     memory = least.memory
@@ -343,12 +211,12 @@ def _shortfall(job: _Job, candidates: list[_Candidate]) -> str:
     return f"the run needs about {size(memory.total)} ({parts}); {device.name} has {size(device.memory_bytes)} {word}."
 
 
-def _what_fits(job: _Job, hardware: Hardware) -> str:
+def _what_fits(job: Job, hardware: Hardware) -> str:
     """Returns the first change that would make the run fit, as advice."""
     machine = job.machine
     whole = hardware.first(machine.device.kind) or machine.device
     for advice, config, tokens in alternatives(job.config, job.row_tokens):
         allowed = _machine(config, hardware, whole, machine.precision, uses_triton=machine.uses_triton)
-        if any(one.fits for one in _candidates(_Job(config, job.spec, allowed, tokens))):
+        if any(one.fits for one in _candidates(Job(config, job.spec, allowed, tokens))):
             return f"What would fit: {advice}."
     return "No setting makes it fit here: choose a smaller model, or a device with more memory."

@@ -232,3 +232,11 @@ class TestCuda:
         assert strategy.peak_memory_bytes() >= 2**28
         assert strategy.peak_memory_bytes() > before
         del block
+
+
+def test_a_step_that_is_broken_off_lets_go_of_what_else_is_held():
+    calls = []
+    strategy = SingleDevice(on_discard=[lambda: calls.append("let go")])
+    strategy.prepare(torch.nn.Linear(2, 2))
+    strategy.discard_gradients()
+    assert calls == ["let go"]
