@@ -158,7 +158,9 @@ def _trained_line(config: RunConfig) -> str:
         return "every weight"
     name = {"lora": "LoRA", "dora": "DoRA"}[adapter.kind]
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
-    return f"{name} of rank {adapter.rank} on {targets}; the base stays frozen"
+    kind = config.model.quantization
+    frozen = "stays frozen" if kind == "none" else f"stays frozen, in {kind}"
+    return f"{name} of rank {adapter.rank} on {targets}; the base {frozen}"
 
 
 def _data_line(config: RunConfig) -> str:
