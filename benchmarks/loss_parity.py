@@ -50,7 +50,7 @@ RESULTS = Path(__file__).parent / "results"
 LEARNING_RATE = 5e-4
 """Low enough that after 300 steps there is still a loss to compare: at 3e-3 the rows are known by heart by then."""
 WINDOW = 20
-SAME_NUMBERS = 1e-3
+SAME_NUMBERS = 1e-4
 """fp32 against fp32: sums in another order."""
 SAME_PRECISION = 1e-2
 """bf16 against bf16, rounded in other places."""

@@ -61,7 +61,8 @@ def run(cell: str, options: argparse.Namespace, *, left: float, shared: dict | N
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         command = [sys.executable, "-m", "stoker.cli.main", "bench", str(HERE / f"{cell}.yaml"), "--out", str(out)]
-        command += ["--steps", str(options.steps), "--peer-timeout", str(min(options.peer_timeout, left))]
+        command += ["--steps", str(options.steps), "--peer-timeout", str(options.peer_timeout)]
+        command += ["--budget", str(left - 10)]  # ten seconds to write and to end
         command += ["--peers", "" if shared else options.peers]
         for name in ("models", "commit"):
             value = getattr(options, name)
@@ -70,7 +71,7 @@ def run(cell: str, options: argparse.Namespace, *, left: float, shared: dict | N
             command += ["--set", override]
         try:
             environment = {"COLUMNS": "160", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
-            code = subprocess.run(command, check=False, timeout=left, env=environment).returncode
+            code = subprocess.run(command, check=False, timeout=left + 20, env=environment).returncode
         except subprocess.TimeoutExpired:
             code = "none: the time is used up"
         print(f"{cell}: exit code {code}, {time.monotonic() - start:.0f} s", flush=True)

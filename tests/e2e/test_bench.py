@@ -38,6 +38,17 @@ def test_bench_measures_a_run_beside_a_peer_and_writes_what_it_found(stoker, run
         assert [line["name"] for line in csv.DictReader(file)] == ["stoker", "hf"]
 
 
+@pytest.mark.slow
+def test_our_numbers_are_kept_when_no_time_is_left_for_a_peer(stoker, run_values, write_yaml):
+    run_values["train"] = {"batch_size": 2, "learning_rate": 0.01}
+    del run_values["data"]["validation"]
+    stoker("bench", write_yaml(run_values), "--steps", 1, "--peers", "hf", "--out", "out.json", "--budget", 1)
+    ours, theirs = json.loads((stoker.folder / "out.json").read_text())["results"]
+    assert ours["tokens_per_second"] > 0
+    assert theirs["error"] == "it did not end within 0 s"
+    assert theirs["tokens_per_second"] is None
+
+
 def test_mistakes_are_sentences(stoker, run_values, write_yaml):
     run = write_yaml(run_values)
     assert "there is no such peer" in stoker("bench", run, "--peers", "trl", code=2).stderr

@@ -1,5 +1,8 @@
 """`stoker bench`: measure a run."""
 
+import math
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +19,9 @@ def command(
     out: Annotated[Path | None, typer.Option(help="Write results to this JSON file, and a CSV beside it.")] = None,
     models: Annotated[Path | None, typer.Option(help="Folder for shape: models; ~/.cache/stoker/shapes.")] = None,
     peer_timeout: Annotated[float, typer.Option(min=1.0, help="Seconds that a peer may take.")] = 600.0,
+    budget: Annotated[
+        float | None, typer.Option(min=1.0, help="Seconds after which no peer goes on.", show_default=False)
+    ] = None,
     commit: Annotated[str | None, typer.Option(help="Commit to note, where there is no git.")] = None,
 ) -> None:
     """Measure a run's speed and memory on random rows, beside the physical floor and other trainers.
@@ -43,6 +49,9 @@ def command(
         output=out,
         models=models,
         peer_timeout_seconds=peer_timeout,
+        budget_seconds=math.inf if budget is None else budget,
         commit=commit,
     )
-    bench(config, options, console=Console())
+    # A pipe has no width; the table needs one.
+    console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=150)
+    bench(config, options, console=console)

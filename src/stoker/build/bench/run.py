@@ -1,8 +1,10 @@
 """`stoker bench`, whole: from a configuration to measured speed and memory, beside the floor and other trainers."""
 
 import gc
+import math
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from rich.console import Console
 
 from stoker.build.bench import floor, peers, report, rows, shapes
 from stoker.build.bench.measure import WARMUP_STEPS, Steps, documents_of, measure
+from stoker.build.bench.result import Measured
 from stoker.build.hardware import probe
 from stoker.build.model import Base, fitted, open_base
 from stoker.build.run_folder import now, versions
@@ -21,7 +24,10 @@ from stoker.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure. `cell`: the name under which results are kept; `models`: where `shape:` models are kept."""
+    """How to measure. `cell`: the name under which results are kept; `models`: where `shape:` models are kept.
+
+    `peer_timeout_seconds`: what each peer may take; all of them end within `budget_seconds` from the start.
+    """
 
     cell: str = "run"
     steps: int = 8
@@ -29,6 +35,7 @@ class Options:
     output: Path | None = None
     models: Path | None = None
     peer_timeout_seconds: float = 600.0
+    budget_seconds: float = math.inf
     commit: str | None = None
 
 
@@ -38,8 +45,7 @@ def bench(config: RunConfig, options: Options, *, console: Console) -> report.Fa
     Raises:
         UserError: something the user can mend. TrainingError: loss or gradient make no sense, or memory ran out.
     """
-    import torch
-
+    end = time.monotonic() + options.budget_seconds
     base = _open(config, options)
     config = fitted(config, base)
     data = rows.random_data(config, base.spec.vocab_size, steps=WARMUP_STEPS + options.steps)
@@ -53,15 +59,43 @@ def bench(config: RunConfig, options: Options, *, console: Console) -> report.Fa
     bound = _floor(config, plan, base, steps)
     _free(plan)
     left_out = peers.names_without(options.peers, device=plan.device)
+    measured = [ours]
+    facts = _facts(config, options, plan, bound, steps, measured=measured, left_out=left_out)
+    _write(facts, options)  # so that a peer that takes the machine down does not take our numbers with it
     with tempfile.TemporaryDirectory() as folder:
         job = peers.write_job(config, plan, base, steps, Path(folder))
-        others = [
-            peers.checked(peers.run(name, job, timeout_seconds=options.peer_timeout_seconds), ours)
-            for name in options.peers
-            if name not in left_out
-        ]
-    measured = [ours, *others]
-    facts = {
+        for name in options.peers:
+            if name in left_out:
+                continue
+            seconds = min(options.peer_timeout_seconds, end - time.monotonic())
+            measured.append(peers.checked(peers.run(name, job, timeout_seconds=max(0.0, seconds)), ours))
+            facts = _facts(config, options, plan, bound, steps, measured=measured, left_out=left_out)
+            _write(facts, options)
+    _show(facts, console)
+    if options.output is not None:
+        _say(console, f"written: {options.output}, {options.output.with_suffix('.csv')}")
+    return facts
+
+
+def _write(facts: report.Facts, options: Options) -> None:
+    if options.output is not None:
+        report.write(facts, options.output)
+
+
+def _facts(
+    config: RunConfig,
+    options: Options,
+    plan: Plan,
+    bound: floor.Floor,
+    steps: Steps,
+    *,
+    measured: Sequence[Measured],
+    left_out: Mapping[str, str],
+) -> report.Facts:
+    """Returns everything that was found so far, as JSON values."""
+    import torch
+
+    return {
         "cell": options.cell,
         "title": describe(config),
         "rows": _rows_in_words(config),
@@ -77,10 +111,6 @@ def bench(config: RunConfig, options: Options, *, console: Console) -> report.Fa
         "losses": {one.name: list(one.losses) for one in measured},
         "notices": report.notices(measured, left_out),
     }
-    _show(facts, console)
-    if options.output is not None:
-        _say(console, "written: " + ", ".join(map(str, report.write(facts, options.output))))
-    return facts
 
 
 def _open(config: RunConfig, options: Options) -> Base:
