@@ -31,9 +31,9 @@ from stoker import builtin
 from stoker.adapters.fused_block import fuse_blocks
 from stoker.adapters.lora import add_lora
 from stoker.arch.activations import LADDER
-from stoker.build.bench.report import commit
-from stoker.build.model import Base, load_decoder, load_tokenizer, open_base
-from stoker.build.run_folder import now, versions
+from stoker.compose.bench.report import commit
+from stoker.compose.model import Base, load_decoder, load_tokenizer, open_base
+from stoker.compose.run_folder import now, versions
 from stoker.data.batch import Batch
 from stoker.data.loader import StepLoader
 from stoker.data.prepare import SourceOptions, prepare

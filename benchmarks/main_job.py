@@ -50,7 +50,7 @@ def make_job(folder: Path, layout: str, *, steps: int, num_threads: int) -> Path
 
     from stoker import builtin
     from stoker.adapters.lora import add_lora
-    from stoker.build.model import load_decoder, load_tokenizer, open_base
+    from stoker.compose.model import load_decoder, load_tokenizer, open_base
     from stoker.data.prepare import SourceOptions, prepare
     from stoker.export import adapter
 
@@ -114,7 +114,7 @@ def run_ours(job: dict) -> None:
     """The job through Stoker's own trainer; prints one RESULT line."""
     import torch
 
-    from stoker.build.model import load_decoder, open_base
+    from stoker.compose.model import load_decoder, open_base
     from stoker.data.audit import Audit
     from stoker.data.prepared import Prepared
     from stoker.distributed.single import SingleDevice
@@ -211,7 +211,7 @@ def report(rows: list[dict], num_threads: int) -> None:
     import importlib.metadata
     import platform
 
-    from stoker.build.run_folder import versions
+    from stoker.compose.run_folder import versions
 
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / "main_job.csv").open("w", newline="") as file:

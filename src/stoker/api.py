@@ -18,11 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stoker.build import finish
-from stoker.build.session import Session, open_session
-from stoker.build.train import Model as Trainee
-from stoker.build.train import RunResult, train
-from stoker.build.trainer import add_adapter
+from stoker.compose import finish
+from stoker.compose.session import Session, open_session
+from stoker.compose.train import Model as Trainee
+from stoker.compose.train import RunResult, train
+from stoker.compose.trainer import add_adapter
 from stoker.config.load import Loaded, parse
 from stoker.config.schema import Adapter
 from stoker.errors import ConfigError, DataError

@@ -8,7 +8,7 @@ import pytest
 from docs.generate import single_gpu_table
 
 from stoker.arch import families
-from stoker.build.bench import shapes
+from stoker.compose.bench import shapes
 from stoker.config.load import load
 from stoker.plan.choose import choose
 from stoker.plan.hardware import Device, Hardware

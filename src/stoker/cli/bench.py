@@ -40,7 +40,7 @@ def command(
         raise ConfigError(f"--out {out} must end in .json; the CSV goes beside it.")
     config = load(run_file, overrides)
 
-    from stoker.build.bench.run import Options, bench, parse_peers
+    from stoker.compose.bench.run import Options, bench, parse_peers
 
     options = Options(
         cell=run_file.stem,

@@ -22,7 +22,7 @@ def command(
 
     Example: stoker chat runs/quickstart
     """
-    from stoker.build.session import open_session
+    from stoker.compose.session import open_session
 
     session = open_session(model, base=base, device=device)
     typer.echo(f"{session.description}\n/new starts over, /quit ends.")

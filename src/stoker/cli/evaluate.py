@@ -28,6 +28,6 @@ def command(
         raise ConfigError("--base evaluates model.base, so --model has no meaning with it.", fix="Give one of them.")
     config = load(run_file, overrides)
 
-    from stoker.build.evaluate import evaluate
+    from stoker.compose.evaluate import evaluate
 
     evaluate(config, model=config.model.base if base else model, json_output=json_output)

@@ -24,7 +24,7 @@ def command(
 
     Example: stoker generate runs/quickstart -p "What is LoRA?"
     """
-    from stoker.build.session import open_session
+    from stoker.compose.session import open_session
 
     text = sys.stdin.read() if prompt == "-" else prompt
     session = open_session(model, base=base, device=device)

@@ -24,6 +24,6 @@ def command(
         raise ConfigError(f"--split {split!r} is not a split.", fix="Use train or validation.")
     config = load(run_file, overrides)
 
-    from stoker.build.inspect import inspect
+    from stoker.compose.inspect import inspect
 
     inspect(config, rows=rows, split=split)

@@ -18,7 +18,7 @@ def command(
 
     Example: stoker merge runs/quickstart -o merged
     """
-    from stoker.build.merge import merge
+    from stoker.compose.merge import merge
 
     report = merge(adapter, output, base=base, dtype=dtype)
     typer.echo(report)

@@ -189,7 +189,7 @@ def _length_line(config: RunConfig) -> str:
 
 
 def _output_line(config: RunConfig) -> str:
-    from stoker.build.run_folder import RunFolder
+    from stoker.compose.run_folder import RunFolder
 
     folder = RunFolder(Path(config.output.folder).expanduser())
     holds_run = folder.config.exists() or folder.checkpoints.exists()

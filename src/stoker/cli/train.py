@@ -26,7 +26,7 @@ def command(
         raise ConfigError("--resume goes on with a run and --overwrite throws it away.", fix="Give one of them.")
     loaded = load_with_origins(run_file, overrides)
 
-    from stoker.build.train import train
+    from stoker.compose.train import train
 
     result = train(loaded, resume_run=resume, overwrite=overwrite)
     raise typer.Exit(result.exit_code)

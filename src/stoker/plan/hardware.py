@@ -1,4 +1,4 @@
-"""What a machine has, as plain records: `build` probes it, the plan only reads it."""
+"""What a machine has, as plain records: `compose` probes it, the plan only reads it."""
 
 from dataclasses import dataclass
 from typing import Literal

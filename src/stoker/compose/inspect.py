@@ -2,8 +2,8 @@
 
 from rich.console import Console
 
-from stoker.build.data import prepare_data, refuse_faults
-from stoker.build.model import load_tokenizer, open_base
+from stoker.compose.data import prepare_data, refuse_faults
+from stoker.compose.model import load_tokenizer, open_base
 from stoker.config.schema import RunConfig
 from stoker.data import inspect as show
 from stoker.errors import ConfigError

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stoker.build.data import Data, loader
-from stoker.build.run_folder import RunFolder
+from stoker.compose.data import Data, loader
+from stoker.compose.run_folder import RunFolder
 from stoker.config.schema import Adapter, Optimizer, RunConfig, WarmupStableDecay
 from stoker.data.loader import Documents, StepLoader
 from stoker.observe.observer import Observer
@@ -63,7 +63,7 @@ def add_adapter(decoder: "Decoder", adapter: Adapter, *, seed: int) -> None:
 
 def make_engine(config: RunConfig, plan: Plan, decoder: "Decoder", data: Data, *, pad_id: int) -> Engine:
     """Wraps the model in its task, prepares the strategy and cuts the documents into steps."""
-    from stoker.build.execution import limit_memory, set_up_layers
+    from stoker.compose.execution import limit_memory, set_up_layers
     from stoker.distributed.single import SingleDevice
 
     limit_memory(plan, config.engine.memory_limit_gib)

@@ -1,7 +1,7 @@
 import numpy as np
 
-from stoker.build.bench.rows import MEDIAN_TOKENS, random_data
-from stoker.build.data import loader
+from stoker.compose.bench.rows import MEDIAN_TOKENS, random_data
+from stoker.compose.data import loader
 
 
 def test_full_rows_are_as_many_and_as_long_as_the_steps_need(config):

@@ -8,7 +8,7 @@ import torch
 from stoker.adapters.fused_block import FusedBlock, why_not_fused
 from stoker.adapters.lora import add_lora
 from stoker.arch.families import read
-from stoker.build.execution import set_up_layers
+from stoker.compose.execution import set_up_layers
 from stoker.config.load import parse
 from stoker.models import native
 from stoker.nn.block import Block

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from stoker.build.bench import shapes
-from stoker.build.model import open_base
+from stoker.compose.bench import shapes
+from stoker.compose.model import open_base
 from stoker.config.load import parse
 
 

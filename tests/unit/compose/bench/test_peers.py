@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from stoker.build.bench import peer, peers
-from stoker.build.bench.measure import measure
-from stoker.build.bench.result import Measured
-from stoker.build.bench.rows import random_data
-from stoker.build.hardware import probe
+from stoker.compose.bench import peer, peers
+from stoker.compose.bench.measure import measure
+from stoker.compose.bench.result import Measured
+from stoker.compose.bench.rows import random_data
+from stoker.compose.hardware import probe
 from stoker.errors import ConfigError
 from stoker.plan.choose import choose
 

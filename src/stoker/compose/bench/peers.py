@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from stoker.arch import arithmetic
-from stoker.build.bench.measure import WARMUP_STEPS, Steps
-from stoker.build.bench.result import Measured
-from stoker.build.model import Base
+from stoker.compose.bench.measure import WARMUP_STEPS, Steps
+from stoker.compose.bench.result import Measured
+from stoker.compose.model import Base
 from stoker.config.schema import RunConfig
 from stoker.errors import ConfigError
 from stoker.plan.plan import Plan
@@ -97,7 +97,7 @@ def _adapter(config: RunConfig, base: Base) -> dict[str, Any] | None:
 def run(name: str, job: Path, *, timeout_seconds: float) -> Measured:
     """Runs a peer and returns what it measured; whatever goes wrong there is its `error`."""
     output = job.with_name(f"{name}.json")
-    command = [sys.executable, "-m", "stoker.build.bench.peer", name, str(job), str(output)]
+    command = [sys.executable, "-m", "stoker.compose.bench.peer", name, str(job), str(output)]
     # In the job's folder, because some trainers leave files where they run.
     places = os.pathsep.join(str(Path(place).resolve()) for place in sys.path if place)
     try:

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from stoker.arch import arithmetic, families
-from stoker.build.bench import floor, shapes
-from stoker.build.bench.floor import Product, seen_keys, work
+from stoker.compose.bench import floor, shapes
+from stoker.compose.bench.floor import Product, seen_keys, work
 
 SPEC = families.read(shapes.SHAPES["llama-tiny"], "test")
 

@@ -1,4 +1,4 @@
-"""Another trainer's loop, run as a process: `python -m stoker.build.bench.peer NAME JOB.json RESULT.json`.
+"""Another trainer's loop, run as a process: `python -m stoker.compose.bench.peer NAME JOB.json RESULT.json`.
 
 NAME is hf (Transformers + PEFT), liger (the same with Liger's kernels) or unsloth. The loop is the plainest that each
 documents: forward with labels, backward, AdamW; gradients are not clipped, and their norm is looked at only after the

@@ -6,12 +6,12 @@ from typing import Any
 
 from rich.console import Console
 
-from stoker.build import artifact
-from stoker.build.data import loader, prepare_data, refuse_faults
-from stoker.build.hardware import probe
-from stoker.build.model import Base, load_decoder, load_tokenizer, open_base, pad_id
-from stoker.build.run_folder import RunFolder
-from stoker.build.trainer import compute_dtype
+from stoker.compose import artifact
+from stoker.compose.data import loader, prepare_data, refuse_faults
+from stoker.compose.hardware import probe
+from stoker.compose.model import Base, load_decoder, load_tokenizer, open_base, pad_id
+from stoker.compose.run_folder import RunFolder
+from stoker.compose.trainer import compute_dtype
 from stoker.config.schema import RunConfig
 from stoker.plan import limits
 from stoker.plan.choose import Statistics, choose

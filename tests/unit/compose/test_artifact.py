@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from stoker.build import artifact
+from stoker.compose import artifact
 
 RUN = """
 model: {base: some/base, quantization: nf4}

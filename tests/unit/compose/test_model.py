@@ -1,7 +1,7 @@
 import pytest
 
 from stoker.arch.families import read
-from stoker.build.model import Base, fitted
+from stoker.compose.model import Base, fitted
 from stoker.config.load import parse
 from stoker.errors import ConfigError, ModelError
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 import stoker
-from stoker.build import finish, losses, resume
-from stoker.build.data import Data, prepare_data, refuse_faults, summary
-from stoker.build.hardware import probe
-from stoker.build.model import Base, fitted, load_decoder, load_tokenizer, open_base, pad_id
-from stoker.build.run_folder import Journal, RunFolder, now, versions
-from stoker.build.session import Session
-from stoker.build.trainer import Engine, add_adapter, compute_dtype, describe, make_engine, make_trainer
 from stoker.checkpoint.read import load as read
+from stoker.compose import finish, losses, resume
+from stoker.compose.data import Data, prepare_data, refuse_faults, summary
+from stoker.compose.hardware import probe
+from stoker.compose.model import Base, fitted, load_decoder, load_tokenizer, open_base, pad_id
+from stoker.compose.run_folder import Journal, RunFolder, now, versions
+from stoker.compose.session import Session
+from stoker.compose.trainer import Engine, add_adapter, compute_dtype, describe, make_engine, make_trainer
 from stoker.config import show
 from stoker.config.load import Loaded
 from stoker.config.schema import RunConfig

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from stoker.build.data import Data
+from stoker.compose.data import Data
 from stoker.config.schema import RunConfig
 from stoker.data.audit import Audit
 from stoker.data.pack import pack

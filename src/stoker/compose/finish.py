@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from stoker.build.model import Base
-from stoker.build.run_folder import RunFolder
-from stoker.build.session import Session
+from stoker.compose.model import Base
+from stoker.compose.run_folder import RunFolder
+from stoker.compose.session import Session
 from stoker.errors import OutputError
 from stoker.observe import report
 from stoker.train.loop import TrainingResult

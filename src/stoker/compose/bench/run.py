@@ -10,13 +10,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stoker.build.bench import floor, peers, report, rows, shapes
-from stoker.build.bench.measure import WARMUP_STEPS, Steps, documents_of, measure
-from stoker.build.bench.result import Measured
-from stoker.build.hardware import probe
-from stoker.build.model import Base, fitted, open_base
-from stoker.build.run_folder import now, versions
-from stoker.build.trainer import compute_dtype, describe
+from stoker.compose.bench import floor, peers, report, rows, shapes
+from stoker.compose.bench.measure import WARMUP_STEPS, Steps, documents_of, measure
+from stoker.compose.bench.result import Measured
+from stoker.compose.hardware import probe
+from stoker.compose.model import Base, fitted, open_base
+from stoker.compose.run_folder import now, versions
+from stoker.compose.trainer import compute_dtype, describe
 from stoker.config.schema import RunConfig
 from stoker.plan.choose import Statistics, choose
 from stoker.plan.plan import Plan

@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.table import Table
 
-from stoker.build.bench.floor import Floor
-from stoker.build.bench.peers import as_values
-from stoker.build.bench.result import Measured
+from stoker.compose.bench.floor import Floor
+from stoker.compose.bench.peers import as_values
+from stoker.compose.bench.result import Measured
 from stoker.errors import OutputError
 from stoker.plan.memory import GIB
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stoker.build.run_folder import RunFolder
+from stoker.compose.run_folder import RunFolder
 from stoker.config.load import load
 from stoker.errors import ConfigError, ModelError
 

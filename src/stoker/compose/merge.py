@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from stoker.build import artifact
-from stoker.build.model import open_base
+from stoker.compose import artifact
+from stoker.compose.model import open_base
 from stoker.errors import ConfigError, ModelError
 
 _DTYPES = {"auto": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

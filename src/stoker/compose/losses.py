@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from stoker.build.trainer import Engine
+from stoker.compose.trainer import Engine
 from stoker.train.evaluate import evaluate
 
 if TYPE_CHECKING:

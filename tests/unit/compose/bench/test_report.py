@@ -4,9 +4,9 @@ import json
 import pytest
 from rich.console import Console
 
-from stoker.build.bench import report
-from stoker.build.bench.floor import Floor
-from stoker.build.bench.result import Measured, fault, speed
+from stoker.compose.bench import report
+from stoker.compose.bench.floor import Floor
+from stoker.compose.bench.result import Measured, fault, speed
 from stoker.errors import OutputError
 
 FLOOR = Floor(seconds=0.5, recomputed_seconds=0.75, attention_seconds=0.1, flops=2e12, peak_flops=8e12)

@@ -3,8 +3,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stoker.arch import arithmetic, families
-from stoker.build.bench import shapes
-from stoker.build.model import load_decoder, load_tokenizer
+from stoker.compose.bench import shapes
+from stoker.compose.model import load_decoder, load_tokenizer
 from stoker.errors import ModelError
 
 

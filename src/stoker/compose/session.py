@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stoker.build import artifact
-from stoker.build.hardware import probe
-from stoker.build.model import Base, load_decoder, load_tokenizer, open_base
+from stoker.compose import artifact
+from stoker.compose.hardware import probe
+from stoker.compose.model import Base, load_decoder, load_tokenizer, open_base
 from stoker.config.schema import Adapter
 from stoker.errors import ConfigError, ModelError
 

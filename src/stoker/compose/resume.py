@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from stoker.build.run_folder import RunFolder
+from stoker.compose.run_folder import RunFolder
 from stoker.config.load import load
 from stoker.config.schema import RunConfig
 from stoker.errors import ConfigError, Problem

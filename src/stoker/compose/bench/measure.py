@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from stoker.build.bench.result import Measured, fault, speed
-from stoker.build.data import Data
-from stoker.build.model import Base, load_decoder
-from stoker.build.trainer import add_adapter, compute_dtype, make_engine
+from stoker.compose.bench.result import Measured, fault, speed
+from stoker.compose.data import Data
+from stoker.compose.model import Base, load_decoder
+from stoker.compose.trainer import add_adapter, compute_dtype, make_engine
 from stoker.config.schema import RunConfig
 from stoker.data.batch import Batch
 from stoker.errors import TrainingError
