@@ -1,11 +1,15 @@
 """What follows training: weights saved, questions answered, the report written, and a word on what to do next."""
 
+import os
+import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from stoker.compose.model import Base
@@ -89,7 +93,7 @@ def conclude(
     table = Table.grid(padding=(0, 2))
     for name, place in places:
         table.add_row(f"[dim]{name}[/]", str(place))
-    table.add_row("[dim]chat[/]", f"[bold]stoker chat {folder.path}[/]")
+    table.add_row("[dim]chat[/]", f"[bold]{escape(program())} chat {escape(str(folder.path))}[/]")
     console.print(table, soft_wrap=True)
 
 
@@ -106,6 +110,15 @@ def say_interrupted(console: Console, folder: RunFolder, result: TrainingResult)
     )
 
 
+def program() -> str:
+    """Returns what to type for `stoker`: its path from here when the shell would not find the one that is running."""
+    running = Path(sys.argv[0])
+    found = shutil.which("stoker")
+    if running.name != "stoker" or (found is not None and Path(found).samefile(running)):
+        return "stoker"
+    return os.path.relpath(running)
+
+
 def _loss_table(losses: Mapping[str, Mapping[str, float]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("loss", "before", "after"):
@@ -116,6 +129,4 @@ def _loss_table(losses: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _plain(text: str) -> str:
-    from rich.markup import escape
-
     return escape(text) if text else "[dim](nothing)[/]"
