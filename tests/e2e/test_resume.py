@@ -89,5 +89,20 @@ def test_resume_refuses_what_would_make_it_another_run(stoker, run_values, write
     assert "adapter.rank was 4" in said
 
 
+def test_resume_keeps_the_choices_that_exactness_depends_on(stoker, long_run, write_yaml, tmp_path):
+    # Where memory is scarcer when the run goes on, the plan alone would cut micro-batches otherwise.
+    long_run["train"]["steps"] = 6
+    yaml = write_yaml(long_run)
+    stoker("train", yaml)
+    path = tmp_path / "run/plan.json"
+    plan = json.loads(path.read_text())
+    assert plan["micro_batch_size"] == 4
+    path.write_text(json.dumps(plan | {"micro_batch_size": 2}))
+    stoker("train", yaml, "--resume", "--set", "train.steps=8")
+    resumed = json.loads(path.read_text())
+    assert resumed["micro_batch_size"] == 2
+    assert resumed["reasons"]["micro_batch_size"] == "as when the run began"
+
+
 def test_nothing_to_resume_is_said(stoker, run_values, write_yaml):
     assert "no run to resume" in stoker("train", write_yaml(run_values), "--resume", code=2).stderr

@@ -1,8 +1,13 @@
 """Looks at the machine: which devices PyTorch can train on, and what is free on them."""
 
 import platform
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from stoker.plan.hardware import Device, Hardware
+
+if TYPE_CHECKING:
+    from stoker.nn.decoder import Decoder
 
 
 def probe() -> Hardware:
@@ -22,10 +27,21 @@ def probe() -> Hardware:
     return Hardware(tuple(devices), num_threads=threads)
 
 
+def with_loaded(hardware: Hardware, decoder: "Decoder") -> Hardware:
+    """Returns the hardware as if a model that is loaded already were not: the plan of its run counts its weights."""
+    held: dict[str, int] = {}
+    for tensor in (*decoder.parameters(), *decoder.buffers()):
+        held[tensor.device.type] = held.get(tensor.device.type, 0) + tensor.nbytes
+    devices = (replace(one, memory_bytes=one.memory_bytes + held.get(one.kind, 0)) for one in hardware.devices)
+    return replace(hardware, devices=tuple(devices))
+
+
 def _gpu(index: int) -> Device:
     import torch
 
     free, _ = torch.cuda.mem_get_info(index)
+    # What earlier work of this process (in a notebook) left in PyTorch's cache is free for it to use again.
+    free += torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     # AMD's GPUs answer to the same calls; their numbers mean something else.
     capability = None if torch.version.hip else torch.cuda.get_device_capability(index)

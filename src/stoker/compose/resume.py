@@ -1,5 +1,6 @@
 """What may differ between a run and its continuation, and what would make it another run."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ _FIXED = (
     "train.seed",
     "train.optimizer.kind",
 )
+_EXACT = ("micro_batch_size", "precision", "kernels", "num_threads")
 _FREE = ("data.cache_folder", "data.on_bad_row")
 
 
@@ -48,6 +50,19 @@ def changes(config: RunConfig, folder: RunFolder) -> list[str]:
             ]
         )
     return [f"{name} changes from {before.get(name)!r} to {after.get(name)!r} from here on." for name in different]
+
+
+def engine_before(config: RunConfig, folder: RunFolder, device_name: str) -> dict[str, Any]:
+    """Returns what the plan chose when the run began, for the settings of `engine` that are `auto` and that results
+    depend on in their last bits; nothing on another device, where no bit could be promised.
+
+    What the plan chooses depends on the memory that is free, which may be another amount now.
+    """
+    path = folder.path / "plan.json"
+    plan = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if plan.get("device_name") != device_name:
+        return {}
+    return {name: plan[name] for name in _EXACT if name in plan and getattr(config.engine, name) == "auto"}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

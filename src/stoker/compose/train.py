@@ -4,7 +4,7 @@ import json
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import stoker
 from stoker.checkpoint.read import load as read
 from stoker.compose import finish, losses, resume
 from stoker.compose.data import Data, prepare_data, refuse_faults, summary
-from stoker.compose.hardware import probe
+from stoker.compose.hardware import probe, with_loaded
 from stoker.compose.model import Base, fitted, load_decoder, load_tokenizer, open_base, pad_id
 from stoker.compose.run_folder import Journal, RunFolder, now, versions
 from stoker.compose.session import Session
@@ -26,6 +26,7 @@ from stoker.observe import progress, trackers
 from stoker.observe.metrics import MetricsFile
 from stoker.observe.observer import Observer
 from stoker.plan.choose import Statistics, choose
+from stoker.plan.hardware import Hardware
 from stoker.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -98,19 +99,20 @@ def train(
     console = console or Console()
     config, folder = loaded.config, RunFolder.of(loaded.config.output.folder)
     folder.check(resume=resume_run, overwrite=overwrite)
-    _say(console, f"[bold]stoker {stoker.__version__}[/]  {describe(config)}")
+    _say(console, f"stoker {stoker.__version__}  {describe(config)}", style="bold")
     model = model or _open(config)
     config = fitted(config, model.base)
     loaded = Loaded(config, loaded.origins)
     changed = resume.changes(config, folder) if resume_run else []
     data = prepare_data(config, model.tokenizer, console=console)
     for split, text in summary(data.audits):
-        _say(console, f"[dim]{split:<10}[/]  {text}")
+        _say(console, f"{split:<10}  {text}")
     warnings = [*data.notices, *refuse_faults(data.audits), *changed]
     for sentence in warnings:
-        _say(console, f"[yellow]{sentence}[/]")
-    plan = choose(config, model.base.spec, probe(), statistics=Statistics(data.longest))
-    _say(console, plan.table(), markup=False)
+        _say(console, sentence, style="yellow")
+    hardware = probe() if model.decoder is None else with_loaded(probe(), model.decoder)
+    plan = _choose(config, model.base, data, hardware, folder if resume_run else None)
+    _say(console, plan.table())
     engine = _make_engine(config, plan, model, data, console)
     folder.claim(overwrite=overwrite)  # Last, so that a mistake found so far leaves the folder as it was.
     notes = _Notes(folder, _read_notes(folder) if resume_run else {})
@@ -128,6 +130,18 @@ def _open(config: RunConfig) -> Model:
     chosen = config.model
     base = open_base(chosen.base, revision=chosen.revision)
     return Model(base, load_tokenizer(base, override=chosen.tokenizer, chat_template=chosen.chat_template))
+
+
+def _choose(config: RunConfig, base: Base, data: Data, hardware: Hardware, resumed: RunFolder | None) -> Plan:
+    """Returns the plan; that of a resumed run keeps the choices that its results depend on in their last bits."""
+    statistics = Statistics(data.longest)
+    plan = choose(config, base.spec, hardware, statistics=statistics)
+    before = resume.engine_before(config, resumed, plan.device_name) if resumed is not None else {}
+    if not before:
+        return plan
+    engine = config.engine.model_copy(update=before)
+    plan = choose(config.model_copy(update={"engine": engine}), base.spec, hardware, statistics=statistics)
+    return replace(plan, reasons={**plan.reasons, **dict.fromkeys(before, "as when the run began")})
 
 
 def _write_inputs(folder: RunFolder, loaded: Loaded, plan: Plan, data: Data) -> None:
@@ -219,5 +233,5 @@ def _read_notes(folder: RunFolder) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _say(console: Console, text: str, *, markup: bool = True) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=markup)
+def _say(console: Console, text: str, *, style: str | None = None) -> None:
+    console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
