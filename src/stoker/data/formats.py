@@ -67,13 +67,29 @@ class Detection:
 
 
 def detect(sample: Sequence[Row], where: str, *, fields: Fields | None = None) -> Detection:
-    """Returns the first format that every row of the sample has. Raises DataError naming the fields found."""
+    """Returns the format that most rows of the sample have, at least half of them; the others are malformed rows of it.
+
+    Raises DataError naming the fields found, or the formats where several are equally many.
+    """
     mapped = [_with_our_names(row, fields or {}) for row in sample]
-    for form in FORMATS.values():
-        reasons = [form.recognise(row) for row in mapped]
-        first = reasons[0] if reasons else None
-        if first is not None and all(reasons):
-            return Detection(form, first)
+    reasons: dict[str, list[str]] = {name: [] for name in FORMATS}
+    for row in mapped:
+        # A row that fits several (messages beside a text) counts for the first of them.
+        found = ((name, form.recognise(row)) for name, form in FORMATS.items())
+        name, reason = next(((name, reason) for name, reason in found if reason), ("", ""))
+        if reason:
+            reasons[name].append(reason)
+    best, second, *_ = sorted(reasons, key=lambda name: -len(reasons[name]))
+    count = len(reasons[best])
+    if count and count == len(reasons[second]):
+        raise DataError(
+            f"as many rows have the format {best} as {second}.",
+            where=where,
+            fix="Put them in files of their own, or set data.train[].format.",
+        )
+    if count and 2 * count >= len(sample):
+        doubt = "" if count == len(sample) else f", {count} of the first {len(sample)}"
+        return Detection(FORMATS[best], reasons[best][0] + doubt)
     wanted = "; ".join(f"{form.name} ({', '.join(form.required)})" for form in FORMATS.values())
     raise DataError(
         f"the rows fit no known format; their fields are: {_names(sample[0])}.",

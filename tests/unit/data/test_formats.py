@@ -33,9 +33,17 @@ def test_format_is_detected_with_its_reason(row, name, reason):
     assert (detection.format.name, detection.reason) == (name, reason)
 
 
-def test_detection_needs_all_sampled_rows_to_agree():
-    with pytest.raises(DataError, match="fit no known format"):
+def test_detection_takes_what_most_rows_have_and_says_that_some_differ():
+    detection = formats.detect([{"question": "a"}, CHAT, CHAT], "rows")
+    assert detection.format.name == "chat"
+    assert detection.reason.endswith(", 2 of the first 3")
+
+
+def test_detection_refuses_to_guess_between_formats_or_from_a_minority():
+    with pytest.raises(DataError, match="as many rows have the format chat as completion"):
         formats.detect([CHAT, TEXT], "rows")
+    with pytest.raises(DataError, match="fit no known format"):
+        formats.detect([CHAT, {"question": "a"}, {"question": "b"}], "rows")
 
 
 def test_unknown_fields_are_named_with_those_expected():
