@@ -2,11 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import stoker as api
 from stoker.errors import ConfigError
@@ -60,6 +61,25 @@ def test_run_over_a_quantized_base_trains_evaluates_answers_and_merges(stoker, q
     merged = json.loads(stoker("eval", full, "--json", "--model", "merged").stdout)
     assert merged["loss"] != evaluated["loss"]
     assert merged["loss"] == pytest.approx(evaluated["loss"], abs=0.05)
+
+
+def test_layers_that_fp8_would_spoil_are_left_out_said_and_recorded(stoker, quantized, write_yaml, tmp_path):
+    folder = shutil.copytree(quantized["model"]["base"], tmp_path / "spiky")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.post_attention_layernorm.weight"][0] *= 1e6
+    tensors["model.layers.0.mlp.up_proj.weight"][:, 0] = 0.0  # all that up reads is small beside what it does not
+    save_file(tensors, folder / "model.safetensors")
+    quantized["model"] = {"base": str(folder), "quantization": "fp8"}
+    quantized["train"]["steps"] = 1
+    said = stoker("train", write_yaml(quantized)).stdout
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["layers_not_in_fp8"] == ["model.layers.0.mlp.gate_proj, up_proj"]
+    (notice,) = [one["message"] for one in facts["notices"] if "fp8" in one["message"]]
+    assert notice.startswith("1 of ")
+    assert notice in said
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["keep_transposed"] is True
+    assert plan["memory"]["transposed_bytes"] > 0
 
 
 @pytest.mark.parametrize("recompute", ["none", "mixer"])

@@ -8,6 +8,10 @@ from stoker.plan.plan import Plan
 if TYPE_CHECKING:
     from stoker.kernels.offload import HostOffload
     from stoker.nn.decoder import Decoder
+    from stoker.nn.linear import FusedLinear
+
+# Layers that a notice names one by one.
+_NAMED = 8
 
 
 def set_up_layers(decoder: "Decoder", plan: Plan) -> "HostOffload | None":
@@ -38,6 +42,50 @@ def take_apart(decoder: "Decoder") -> None:
             norms = {"attention_norm": block.attention_norm, "feed_forward_norm": block.feed_forward_norm}
             decoder.blocks[index] = Block(block.attention, block.feed_forward, **norms).train(block.training)
         block.recompute = False  # type: ignore[assignment]
+
+
+def set_up_weights(decoder: "Decoder", plan: Plan) -> None:
+    """Keeps transposed copies of fp8 weights if the plan says so, and lets go of those of an earlier run if not."""
+    from stoker.quant.fp8 import Fp8Weight
+
+    for module in decoder.modules():
+        if isinstance(module, Fp8Weight):
+            module.set_transposed(kept=plan.keep_transposed is True)
+
+
+def layers_not_in_fp8(decoder: "Decoder", plan: Plan) -> list[str]:
+    """Returns the names of the blocks' linear layers that an fp8 base keeps in the compute type; none for others."""
+    from stoker.nn.frozen_linear import FrozenLinear
+
+    if plan.quantization != "fp8":
+        return []
+    return [_short(layer.names) for layer in _linear_layers(decoder) if not isinstance(layer, FrozenLinear)]
+
+
+def _linear_layers(decoder: "Decoder") -> "list[FusedLinear]":
+    from stoker.nn.linear import FusedLinear
+
+    return [module for module in decoder.blocks.modules() if isinstance(module, FusedLinear)]
+
+
+def fp8_notice(decoder: "Decoder", plan: Plan) -> str:
+    """Returns the sentence that says which layers stay in the compute type, or ""."""
+    from stoker.quant.fp8 import MAX_RELATIVE_ERROR
+
+    kept, count = layers_not_in_fp8(decoder, plan), len(_linear_layers(decoder))
+    if not kept:
+        return ""
+    more = f", and {len(kept) - _NAMED} more" if len(kept) > _NAMED else ""
+    verb = "stays" if len(kept) == 1 else "stay"
+    return (
+        f"{len(kept)} of {count} linear layers {verb} in {plan.precision}, because fp8 would move the output by more "
+        f"than {MAX_RELATIVE_ERROR:.0%}: {'; '.join(kept[:_NAMED])}{more}."
+    )
+
+
+def _short(names: tuple[str, ...]) -> str:
+    """A fused layer's names with their common beginning once: "model.layers.0.mlp.gate_proj, up_proj"."""
+    return ", ".join((names[0], *(name.rpartition(".")[2] for name in names[1:])))
 
 
 def limit_memory(plan: Plan, limit_gib: float | None) -> None:

@@ -14,6 +14,7 @@ import stoker
 from stoker.checkpoint.read import load as read
 from stoker.compose import finish, losses, resume
 from stoker.compose.data import Data, prepare_data, refuse_faults, summary
+from stoker.compose.execution import fp8_notice, layers_not_in_fp8
 from stoker.compose.hardware import probe, with_loaded
 from stoker.compose.model import Base, fitted, load_decoder, load_tokenizer, open_base, pad_id
 from stoker.compose.run_folder import Journal, RunFolder, now, versions
@@ -114,6 +115,11 @@ def train(
     plan = _choose(config, model.base, data, hardware, folder if resume_run else None)
     _say(console, plan.table())
     engine = _make_engine(config, plan, model, data, console)
+    assert model.decoder is not None
+    not_in_fp8 = layers_not_in_fp8(model.decoder, plan)
+    if sentence := fp8_notice(model.decoder, plan):
+        warnings.append(sentence)
+        _say(console, sentence, style="yellow")
     folder.claim(overwrite=overwrite)  # Last, so that a mistake found so far leaves the folder as it was.
     notes = _Notes(folder, _read_notes(folder) if resume_run else {})
     _write_inputs(folder, loaded, plan, data)
@@ -122,6 +128,7 @@ def train(
         versions=versions(),
         device=plan.device_name,
         notices=[{"level": "warning", "message": sentence} for sentence in warnings],
+        layers_not_in_fp8=not_in_fp8,
     )
     return _run(config, plan, model, engine, folder=folder, notes=notes, resume_run=resume_run, console=console)
 

@@ -63,10 +63,11 @@ def add_adapter(decoder: "Decoder", adapter: Adapter, *, seed: int) -> None:
 
 def make_engine(config: RunConfig, plan: Plan, decoder: "Decoder", data: Data, *, pad_id: int) -> Engine:
     """Wraps the model in its task, prepares the strategy and cuts the documents into steps."""
-    from stoker.compose.execution import limit_memory, set_up_layers
+    from stoker.compose.execution import limit_memory, set_up_layers, set_up_weights
     from stoker.distributed.single import SingleDevice
 
     limit_memory(plan, config.engine.memory_limit_gib)
+    set_up_weights(decoder, plan)
     offload = set_up_layers(decoder, plan)
     on_discard = () if offload is None else (offload.clear,)
     strategy = SingleDevice(plan.device, precision=plan.precision, on_discard=on_discard)

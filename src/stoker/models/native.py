@@ -59,7 +59,7 @@ def load(
 
     With `quantization` ("nf4", "int8", "fp8") the linear layers of the blocks become `FrozenLinear`s, quantised one by
     one as they are read; the rest has `dtype`. A folder that bitsandbytes wrote in NF4 is read as it is with "nf4", and
-    dequantised to `dtype` with "none".
+    dequantised to `dtype` with "none". With "fp8", layers whose output it would move too far keep `dtype`.
 
     Raises ModelError, naming the tensors, when some are missing, unexpected or of another shape.
     """

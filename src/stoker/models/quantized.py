@@ -6,10 +6,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from stoker.models.probe import Probe
 from stoker.models.reader import Reader
 from stoker.quant import nf4
 from stoker.quant.formats import quantize
+from stoker.quant.fp8 import MAX_RELATIVE_ERROR, Fp8Weight, product_error
 from stoker.quant.frozen import Scratch
+
+_ROWS_AT_ONCE = 4096
 
 
 class Quantizer:
@@ -22,10 +26,11 @@ class Quantizer:
         self._kernels = kernels
         self._scratch = Scratch()
 
-    def matrix(self, names: Sequence[str]) -> nn.Module:
+    def matrix(self, names: Sequence[str], *, layer: str, probe: Probe) -> nn.Module | Tensor:
         """Returns the weight of the tensors `names`, one below the other; those in NF4 already are taken as they are.
 
-        A weight is quantised from the values and in the dtype that the folder holds, whatever the compute type.
+        A weight is quantised from the values and in the dtype that the folder holds, whatever the compute type. One
+        that fp8 would move too far (`layer` names it, `probe` gives its inputs) comes back as it is: a tensor.
         """
         if self._reader.packed.issuperset(names):
             tensors: dict[str, Tensor] = {}
@@ -35,7 +40,18 @@ class Quantizer:
             return nf4.from_checkpoint(tensors, modules, scratch=self._scratch, implementation=self._kernels)
         dense, part_rows = self._fused(names)
         made = quantize(dense, self._kind, part_rows=part_rows, scratch=self._scratch, implementation=self._kernels)
+        if isinstance(made, Fp8Weight) and not self._holds(made, dense, part_rows, layer=layer, probe=probe):
+            return dense
         return cast("nn.Module", made)
+
+    @staticmethod
+    def _holds(made: Fp8Weight, dense: Tensor, part_rows: tuple[int, ...], *, layer: str, probe: Probe) -> bool:
+        """Whether the layer's output stays within the bound on inputs like its own."""
+        inputs = probe.inputs(layer, dense.shape[1], device=dense.device)
+        # A piece at a time: a whole weight in fp32 would be the largest thing in memory.
+        expected = torch.cat([inputs @ rows.float().T for rows in dense.split(_ROWS_AT_ONCE)], dim=1)
+        probe.saw(layer, expected)
+        return product_error(made, inputs, expected, part_rows) <= MAX_RELATIVE_ERROR
 
     def _fused(self, names: Sequence[str]) -> tuple[Tensor, tuple[int, ...]]:
         """The tensors below one another on the device, read one at a time, and the rows of each."""

@@ -11,6 +11,7 @@ from stoker.arch.families import weight_map
 from stoker.arch.spec import ArchSpec
 from stoker.errors import ModelError, Problem
 from stoker.models.folder import weight_files
+from stoker.models.probe import Probe
 from stoker.models.quantized import Quantizer
 from stoker.models.reader import Reader
 from stoker.nn.decoder import Decoder
@@ -34,8 +35,8 @@ def stream_into(
 
     With `quantization` the weights of the blocks' linear layers are quantised on `device`, each as soon as it is read:
     of what is read, memory holds one fused weight at a time. In a folder with weights in NF4 those that are stored in
-    full stay so. Raises ModelError, before any memory is taken, when tensors are missing, unexpected or of another
-    shape.
+    full stay so, and with "fp8" those whose output it would move too far (`quant.fp8.MAX_RELATIVE_ERROR`). Raises
+    ModelError, before any memory is taken, when tensors are missing, unexpected or of another shape.
     """
     with ExitStack() as stack:
         reader = Reader(weight_files(folder), stack)
@@ -46,12 +47,17 @@ def stream_into(
             layer.weight = nn.Parameter(layer.weight.new_empty(0, layer.in_features), requires_grad=False)
         decoder.to_empty(device=device)
         quantizer = Quantizer(quantization, reader, device=device, kernels=kernels)
+        probe = Probe(spec, lambda norm: reader.dense(sources[norm][0]))
         for ours, names in sources.items():
             if ours in frozen:
                 path = ours.removesuffix(".weight")
                 parent, _, name = path.rpartition(".")
-                matrix = quantizer.matrix(names)
-                setattr(decoder.get_submodule(parent), name, FrozenLinear(frozen[ours], matrix))
+                matrix = quantizer.matrix(names, layer=path, probe=probe)
+                if isinstance(matrix, torch.Tensor):
+                    weight = matrix.to(frozen[ours].weight.dtype)
+                    frozen[ours].weight = nn.Parameter(weight, requires_grad=False)
+                else:
+                    setattr(decoder.get_submodule(parent), name, FrozenLinear(frozen[ours], matrix))
                 continue
             rows = decoder.get_parameter(ours).detach()
             start = 0

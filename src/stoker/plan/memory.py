@@ -25,7 +25,11 @@ _NF4_BYTES = 0.5 + 1 / 64 + 2 * 4 / (64 * 256)
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by category; `scratch` is where quantised weights are turned into the compute type, one at a time."""
+    """Bytes by category.
+
+    `scratch` is where quantised weights are turned into the compute type, or transposed, one at a time; `transposed`
+    are the copies of fp8 weights that are kept instead.
+    """
 
     weights: int
     gradients: int
@@ -33,6 +37,7 @@ class Memory:
     activations: int
     logits: int
     scratch: int
+    transposed: int
     reserve: int
 
     @property
@@ -44,6 +49,11 @@ class Memory:
         """Returns the same with `count` bytes more of activations, and what the allocator loses with them."""
         lost = round(_FRAGMENTATION * count)
         return replace(self, activations=self.activations + count, reserve=self.reserve + lost)
+
+    def with_transposed(self, count: int) -> "Memory":
+        """Returns the same with `count` bytes of transposed weights kept, which leaves nothing to do in `scratch`."""
+        lost = round(_FRAGMENTATION * (count - self.scratch))
+        return replace(self, scratch=0, transposed=count, reserve=self.reserve + lost)
 
 
 def estimate(
@@ -74,7 +84,7 @@ def estimate(
     scratch = scratch_bytes(spec, quantization, value_bytes)
     held = weights + gradients + state + logits + scratch
     reserve = BASE_BYTES[device] + round(_FRAGMENTATION * held)
-    return Memory(weights, gradients, state, 0, logits, scratch, reserve)
+    return Memory(weights, gradients, state, 0, logits, scratch, 0, reserve)
 
 
 def frozen_weight_bytes(spec: ArchSpec, quantization: str, value_bytes: int) -> int:
@@ -87,6 +97,11 @@ def frozen_weight_bytes(spec: ArchSpec, quantization: str, value_bytes: int) -> 
     if quantization in ("int8", "fp8"):
         return rest + values + 4 * rows  # one fp32 scale a row
     return rest + values * value_bytes
+
+
+def transposed_bytes(spec: ArchSpec) -> int:
+    """Returns the bytes of a transposed copy of every fp8 weight, a byte a value."""
+    return sum(into * out for into, out in arithmetic.linear_shapes(spec).values())
 
 
 def scratch_bytes(spec: ArchSpec, quantization: str, value_bytes: int) -> int:

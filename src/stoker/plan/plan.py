@@ -13,6 +13,7 @@ CHOICES = (
     "strategy",
     "precision",
     "quantization",
+    "keep_transposed",
     "kernels",
     "layers",
     "micro_batch_size",
@@ -20,14 +21,18 @@ CHOICES = (
     "offload_activations",
     "num_threads",
 )
-"""The fields that are choices, in the order in which they are shown; each has a reason."""
+"""The fields that are choices, in the order in which they are shown; each has a reason.
+
+One that is None does not arise in a run, and is not shown.
+"""
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a run will be run. `row_tokens`: tokens of a row at most; a step is `accumulation_steps` micro-batches.
 
-    `layers`: each is one fused operation, or runs op by op. `keep`: what each layer keeps for the backward
+    `keep_transposed`: transposed copies of fp8 weights stay beside them (None: no fp8). `layers`: each is one fused
+    operation, or runs op by op. `keep`: what each layer keeps for the backward
     (`arch.activations.LADDER`). `host_bytes`: pinned host memory in which kept tensors wait.
     """
 
@@ -36,6 +41,7 @@ class Plan:
     strategy: Literal["single"]
     precision: Literal["fp32", "bf16", "fp16"]
     quantization: str
+    keep_transposed: bool | None
     kernels: Literal["reference", "triton"]
     layers: ladder.Layers
     micro_batch_size: int
@@ -71,7 +77,9 @@ class Plan:
 
     def table(self) -> str:
         """Returns the plan as aligned lines for people: each choice with its reason, then sizes and memory."""
-        rows = [(name, _shown(getattr(self, name)), self.reasons[name]) for name in CHOICES]
+        rows = [
+            (name, _shown(value), self.reasons[name]) for name in CHOICES if (value := getattr(self, name)) is not None
+        ]
         share = self.num_trained_parameters / self.num_parameters
         rows += [
             ("accumulation", str(self.accumulation_steps), "micro-batches a step"),

@@ -6,15 +6,19 @@ from torch import Tensor
 from stoker.kernels import fp8 as kernel
 from stoker.quant.frozen import FrozenBuffers, Scratch
 
+MAX_RELATIVE_ERROR = 0.06
+"""Of a layer's output, beyond which the layer should not be in fp8. Rounding weight and input to three mantissa bits
+alone moves an output by 3.7% (2.6% each); more means that values fell below e4m3's smallest step."""
+
 
 class Fp8Weight(FrozenBuffers):
     """A frozen weight W = diag(scale) Q `[out, in]`, Q in e4m3, 8 bits a value.
 
     Products quantise their input row by row to e4m3 and so carry its rounding (about 3% a value, 2^-4 at most): this
-    is a faster base, not only a smaller one. `relative_error` says how far a layer's output moves; layers that move too
-    far should stay in bf16. The input gradient needs Q transposed in memory (the hardware reads along the contracted
-    dimension): it is written into `scratch` each time, or kept beside Q with `keep_transposed`, for 8 more bits a
-    value.
+    is a faster base, not only a smaller one. `relative_error` says how far a layer's output moves; layers that move by
+    more than MAX_RELATIVE_ERROR should stay in bf16. The input gradient needs Q transposed in memory (the hardware
+    reads along the contracted dimension): it is written into `scratch` each time, or kept beside Q with
+    `keep_transposed`, for 8 more bits a value.
     """
 
     quantized: Tensor
@@ -36,7 +40,8 @@ class Fp8Weight(FrozenBuffers):
         self.implementation = implementation
         self.register_buffer("quantized", quantized)
         self.register_buffer("scale", scale)
-        self.register_buffer("transposed", quantized.T.contiguous() if keep_transposed else None)
+        self.register_buffer("transposed", None)
+        self.set_transposed(kept=keep_transposed)
 
     @classmethod
     def quantize(
@@ -50,6 +55,13 @@ class Fp8Weight(FrozenBuffers):
         """Returns `weight` `[out, in]` in e4m3 with one scale a row, on its own device."""
         quantized, scale = kernel.quantize_rows(weight.detach(), implementation=implementation)
         return cls(quantized, scale, keep_transposed=keep_transposed, scratch=scratch, implementation=implementation)
+
+    def set_transposed(self, *, kept: bool) -> None:
+        """Keeps Q transposed beside Q from now on, or lets go of it; products stay the same bit for bit."""
+        if kept and self.transposed is None:
+            self.transposed = self.quantized.T.contiguous()
+        elif not kept:
+            self.transposed = None
 
     def dequantize(self, out: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
         """Returns the weight in `dtype` `[out, in]`, in `out` when given."""
@@ -86,4 +98,16 @@ class Fp8Weight(FrozenBuffers):
 def relative_error(weight: Fp8Weight, original: Tensor, x: Tensor) -> float:
     """Returns `||fp8(x W) - x W|| / ||x W||` on inputs `x` `[N, in]`: what fp8 does to this layer's output."""
     expected = x.float() @ original.float().T
-    return ((weight.matmul(x).float() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+    return product_error(weight, x, expected, (weight.shape[0],))
+
+
+def product_error(weight: Fp8Weight, x: Tensor, expected: Tensor, part_rows: tuple[int, ...]) -> float:
+    """Returns the relative error of `x W` `[N, out]` against `expected`, float32, of the worst part of its columns.
+
+    `part_rows` are the sizes of the parts: a small k in a fused q, k, v is measured on its own. NaN where the weight
+    or a product is not finite.
+    """
+    made = weight.matmul(x).float()
+    pairs = zip(made.split(part_rows, dim=-1), expected.split(part_rows, dim=-1), strict=True)
+    errors = torch.stack([(one - other).norm() / other.norm().clamp(min=1e-30) for one, other in pairs])
+    return errors.max().item()  # of a NaN and a number, NaN

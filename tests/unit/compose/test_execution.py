@@ -5,16 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stoker.adapters.fused_block import FusedBlock, why_not_fused
+from stoker.adapters.fused_block import FusedBlock, freeze_into, why_not_fused
 from stoker.adapters.lora import add_lora
 from stoker.arch.families import read
-from stoker.compose.execution import set_up_layers
+from stoker.compose.execution import fp8_notice, layers_not_in_fp8, set_up_layers, set_up_weights
 from stoker.config.load import parse
 from stoker.models import native
 from stoker.nn.block import Block
 from stoker.plan import execution
 from stoker.plan.choose import choose
 from stoker.plan.hardware import Device, Hardware
+from stoker.quant.fp8 import Fp8Weight
 
 CONFIG = {
     "model_type": "llama",
@@ -101,3 +102,43 @@ def test_plan_and_layer_kernel_agree_on_what_runs_op_by_op(changes):
     model = native.build(SPEC)
     add_lora(model, rank=2, alpha=4, dropout=adapter.dropout, dora=adapter.kind == "dora")
     assert bool(execution.why_op_by_op(adapter)) == (why_not_fused(model) is not None)
+
+
+@pytest.fixture
+def in_fp8():
+    """A decoder in fp8 with an adapter; `without`: the numbers of layers that stay in full."""
+
+    def make(without=()):
+        model = native.build(SPEC)
+        model.requires_grad_(requires_grad=False)
+        for index in without:
+            model.blocks[index].attention.qkv.weight.requires_grad_(requires_grad=True)  # passed over
+        freeze_into(model, lambda weight, _: Fp8Weight.quantize(weight))
+        add_lora(model, rank=2, alpha=4)
+        return model
+
+    return make
+
+
+def test_fp8_weights_are_kept_transposed_as_planned_and_gradients_are_the_same(in_fp8, plan):
+    decoder = in_fp8()
+    weights = [module for module in decoder.modules() if isinstance(module, Fp8Weight)]
+    expected = gradients(decoder)
+    for kept in (True, False, None):  # what an earlier run in this process kept is let go
+        set_up_weights(decoder, plan(quantization="fp8", keep_transposed=kept))
+        assert {weight.transposed is not None for weight in weights} == {kept is True}
+        assert all(map(torch.equal, gradients(decoder), expected))
+    assert len(weights) == 12
+
+
+def test_layers_that_stay_out_of_fp8_are_counted_and_named(in_fp8, plan):
+    fp8 = plan(quantization="fp8", precision="bf16")
+    assert not fp8_notice(in_fp8(), fp8)
+    decoder = in_fp8(without=(0, 2))
+    assert layers_not_in_fp8(decoder, fp8) == [
+        f"model.layers.{index}.self_attn.q_proj, k_proj, v_proj" for index in (0, 2)
+    ]
+    sentence = fp8_notice(decoder, fp8)
+    assert sentence.startswith("2 of 12 linear layers stay in bf16, because fp8 would move the output by more than 6%")
+    assert sentence.endswith("model.layers.2.self_attn.q_proj, k_proj, v_proj.")
+    assert not fp8_notice(decoder, plan(quantization="none"))

@@ -125,3 +125,46 @@ def test_tensors_of_a_quantized_model_are_its_values(folder, config):
     assert tensors.keys() == load_file(folder / "model.safetensors").keys()
     down = decoder.blocks[1].feed_forward.down.weight
     assert torch.equal(tensors["model.layers.1.mlp.down_proj.weight"], down)
+
+
+def not_in_fp8(decoder):
+    return [layer.names[0] for layer in linears(decoder) if not isinstance(layer, FrozenLinear)]
+
+
+@pytest.fixture
+def sensitive(folder, change_tensors):
+    """The folder with a norm whose first channel is a million times larger, and layers that never read it but one."""
+    tensors = load_file(folder / "model.safetensors")
+    norm, layer = "model.layers.1.input_layernorm.weight", "model.layers.1.self_attn"
+    scale = torch.ones(16)
+    scale[0] = 1e6
+    changes = {norm: scale}
+    for name in ("q_proj", "k_proj"):
+        weight = tensors[f"{layer}.{name}.weight"].clone()
+        weight[:, 0] = 0.0 if name == "k_proj" else weight[:, 0]
+        changes[f"{layer}.{name}.weight"] = weight
+    change_tensors(folder, changes)
+    return folder
+
+
+def test_a_layer_that_fp8_would_move_too_far_stays_in_the_compute_type(sensitive, config):
+    # k does not read the huge channel; in fp8 the row's one scale lets all that k reads underflow.
+    decoder = load(sensitive, config, quantization="fp8", dtype=torch.bfloat16)
+    assert not_in_fp8(decoder) == ["model.layers.1.self_attn.q_proj"]
+    kept = decoder.blocks[1].attention.qkv.weight
+    assert (kept.dtype, kept.requires_grad) == (torch.bfloat16, False)
+    assert torch.equal(kept, load(sensitive, config, dtype=torch.bfloat16).blocks[1].attention.qkv.weight)
+    decoder(torch.tensor([[1, 2, 3]]))  # both kinds of layers compute
+
+
+def test_layers_of_other_formats_are_not_kept_back(sensitive, config):
+    for kind in ("nf4", "int8"):
+        assert not not_in_fp8(load(sensitive, config, quantization=kind))
+
+
+def test_a_weight_that_is_not_finite_is_not_put_in_fp8(folder, config, change_tensors):
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight = load_file(folder / "model.safetensors")[name].clone()
+    weight[0, 0] = float("nan")
+    change_tensors(folder, {name: weight})
+    assert not_in_fp8(load(folder, config, quantization="fp8")) == ["model.layers.0.mlp.down_proj"]

@@ -165,6 +165,21 @@ def test_fp8_needs_a_gpu_that_has_it(run, llama_8b, machine):
     assert "slow" in choose(run("model.quantization=fp8"), llama_8b, machine()).reasons["quantization"]
 
 
+def test_fp8_weights_stay_transposed_too_where_memory_is_left(run, llama_8b, machine):
+    asked = ("model.quantization=fp8", "data.sequence_length=4096", "engine.micro_batch_size=2")
+    roomy = choose(run(*asked), llama_8b, machine(80))
+    assert roomy.keep_transposed is True
+    assert (roomy.memory.transposed, roomy.memory.scratch) == (32 * 4096 * (3 * 14336 + 10240), 0)
+    assert "6.5 GiB that are free" in roomy.reasons["keep_transposed"]
+    assert "transposed 6.5 GiB" in roomy.table()
+    # No layer computes anything again for the copies' sake: they get what is left, or nothing.
+    tight = choose(run(*asked, "engine.memory_limit_gib=36"), llama_8b, machine(80))
+    assert (tight.keep_transposed, tight.keep, tight.memory.transposed) == (False, roomy.keep, 0)
+    assert tight.memory.total <= 36 * GIB < roomy.memory.total
+    assert "each backward transposes each weight" in tight.reasons["keep_transposed"]
+    assert choose(run(*asked[1:]), llama_8b, machine(80)).keep_transposed is None
+
+
 def test_micro_batches_make_up_the_batch(run, llama_8b, machine):
     for batch_size in (1, 7, 12, 32):
         plan = choose(run(f"train.batch_size={batch_size}"), llama_8b, machine(80))

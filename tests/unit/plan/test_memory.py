@@ -4,7 +4,7 @@ import pytest
 
 from stoker.arch import arithmetic, families
 from stoker.config.schema import Adafactor, AdamW, AdamW8bit, Muon, Sgd
-from stoker.plan.memory import estimate, frozen_weight_bytes, optimizer_bytes
+from stoker.plan.memory import estimate, frozen_weight_bytes, optimizer_bytes, transposed_bytes
 
 
 def _estimate(spec, **changes):
@@ -62,6 +62,14 @@ def test_scratch_holds_the_largest_weight_in_the_compute_type_or_fp8(llama_8b):
     assert _estimate(llama_8b, quantization="nf4").scratch == 2 * gate_up
     assert _estimate(llama_8b, quantization="int8", precision="fp32").scratch == 4 * gate_up
     assert _estimate(llama_8b, quantization="fp8").scratch == gate_up
+
+
+def test_transposed_copies_take_a_byte_a_value_and_spare_the_scratch(llama_8b):
+    bare = _estimate(llama_8b, quantization="fp8")
+    kept = bare.with_transposed(transposed_bytes(llama_8b))
+    assert kept.transposed == 32 * 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14336)
+    assert kept.scratch == 0
+    assert kept.total - bare.total == round(1.05 * (kept.transposed - bare.scratch))
 
 
 def test_activations_are_added_with_what_the_allocator_loses(llama_8b):

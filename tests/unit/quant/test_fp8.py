@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stoker.quant.fp8 import Fp8Weight, relative_error
+from stoker.quant.fp8 import MAX_RELATIVE_ERROR, Fp8Weight, product_error, relative_error
 from stoker.quant.frozen import Scratch
 
 
@@ -48,3 +48,32 @@ def test_relative_error_grows_with_outliers():
     weight_without[:, 0] = 0
     wild = relative_error(Fp8Weight.quantize(weight_without), weight_without, x_outlier)
     assert calm < 0.05 < wild
+
+
+def test_ordinary_weights_and_inputs_stay_well_within_the_bound():
+    weight, x = random(64, 128), random(32, 128, seed=1)
+    # 2.6% each for weight and input, as each rounds to three mantissa bits.
+    assert relative_error(Fp8Weight.quantize(weight), weight, x) == pytest.approx(0.037, abs=0.004)
+    assert MAX_RELATIVE_ERROR > 0.041
+
+
+def test_the_error_of_a_fused_weight_is_that_of_its_worst_part():
+    weight, x = random(32, 48), random(16, 48, seed=1)
+    expected = x @ weight.T
+    expected[:, 24:] *= 2  # as if the last 8 columns came out at half their size
+    made = Fp8Weight.quantize(weight)
+    assert product_error(made, x, expected, (24, 8)) == pytest.approx(0.5, abs=0.03)
+    assert product_error(made, x, expected, (32,)) < 0.45
+    expected[0, 0] = float("nan")
+    assert not product_error(made, x, expected, (24, 8)) <= 1.0
+
+
+def test_transposed_copies_come_and_go_and_change_no_bit():
+    weight, grad = Fp8Weight.quantize(random(32, 48)), random(8, 32, seed=2)
+    expected, bare = weight.matmul_transposed(grad), weight.num_bytes
+    weight.set_transposed(kept=True)
+    assert weight.num_bytes == bare + 32 * 48
+    assert torch.equal(weight.matmul_transposed(grad), expected)
+    weight.set_transposed(kept=False)
+    assert weight.num_bytes == bare
+    assert torch.equal(weight.matmul_transposed(grad), expected)

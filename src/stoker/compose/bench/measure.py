@@ -8,6 +8,7 @@ import torch
 
 from stoker.compose.bench.result import Measured, fault, speed
 from stoker.compose.data import Data
+from stoker.compose.execution import fp8_notice
 from stoker.compose.model import Base, load_decoder
 from stoker.compose.trainer import add_adapter, compute_dtype, make_engine
 from stoker.config.schema import RunConfig
@@ -65,7 +66,7 @@ def measure(config: RunConfig, plan: Plan, base: Base, data: Data, *, steps: int
     batches = Steps(tuple(tuple(engine.train.step(index)) for index in range(WARMUP_STEPS + steps)))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    notices: list[str] = []
+    notices = [sentence] if (sentence := fp8_notice(decoder, plan)) else []
     guard = MemoryGuard(engine.strategy, notices.append)
     seconds, losses, norms = [], [], []
     for number, micro_batches in enumerate(batches.batches, start=1):

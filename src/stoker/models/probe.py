@@ -1,0 +1,64 @@
+"""Random inputs for the linear layers of a model, with the channels as unequal as the model itself makes them.
+
+fp8 rounds inputs row by row, so that what it does to a layer depends on how far its input's channels lie apart. A
+norm's weight scales the channels of what q, k, v, gate and up read; v's weight makes those of what the output
+projection reads, gate's and up's those of what down reads:
+
+    qkv, gate_up: normal · norm.weight        out: v of those        down: silu(gate) · up of those
+
+Outliers that only text brings are not in them.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from stoker.arch.spec import ArchSpec, LayerSpec
+
+_NUM_INPUTS = 32
+_NORMS = {"qkv": "attention_norm", "gate_up": "feed_forward_norm"}
+
+
+class Probe:
+    """Gives each linear layer its inputs; layers come in the order in which the model computes them.
+
+    `norm_weight` reads a norm's weight by our name of it ("blocks.0.attention_norm.weight").
+    """
+
+    def __init__(self, spec: ArchSpec, norm_weight: Callable[[str], Tensor]) -> None:
+        self._spec = spec
+        self._norm_weight = norm_weight
+        self._outputs: Mapping[str, Tensor] = {}
+
+    def inputs(self, layer: str, size: int, *, device: torch.device) -> Tensor:
+        """Returns float32 `[32, size]` for the layer of that name ("blocks.0.attention.qkv"), the same in every run."""
+        block, _, kind = _named(layer)
+        if kind == "out" and "qkv" in self._outputs:
+            return _values(self._outputs["qkv"], self._spec.layers[int(block.rpartition(".")[2])])
+        if kind == "down" and "gate_up" in self._outputs:
+            gate, up = self._outputs["gate_up"].chunk(2, dim=-1)
+            return torch.nn.functional.silu(gate) * up
+        generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device sees the same
+        normal = torch.randn(_NUM_INPUTS, size, generator=generator).to(device)
+        if kind not in _NORMS:
+            return normal
+        return normal * self._norm_weight(f"{block}.{_NORMS[kind]}.weight").to(device).float()
+
+    def saw(self, layer: str, output: Tensor) -> None:
+        """Takes the layer's output `[32, out]`, which makes the inputs of the one that follows it in its block."""
+        self._outputs = {_named(layer)[2]: output}
+
+
+def _named(layer: str) -> tuple[str, str, str]:
+    """(block, its part, the layer in it)."""
+    head, _, kind = layer.rpartition(".")
+    block, _, part = head.rpartition(".")
+    return block, part, kind
+
+
+def _values(qkv: Tensor, layer: LayerSpec) -> Tensor:
+    """What attention makes of v where each position sees itself alone: v, once for each query head."""
+    mixer = layer.mixer
+    values = qkv[:, -mixer.num_kv_heads * mixer.head_dim :].view(-1, mixer.num_kv_heads, mixer.head_dim)
+    return values.repeat_interleave(mixer.num_heads // mixer.num_kv_heads, dim=1).flatten(1)
