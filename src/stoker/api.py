@@ -14,11 +14,13 @@ the command line reads.
 
 import itertools
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stoker.compose import finish
+from stoker.compose.inspect import inspect_for
 from stoker.compose.session import Session, open_session
 from stoker.compose.train import Model as Trainee
 from stoker.compose.train import RunResult, train
@@ -28,7 +30,7 @@ from stoker.config.schema import Adapter
 from stoker.errors import ConfigError, DataError
 
 FORMATS = ("nf4", "int8", "fp8")
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Mapping[str, Any]] | str | Path
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -78,6 +80,27 @@ class Model:
         add_adapter(self.decoder, self._adapter, seed=seed)
         return self
 
+    def inspect(
+        self,
+        rows: Rows,
+        n: int = 3,
+        *,
+        data: Mapping[str, Any] | None = None,
+        task: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Prints the first `n` rows as the model will see them, trained tokens in colour, and an audit of all rows.
+
+        `rows`, `data` and `task` are those of `train`. Raises DataError when rows cannot be read, or (after they are
+        shown) when training on them would learn nothing or the wrong thing.
+        """
+        with tempfile.TemporaryDirectory(prefix="stoker-") as folder:
+            values = self._values(
+                adapter={},  # Rows look the same under any; a quantised base is refused without one.
+                data={"train": _sources(Path(folder), "train", rows), **(data or {})},
+                task=dict(task or {"kind": "sft"}),
+            )
+            inspect_for(self._session.base, self.tokenizer, parse(values, where="inspect"), rows=n)
+
     def train(
         self,
         rows: Rows,
@@ -94,7 +117,7 @@ class Model:
         output_settings: Mapping[str, Any] | None = None,
         task: Mapping[str, Any] | None = None,
     ) -> RunResult:
-        """Trains on `rows` (dicts in any format that a file may have) and returns how it ended.
+        """Trains on `rows` (dicts in any format that a file may have, or a file, a Hub id) and returns how it ended.
 
         Trains the adapter if there is one, else every weight. `validation`: rows, a share or a count held out.
         `output`: the run's folder, a fresh one under runs/ unless given. `data`, `train_settings`, `engine`,
@@ -104,12 +127,12 @@ class Model:
             UserError: settings or rows are wrong. TrainingError: training cannot go on.
         """
         folder = Path(output) if output is not None else _fresh_folder()
-        held_out = validation
+        held_out: Any = validation
         if validation is not None and not isinstance(validation, (int, float)):
-            held_out = [{"path": _write_rows(folder, "validation", validation)}]  # type: ignore[assignment]
+            held_out = _sources(folder, "validation", validation)
         values = self._values(
             adapter=self._adapter.model_dump() if self._adapter else None,
-            data={"train": [{"path": _write_rows(folder, "train", rows)}], "validation": held_out, **(data or {})},
+            data={"train": _sources(folder, "train", rows), "validation": held_out, **(data or {})},
             train={
                 "learning_rate": learning_rate,
                 "epochs": epochs,
@@ -165,7 +188,12 @@ def _fresh_folder() -> Path:
     return next(path for number in itertools.count(1) if not (path := Path("runs") / f"notebook-{number}").exists())
 
 
-def _write_rows(folder: Path, name: str, rows: Rows) -> str:
+def _sources(folder: Path, name: str, rows: Rows) -> list[dict[str, str]]:
+    """Returns where rows come from, as a configuration says it; rows in memory are first written below `folder`."""
+    return [{"path": str(rows) if isinstance(rows, (str, Path)) else _write_rows(folder, name, rows)}]
+
+
+def _write_rows(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """Keeps rows given in memory beside the run, so that its config.yaml can be run again; returns the file."""
     if not rows:
         raise DataError(f"{name}: there are no rows.", fix="Pass a list of dicts.")

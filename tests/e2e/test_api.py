@@ -1,11 +1,13 @@
 """The Python API and the notebook that shows it."""
 
+import json
 from pathlib import Path
 
 import nbformat
 import pytest
 
 import stoker
+from stoker.config.load import load
 from stoker.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.slow
@@ -53,6 +55,33 @@ def test_wrong_settings_and_rows_are_refused_by_name(tiny_model, rows):
     model.add_lora(rank=2)
     with pytest.raises(ConfigError, match="adapter already"):
         model.add_lora(rank=2)
+
+
+def test_rows_are_shown_as_the_model_sees_them_and_leave_nothing_behind(tiny_model, rows, tmp_path, capsys):
+    model = stoker.load(str(tiny_model), device="cpu")
+    model.inspect(rows(5), n=2, data={"sequence_length": 128, "cache_folder": str(tmp_path / "cache")})
+    said = capsys.readouterr().out
+    assert "⟦It is 1.<|end|>⟧" in said
+    assert "⟦It is 2.<|end|>⟧" in said
+    assert "⟦It is 3.<|end|>⟧" not in said
+    assert "trained turns" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    with pytest.raises(ConfigError, match="sequence_lenght"):
+        model.inspect(rows(5), data={"sequence_lenght": 128})
+
+
+def test_a_file_serves_as_rows_and_the_runs_configuration_names_it(tiny_model, rows, tmp_path, capsys):
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(8)))
+    Path("held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(2)))
+    model = stoker.load(str(tiny_model), device="cpu").add_lora(rank=2)
+    model.inspect("mine.jsonl")
+    assert "mine.jsonl" in capsys.readouterr().out
+    run = model.train("mine.jsonl", learning_rate=0.01, steps=1, batch_size=4, validation=Path("held.jsonl"))
+    assert set(run.losses) == {"train", "validation"}
+    data = load(run.folder / "config.yaml").data
+    assert (data.train[0].path, data.validation[0].path) == ("mine.jsonl", "held.jsonl")
+    with pytest.raises(DataError, match="nowhere"):
+        model.inspect("nowhere.jsonl")
 
 
 def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):

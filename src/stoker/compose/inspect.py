@@ -1,13 +1,18 @@
 """`stoker inspect`: the data as the model will see it, and what is wrong with it."""
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 
 from stoker.compose.data import prepare_data, refuse_faults
-from stoker.compose.model import load_tokenizer, open_base
+from stoker.compose.model import Base, load_tokenizer, open_base
 from stoker.config.schema import RunConfig
 from stoker.data import inspect as show
 from stoker.errors import ConfigError
 from stoker.plan.limits import fitted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def inspect(config: RunConfig, *, rows: int, split: str, console: Console | None = None) -> None:
@@ -16,9 +21,22 @@ def inspect(config: RunConfig, *, rows: int, split: str, console: Console | None
     Raises:
         DataError: the data cannot be read, or the audit finds a fault; that comes after the rows are shown.
     """
-    console = console or Console()
     base = open_base(config.model.base, revision=config.model.revision)
     tokenizer = load_tokenizer(base, override=config.model.tokenizer, chat_template=config.model.chat_template)
+    inspect_for(base, tokenizer, config, rows=rows, split=split, console=console)
+
+
+def inspect_for(
+    base: Base,
+    tokenizer: "PreTrainedTokenizerBase",
+    config: RunConfig,
+    *,
+    rows: int,
+    split: str = "train",
+    console: Console | None = None,
+) -> None:
+    """Does the same for a base and a tokenizer that are open already."""
+    console = console or Console()
     config = fitted(config, base.spec)
     data = prepare_data(config, tokenizer, console=console)
     documents = data.train if split == "train" else data.validation
