@@ -92,16 +92,24 @@ def test_resume_refuses_what_would_make_it_another_run(stoker, run_values, write
 def test_resume_keeps_the_choices_that_exactness_depends_on(stoker, long_run, write_yaml, tmp_path):
     # Where memory is scarcer when the run goes on, the plan alone would cut micro-batches otherwise.
     long_run["train"]["steps"] = 6
+    long_run["adapter"]["dropout"] = 0.0
     yaml = write_yaml(long_run)
     stoker("train", yaml)
     path = tmp_path / "run/plan.json"
     plan = json.loads(path.read_text())
     assert plan["micro_batch_size"] == 4
-    path.write_text(json.dumps(plan | {"micro_batch_size": 2}))
+    assert (plan["layers"], plan["recompute"]) == ("op by op", "keep all")
+    scarce = {"layers": "fused", "keep": ["mixer"] * len(plan["keep"]), "tile_tokens": 64}
+    path.write_text(json.dumps(plan | {"micro_batch_size": 2} | scarce))
     stoker("train", yaml, "--resume", "--set", "train.steps=8")
     resumed = json.loads(path.read_text())
     assert resumed["micro_batch_size"] == 2
     assert resumed["reasons"]["micro_batch_size"] == "as when the run began"
+    assert {name: resumed[name] for name in scarce} == scarce
+    assert resumed["reasons"]["tile_tokens"] == "as when the run began"
+    # What the user sets is not overruled.
+    stoker("train", yaml, "--resume", "--set", "train.steps=9", "--set", "engine.recompute=none")
+    assert json.loads(path.read_text())["recompute"] == "keep all"
 
 
 def test_nothing_to_resume_is_said(stoker, run_values, write_yaml):

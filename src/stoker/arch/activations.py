@@ -38,8 +38,19 @@ class Micro:
     product_values: int = 0
 
 
-def fused(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep, *, offload: bool = False) -> Held:
-    """Returns what a layer that runs through the layer kernel holds."""
+def fused(
+    layer: LayerSpec,
+    hidden_size: int,
+    micro: Micro,
+    keep: Keep,
+    *,
+    offload: bool = False,
+    tile_tokens: int | None = None,
+) -> Held:
+    """Returns what a layer that runs through the layer kernel holds.
+
+    With `tile_tokens` the feed-forward goes through so many tokens at a time, except on the rung "all".
+    """
     mixer, inner = layer.mixer, layer.feed_forward.intermediate_size
     query = mixer.num_heads * mixer.head_dim
     heads = query + 2 * mixer.num_kv_heads * mixer.head_dim
@@ -48,20 +59,33 @@ def fused(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep, *, offlo
     statistics = 4 * mixer.num_heads if keep != "input" else 0
     away = hidden_size + attention
     on_device = beside + micro.product_values + (0 if offload else away)
-    # Gradients of what comes in and goes out, the norm's output, the activation; then what is run again.
-    passing = 4 * hidden_size + max(inner, query + 2 * heads)
-    if keep == "mixer":
-        passing = 5 * hidden_size + heads + 3 * inner
-    elif keep != "all":
-        passing = 6 * hidden_size + 2 * heads + 3 * inner
-    if offload:
-        passing += _IN_FLIGHT * max(hidden_size, query)
     unit = micro.tokens * micro.value_bytes
+    # Gradients of what comes in and goes out, the norm's output, the activation; then what is run again.
+    passing = (4 * hidden_size + max(inner, query + 2 * heads)) * unit
+    if keep != "all":
+        rows = 5 * hidden_size + heads if keep == "mixer" else 6 * hidden_size + 2 * heads
+        passing = _with_feed_forward(rows, layer, hidden_size, micro, tile_tokens)
+    if offload:
+        passing += _IN_FLIGHT * max(hidden_size, query) * unit
     return Held(
         on_device * unit + (0 if offload else statistics * micro.tokens),
-        passing * unit,
+        passing,
         (away * unit + statistics * micro.tokens) if offload else 0,
     )
+
+
+def _with_feed_forward(rows: int, layer: LayerSpec, hidden_size: int, micro: Micro, tile_tokens: int | None) -> int:
+    """Bytes during a backward that makes gate, up and the activation again, beside `rows` values a token.
+
+    With tiles these three exist for one tile, and the tiles' results beside the tensor that they are joined to. What is
+    highest then may be attention's own backward, whose gradient of q is summed in fp32.
+    """
+    inner, query = layer.feed_forward.intermediate_size, layer.mixer.num_heads * layer.mixer.head_dim
+    if tile_tokens is None:
+        return (rows + 3 * inner) * micro.tokens * micro.value_bytes
+    tile = min(tile_tokens, micro.tokens)
+    feed_forward = ((rows + hidden_size) * micro.tokens + 3 * inner * tile) * micro.value_bytes
+    return max(feed_forward, (rows * micro.value_bytes + 4 * query) * micro.tokens)
 
 
 def op_by_op(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep) -> Held:

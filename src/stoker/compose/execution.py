@@ -25,7 +25,13 @@ def set_up_layers(decoder: "Decoder", plan: Plan) -> "HostOffload | None":
     take_apart(decoder)
     offload = HostOffload() if plan.offload_activations else None
     if plan.layers == "fused":
-        fuse_blocks(decoder, keep=plan.keep, implementation=plan.kernels, offload=offload)
+        fuse_blocks(
+            decoder,
+            keep=plan.keep,
+            implementation=plan.kernels,
+            offload=offload,
+            tile_tokens=plan.tile_tokens,
+        )
         return offload
     for block, rung in zip(decoder.blocks, plan.keep, strict=True):
         block.recompute = rung == "input"  # type: ignore[assignment]

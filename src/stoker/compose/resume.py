@@ -8,6 +8,7 @@ from stoker.compose.run_folder import RunFolder
 from stoker.config.load import load
 from stoker.config.schema import RunConfig
 from stoker.errors import ConfigError, Problem
+from stoker.plan.ladder import Ladder
 
 # A change of these would change what the steps so far have meant: their rows, or the weights that are trained.
 _FIXED = (
@@ -58,11 +59,28 @@ def engine_before(config: RunConfig, folder: RunFolder, device_name: str) -> dic
 
     What the plan chooses depends on the memory that is free, which may be another amount now.
     """
+    plan = _plan_before(folder, device_name)
+    return {name: plan[name] for name in _EXACT if name in plan and getattr(config.engine, name) == "auto"}
+
+
+def ladder_before(config: RunConfig, folder: RunFolder, device_name: str) -> Ladder | None:
+    """Returns the ladder of the plan when the run began, for the same reason; None where the user sets a part of it.
+
+    Rungs alone change no bit, but tiles and layers that run op by op take sums in another order.
+    """
+    plan, asked = _plan_before(folder, device_name), config.engine
+    if asked.recompute != "auto" or not {"keep", "layers", "tile_tokens", "offload_activations"} <= plan.keys():
+        return None
+    if asked.offload_activations not in ("auto", plan["offload_activations"]):
+        return None
+    return Ladder(tuple(plan["keep"]), plan["offload_activations"], plan["layers"], plan["tile_tokens"])
+
+
+def _plan_before(folder: RunFolder, device_name: str) -> dict[str, Any]:
+    """The plan.json of the run so far; empty on another device."""
     path = folder.path / "plan.json"
     plan = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if plan.get("device_name") != device_name:
-        return {}
-    return {name: plan[name] for name in _EXACT if name in plan and getattr(config.engine, name) == "auto"}
+    return plan if plan.get("device_name") == device_name else {}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

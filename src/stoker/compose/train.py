@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
     from stoker.nn.decoder import Decoder
 
+# What of a plan is its ladder.
+_LADDER = ("layers", "recompute", "tile_tokens", "offload_activations")
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -143,12 +146,15 @@ def _choose(config: RunConfig, base: Base, data: Data, hardware: Hardware, resum
     """Returns the plan; that of a resumed run keeps the choices that its results depend on in their last bits."""
     statistics = Statistics(data.longest)
     plan = choose(config, base.spec, hardware, statistics=statistics)
-    before = resume.engine_before(config, resumed, plan.device_name) if resumed is not None else {}
-    if not before:
+    if resumed is None:
         return plan
+    before = resume.engine_before(config, resumed, plan.device_name)
+    ladder = resume.ladder_before(config, resumed, plan.device_name)
     engine = config.engine.model_copy(update=before)
-    plan = choose(config.model_copy(update={"engine": engine}), base.spec, hardware, statistics=statistics)
-    return replace(plan, reasons={**plan.reasons, **dict.fromkeys(before, "as when the run began")})
+    fixed = config.model_copy(update={"engine": engine})
+    plan = choose(fixed, base.spec, hardware, statistics=statistics, ladder=ladder)
+    same = [*before, *(_LADDER if ladder is not None and plan.ladder == ladder else ())]
+    return replace(plan, reasons={**plan.reasons, **dict.fromkeys(same, "as when the run began")})
 
 
 def _write_inputs(folder: RunFolder, loaded: Loaded, plan: Plan, data: Data) -> None:

@@ -37,12 +37,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be run, on rows of so many tokens, and what follows from it."""
+    """What is to be run, on rows of so many tokens, and what follows from it; `given` is the only ladder to try."""
 
     config: RunConfig
     spec: ArchSpec
     machine: Machine
     row_tokens: int
+    given: Ladder | None = None
 
     @cached_property
     def counts(self) -> tuple[int, int]:
@@ -60,6 +61,8 @@ class Job:
     @cached_property
     def ladders(self) -> tuple[Ladder, ...]:
         """What the user allows, from the least to the most that is computed again."""
+        if self.given is not None:
+            return (self.given,)
         engine = self.config.engine
         steps = ladders(
             len(self.spec.layers),
@@ -105,14 +108,16 @@ class Size:
     def __init__(self, job: Job, rows: int) -> None:
         self.job, self.rows = job, rows
         tokens = rows * job.row_tokens
-        self._micro = Micro(tokens, VALUE_BYTES[job.machine.precision], job.product_values)
+        self.micro = Micro(tokens, VALUE_BYTES[job.machine.precision], job.product_values)
         self._besides = {fused: job.memory(tokens, casts_by_layer=fused) for fused in (False, True)}
 
     def candidate(self, ladder: Ladder) -> "Candidate":
-        """Returns what this micro-batch takes with `ladder`."""
+        """Returns what this micro-batch takes with `ladder`, in tiles where they lower the peak."""
+        if self.job.given is None:
+            ladder = ladder.tiled(self.job.spec, self.micro)
         spec, besides = self.job.spec, self._besides[ladder.layers == "fused"]
-        memory = besides.with_activations(ladder.device_bytes(spec, self._micro))
-        return Candidate(self, ladder, memory, ladder.host_bytes(spec, self._micro) if ladder.offload else 0)
+        memory = besides.with_activations(ladder.device_bytes(spec, self.micro))
+        return Candidate(self, ladder, memory, ladder.host_bytes(spec, self.micro) if ladder.offload else 0)
 
     def best(self) -> "Candidate":
         """Returns the candidate that computes least again of those that fit, or else the nearest to fitting."""

@@ -13,6 +13,7 @@ from stoker.plan import execution, limits
 from stoker.plan.alternatives import alternatives
 from stoker.plan.candidates import Candidate, Job, Machine, Precision, Size
 from stoker.plan.hardware import Device, Hardware
+from stoker.plan.ladder import Ladder
 from stoker.plan.memory import GIB, Memory, transposed_bytes
 from stoker.plan.plan import Plan, size
 
@@ -30,8 +31,15 @@ class Statistics:
     longest: int
 
 
-def choose(config: RunConfig, spec: ArchSpec, hardware: Hardware, *, statistics: Statistics | None = None) -> Plan:
-    """Returns the plan of a run.
+def choose(
+    config: RunConfig,
+    spec: ArchSpec,
+    hardware: Hardware,
+    *,
+    statistics: Statistics | None = None,
+    ladder: Ladder | None = None,
+) -> Plan:
+    """Returns the plan of a run; `ladder` is the one to run with, if it still fits (that of a run that goes on).
 
     Raises:
         PlanError: what was asked for does not exist on this hardware, or does not fit in its memory; the message
@@ -47,9 +55,11 @@ def choose(config: RunConfig, spec: ArchSpec, hardware: Hardware, *, statistics:
     execution.refuse_unknown_rungs(config, device)
     row_tokens = _row_tokens(config, statistics)
     machine = _machine(config, hardware, device, precision, uses_triton=kernels == "triton")
-    job = Job(config, spec, machine, row_tokens)
+    job = Job(config, spec, machine, row_tokens, ladder)
     candidates = _candidates(job)
     fitting = [one for one in candidates if one.fits]
+    if not fitting and ladder is not None:
+        return choose(config, spec, hardware, statistics=statistics)
     if not fitting:
         raise PlanError(_shortfall(job, candidates), fix=_what_fits(job, hardware))
     best = _best(fitting)
@@ -68,6 +78,7 @@ def choose(config: RunConfig, spec: ArchSpec, hardware: Hardware, *, statistics:
         micro_batch_size=best.rows,
         accumulation_steps=config.train.batch_size // best.rows,
         keep=best.ladder.keep,
+        tile_tokens=best.ladder.tile_tokens,
         offload_activations=best.ladder.offload,
         num_threads=num_threads,
         row_tokens=row_tokens,
@@ -87,6 +98,7 @@ def choose(config: RunConfig, spec: ArchSpec, hardware: Hardware, *, statistics:
             "layers": execution.layers_reason(config, best.ladder.layers, uses_triton=kernels == "triton"),
             "micro_batch_size": _micro_batch_reason(best),
             "recompute": _recompute_reason(best),
+            "tile_tokens": _tiles_reason(best),
             "offload_activations": _offload_reason(best),
             "num_threads": threads_reason,
         },
@@ -201,9 +213,18 @@ def _recompute_reason(best: Candidate) -> str:
         return "set in the configuration"
     if set(best.ladder.keep) <= {"all"}:
         return "all that the backward needs fits in memory"
-    whole = replace(best.ladder, keep=("all",) * len(job.spec.layers), offload=False)
+    whole = replace(best.ladder, keep=("all",) * len(job.spec.layers), offload=False, tile_tokens=None)
     needed, allowed = best.size.candidate(whole).memory.total, job.machine.device.memory_bytes
     return f"as much as fits: keeping all needs {size(needed)} of {size(allowed)}"
+
+
+def _tiles_reason(best: Candidate) -> str:
+    if best.ladder.tile_tokens is None:
+        return "gate and up of a whole micro-batch are not what is highest"
+    spec, micro = best.size.job.spec, best.size.micro
+    whole = replace(best.ladder, tile_tokens=None).device_bytes(spec, micro)
+    spared = size(whole - best.ladder.device_bytes(spec, micro))
+    return f"feed-forward in tiles of {best.ladder.tile_tokens:,} tokens: all at once would need {spared} more"
 
 
 def _offload_reason(best: Candidate) -> str:

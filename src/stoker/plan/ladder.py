@@ -6,23 +6,36 @@ it computes again takes memory that is free by then.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from stoker.arch import activations
 from stoker.arch.activations import LADDER, OP_BY_OP_LADDER, Held, Keep, Micro
-from stoker.arch.spec import ArchSpec
+from stoker.arch.spec import ArchSpec, LayerSpec
 
 Layers = Literal["fused", "op by op"]
+TILE_TOKENS = 8192
+"""Of the feed-forward's tiles: enough that matrix products run at full speed, few beside a long row."""
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """The rung of each layer, whether what they keep waits on the host, and how the layers run."""
+    """The rung of each layer, whether what they keep waits on the host, and how the layers run.
+
+    `tile_tokens`: the feed-forward goes through so many tokens at a time (None: through all at once).
+    """
 
     keep: tuple[Keep, ...]
     offload: bool
     layers: Layers
+    tile_tokens: int | None = None
+
+    def tiled(self, spec: ArchSpec, micro: Micro) -> "Ladder":
+        """Returns the same with the feed-forward in tiles if that lowers the peak, and without if not."""
+        whole, tiles = replace(self, tile_tokens=None), replace(self, tile_tokens=TILE_TOKENS)
+        if self.layers != "fused" or set(self.keep) <= {"all"} or micro.tokens <= TILE_TOKENS:
+            return whole
+        return tiles if tiles.device_bytes(spec, micro) < whole.device_bytes(spec, micro) else whole
 
     def device_bytes(self, spec: ArchSpec, micro: Micro) -> int:
         """Returns the bytes of all layers on the device at the backward's peak."""
@@ -38,13 +51,14 @@ class Ladder:
         for layer, rung in zip(spec.layers, self.keep, strict=True):
             key = (id(layer), rung)
             if key not in known:
-                known[key] = (
-                    activations.fused(layer, spec.hidden_size, micro, rung, offload=self.offload)
-                    if self.layers == "fused"
-                    else activations.op_by_op(layer, spec.hidden_size, micro, rung)
-                )
+                known[key] = self._held_by(layer, spec.hidden_size, micro, rung)
             result.append(known[key])
         return result
+
+    def _held_by(self, layer: LayerSpec, hidden_size: int, micro: Micro, rung: Keep) -> Held:
+        if self.layers == "op by op":
+            return activations.op_by_op(layer, hidden_size, micro, rung)
+        return activations.fused(layer, hidden_size, micro, rung, offload=self.offload, tile_tokens=self.tile_tokens)
 
 
 def ladders(

@@ -18,6 +18,7 @@ CHOICES = (
     "layers",
     "micro_batch_size",
     "recompute",
+    "tile_tokens",
     "offload_activations",
     "num_threads",
 )
@@ -33,7 +34,8 @@ class Plan:
 
     `keep_transposed`: transposed copies of fp8 weights stay beside them (None: no fp8). `layers`: each is one fused
     operation, or runs op by op. `keep`: what each layer keeps for the backward
-    (`arch.activations.LADDER`). `host_bytes`: pinned host memory in which kept tensors wait.
+    (`arch.activations.LADDER`). `tile_tokens`: the feed-forward goes through so many tokens at a time (None: through a
+    whole micro-batch). `host_bytes`: pinned host memory in which kept tensors wait.
     """
 
     device: str
@@ -47,6 +49,7 @@ class Plan:
     micro_batch_size: int
     accumulation_steps: int
     keep: tuple[Keep, ...]
+    tile_tokens: int | None
     offload_activations: bool
     num_threads: int
     row_tokens: int
@@ -62,6 +65,11 @@ class Plan:
     def recompute(self) -> str:
         """The ladder in words: "keep all in 30 layers, mixer in 2"."""
         return ladder.words(self.keep)
+
+    @property
+    def ladder(self) -> ladder.Ladder:
+        """What the layers keep, and how they run."""
+        return ladder.Ladder(self.keep, self.offload_activations, self.layers, self.tile_tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as JSON values."""

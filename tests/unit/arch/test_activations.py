@@ -40,6 +40,25 @@ def test_what_waits_on_the_host_leaves_the_device(spec):
     assert activations.fused(spec.layers[0], 4096, MICRO, "attention", offload=True).kept == 0
 
 
+def test_tiles_hold_a_tiles_gate_up_and_activation_instead_of_all(spec):
+    layer, micro = spec.layers[0], Micro(32768, 2)
+    for keep in ("mixer", "attention", "input"):
+        whole = activations.fused(layer, 4096, micro, keep)
+        tiled = activations.fused(layer, 4096, micro, keep, tile_tokens=8192)
+        joined = 4096 * 32768 * 2  # the tiles' results beside the tensor that they become
+        assert whole.passing - tiled.passing == 3 * 14336 * (32768 - 8192) * 2 - joined
+        assert tiled.kept == whole.kept
+    assert activations.fused(layer, 4096, micro, "all", tile_tokens=8192) == activations.fused(
+        layer, 4096, micro, "all"
+    )
+
+
+def test_however_small_the_tiles_attention_needs_its_own(spec):
+    # Its backward sums the gradient of q, 4096 channels, in fp32, beside 6 D and twice q, k and v in bf16.
+    least = (6 * 4096 + 2 * 6144) * 8192 * 2 + 4 * 4096 * 8192
+    assert activations.fused(spec.layers[0], 4096, MICRO, "attention", tile_tokens=1).passing == least
+
+
 def test_the_peak_is_where_a_layer_and_those_before_it_hold_most():
     assert activations.peak([]) == 0
     assert activations.peak([Held(10, 5), Held(10, 5)]) == 25

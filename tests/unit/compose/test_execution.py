@@ -78,6 +78,27 @@ def test_offloaded_layers_share_one_place_on_the_host(decoder, plan):
     assert offload.num_stored == 0
 
 
+@pytest.mark.parametrize("keep", ["mixer", "attention", "input"])
+@pytest.mark.parametrize("train_base", [False, True])
+def test_tiles_give_the_same_loss_and_gradients(plan, keep, train_base):
+    ids = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))
+    runs = []
+    for tile_tokens in (None, 5):  # of twelve tokens: two full tiles and a shorter one
+        decoder = native.build(SPEC)
+        if not train_base:
+            add_lora(decoder, rank=2, alpha=4)
+        for parameter in decoder.parameters():  # no gradient vanishes, as that of an adapter's a would with b = 0
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        set_up_layers(decoder, plan(layers="fused", keep=(keep,) * 3, tile_tokens=tile_tokens))
+        assert {block.options.tile_tokens for block in decoder.blocks} == {tile_tokens}
+        loss = decoder.logits(decoder(ids)).log_softmax(-1)[..., 1].sum()
+        trained = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+        runs.append([loss.detach(), *torch.autograd.grad(loss, trained)])
+    for whole, tiled in zip(*runs, strict=True):
+        assert whole.abs().max() > 0
+        torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-4)  # fp32, sums over tiles in another order
+
+
 def test_what_an_earlier_run_set_is_undone(decoder, plan):
     names = [name for name, _ in decoder.named_parameters()]
     expected = gradients(decoder)

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -163,6 +164,47 @@ def test_fp8_needs_a_gpu_that_has_it(run, llama_8b, machine):
         with pytest.raises(PlanError, match=f"8.9 or later.*{has}. Use int8"):
             choose(run("model.quantization=fp8"), llama_8b, machine(80, capability=capability))
     assert "slow" in choose(run("model.quantization=fp8"), llama_8b, machine()).reasons["quantization"]
+
+
+@pytest.fixture
+def long_context(llama_8b):
+    return replace(llama_8b, max_positions=131072)
+
+
+_LONG = ("data.sequence_length=32768", "train.batch_size=1", "model.quantization=nf4")
+
+
+def test_long_rows_go_through_the_feed_forward_in_tiles(run, long_context, machine):
+    asked = (*_LONG, "engine.recompute=attention", "engine.offload_activations=true")
+    plan = choose(run(*asked), long_context, machine(80))
+    assert plan.tile_tokens == 8192
+    assert plan.reasons["tile_tokens"] == "feed-forward in tiles of 8,192 tokens: all at once would need 1.7 GiB more"
+    assert plan.memory.total < 13 * GIB  # 14.7 GiB without
+    assert f"tile_tokens          8192  {' ' * (len(plan.recompute) - 4)}feed-forward" in plan.table()
+
+
+def test_tiles_leave_memory_to_layers_that_keep_more(run, long_context, machine):
+    plan = choose(run(*_LONG), long_context, machine(30))
+    assert plan.tile_tokens == 8192
+    whole = choose(run(*_LONG), long_context, machine(30), ladder=replace(plan.ladder, tile_tokens=None))
+    assert whole.ladder != replace(plan.ladder, tile_tokens=None)  # which does not fit: the plan is made anew
+    assert whole == plan
+
+
+def test_short_rows_and_layers_that_keep_all_go_through_at_once(run, llama_8b, long_context, machine):
+    short = choose(run("engine.recompute=mixer", "engine.micro_batch_size=1"), llama_8b, machine(80))
+    roomy = choose(run(*_LONG), long_context, machine(139))
+    for plan in (short, roomy):
+        assert plan.tile_tokens is None
+        assert "tile_tokens" not in plan.table()
+
+
+def test_a_run_that_goes_on_keeps_its_ladder_while_it_fits(run, long_context, machine):
+    began = choose(run(*_LONG), long_context, machine(30))
+    assert choose(run(*_LONG), long_context, machine(139)).ladder != began.ladder
+    assert choose(run(*_LONG), long_context, machine(139), ladder=began.ladder).ladder == began.ladder
+    tight = choose(run(*_LONG), long_context, machine(14), ladder=began.ladder)
+    assert tight == choose(run(*_LONG), long_context, machine(14))
 
 
 def test_fp8_weights_stay_transposed_too_where_memory_is_left(run, llama_8b, machine):

@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from stoker.arch.activations import LADDER, Micro
-from stoker.plan.ladder import Ladder, ladders, words
+from stoker.plan.ladder import TILE_TOKENS, Ladder, ladders, words
 
 
 def _ladders(**changes):
@@ -45,6 +45,32 @@ def test_without_the_layer_kernel_there_are_two_rungs():
 
 def test_no_gpu_no_offload():
     assert not any(step.offload for step in _ladders(can_offload=False))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_tiles_are_taken_where_they_lower_the_peak(llama_8b, offload):
+    long, short = Micro(4 * TILE_TOKENS, 2), Micro(TILE_TOKENS, 2)
+    for rung in LADDER:
+        ladder = Ladder((rung,) * 32, offload, "fused")
+        tiled = ladder.tiled(llama_8b, long)
+        assert tiled.tile_tokens == (None if rung == "all" else TILE_TOKENS)
+        if tiled.tile_tokens:
+            assert tiled.device_bytes(llama_8b, long) < ladder.device_bytes(llama_8b, long)
+            assert tiled.host_bytes(llama_8b, long) == ladder.host_bytes(llama_8b, long)
+            assert tiled.tiled(llama_8b, short) == ladder  # one tile would be all of it
+
+
+def test_tiles_are_not_taken_where_the_peak_is_elsewhere(llama_8b):
+    long = Micro(4 * TILE_TOKENS, 2)
+    # The last layer keeps all, and its backward comes while the others' memory is still held.
+    mixed = Ladder(("mixer",) * 2 + ("all",) * 30, False, "fused")
+    assert mixed.tiled(llama_8b, long) == mixed
+    # Autograd's own layers know no tiles.
+    op_by_op = Ladder(("input",) * 32, False, "op by op")
+    assert op_by_op.tiled(llama_8b, long) == op_by_op
+    # Two tiles barely: the tensor that the pieces are joined to takes more than they spare.
+    barely = Micro(TILE_TOKENS + 64, 2)
+    assert Ladder(("mixer",) * 32, False, "fused").tiled(llama_8b, barely).tile_tokens is None
 
 
 def test_words():
