@@ -1,9 +1,7 @@
 """What a name on the command line stands for: a run's folder, an adapter's folder, or a model."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from stoker.compose.run_folder import RunFolder
 from stoker.config.load import load
@@ -58,14 +56,13 @@ def find(name: str, *, base: str | None = None) -> Artifact:
 
 
 def _adapter(folder: Path, base: str | None) -> Artifact:
-    settings = _settings(folder / "adapter_config.json")
-    name = base or settings.get("base_model_name_or_path")
-    if not name:
-        raise ModelError(f"{folder}/adapter_config.json names no base model.", fix="Give it with --base.")
+    from stoker.export.adapter import base_of
+
+    name, revision = (base, None) if base else base_of(folder)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     return Artifact(
-        base=str(name),
-        revision=None if base else settings.get("revision"),
+        base=name,
+        revision=revision,
         adapter=folder,
         tokenizer=folder if has_tokenizer else None,
         quantization=_quantization(RunFolder(folder.parent)),
@@ -80,15 +77,3 @@ def _quantization(run: RunFolder) -> str | None:
         return load(run.config).model.quantization
     except ConfigError:  # of a version whose settings were others
         return None
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(
-            f"{path} is not valid JSON: {error}.", fix="The file is damaged; save the adapter again."
-        ) from error
-    if not isinstance(settings, dict):
-        raise ModelError(f"{path} must hold an object, not a {type(settings).__name__}.")
-    return settings

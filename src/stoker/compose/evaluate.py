@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from stoker.compose import artifact
 from stoker.compose.data import loader, prepare_data, refuse_faults
@@ -70,8 +71,9 @@ def evaluate(
         console.print_json(json.dumps(facts))
     else:
         console.print(
-            f"{facts['model']} on {split}: loss [bold]{result.loss:.4f}[/], perplexity {facts['perplexity']:.3f} "
-            f"({result.num_trained_tokens:,} trained tokens, {result.seconds:.1f}s)",
+            f"{escape(found.description)} on {split}: loss [bold]{result.loss:.4f}[/], "
+            f"perplexity {facts['perplexity']:.3f} ({result.num_trained_tokens:,} trained tokens, "
+            f"{result.seconds:.1f}s)",
             highlight=False,
             soft_wrap=True,
         )

@@ -12,6 +12,7 @@ from stoker.compose.hardware import probe
 from stoker.compose.model import Base, load_decoder, load_tokenizer, open_base
 from stoker.config.schema import Adapter
 from stoker.errors import ConfigError, ModelError
+from stoker.plan.hardware import Device
 
 if TYPE_CHECKING:
     import torch
@@ -123,19 +124,19 @@ def open_session(
     found = artifact.find(name, base=base)
     opened = open_base(found.base, revision=found.revision)
     tokenizer = load_tokenizer(opened, override=found.tokenizer)
-    kind, dtype = choose_device(device)
+    chosen = choose_device(device)
+    kind, dtype = chosen.kind, _decoding_dtype(chosen)
     if quantization is None:
         quantization = found.quantization or "none"
-    decoder = load_decoder(opened, device=kind, dtype=dtype, kernels=_kernels(kind), quantization=quantization)
+    decoder = load_decoder(opened, device=kind, dtype=dtype, kernels=_kernels(chosen), quantization=quantization)
     adapter = _load_adapter(decoder, found.adapter) if found.adapter is not None else None
     held = opened.quantization(quantization)
     return Session(opened, decoder.eval(), tokenizer, kind, dtype, found.description, adapter, held)
 
 
-def _kernels(kind: str) -> str:
+def _kernels(device: Device) -> str:
     """Returns Triton's kernels on a GPU that has them: dequantising op by op would cost more than the products."""
-    device = probe().first(kind)  # type: ignore[arg-type]
-    return "triton" if kind == "cuda" and device is not None and device.triton else "reference"
+    return "triton" if device.kind == "cuda" and device.triton else "reference"
 
 
 def _load_adapter(decoder: "Decoder", folder: Path) -> Adapter:
@@ -155,16 +156,24 @@ def _load_adapter(decoder: "Decoder", folder: Path) -> Adapter:
     )
 
 
-def choose_device(asked: str) -> "tuple[str, torch.dtype]":
-    """Returns where to decode and in which number format: fp32 on a CPU, bf16 or fp16 on a GPU."""
+def choose_device(asked: str) -> Device:
+    """Returns where to decode: the device asked for, or for "auto" the first of this machine's.
+
+    Raises:
+        ConfigError: there is none of that kind here.
+    """
+    devices = probe().devices  # the best first
+    for device in devices:
+        if asked in ("auto", device.kind):
+            return device
+    kinds = ", ".join(device.kind for device in devices)
+    raise ConfigError(f"--device {asked}: this machine has {kinds}.", fix="Use one of these, or auto.")
+
+
+def _decoding_dtype(device: Device) -> "torch.dtype":
+    """Returns the number format to decode in: fp32 on a CPU, bf16 or fp16 on a GPU."""
     import torch
 
-    hardware = probe()
-    kinds = [device.kind for device in hardware.devices]
-    if asked != "auto" and asked not in kinds:
-        raise ConfigError(f"--device {asked}: this machine has {', '.join(kinds)}.", fix="Use one of these, or auto.")
-    kind = kinds[0] if asked == "auto" else asked
-    device = hardware.first(kind)  # type: ignore[arg-type]
-    if kind != "cuda" or device is None:
-        return kind, torch.float32
-    return kind, torch.bfloat16 if device.bf16 else torch.float16
+    if device.kind != "cuda":
+        return torch.float32
+    return torch.bfloat16 if device.bf16 else torch.float16

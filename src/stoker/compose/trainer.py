@@ -42,7 +42,9 @@ def compute_dtype(plan: Plan) -> "torch.dtype":
     """Returns the number format of the plan's matrix products."""
     import torch
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.precision]
+    from stoker.distributed.single import PRECISIONS
+
+    return PRECISIONS[plan.precision] or torch.float32
 
 
 def add_adapter(decoder: "Decoder", adapter: Adapter, *, seed: int) -> None:

@@ -93,7 +93,9 @@ def base_of(folder: Path) -> tuple[str, str | None]:
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not name:
         where = str(folder / peft_config.FILE)
-        raise ModelError("base_model_name_or_path is empty.", where=where, fix="Name the base model yourself.")
+        raise ModelError(
+            "base_model_name_or_path is empty.", where=where, fix="Name the base model yourself, with --base."
+        )
     return str(name), None if revision is None else str(revision)
 
 
