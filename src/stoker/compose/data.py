@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from stoker import builtin
+from stoker.config.row_formats import expanded
 from stoker.config.schema import Pretrain, RunConfig, Source
 from stoker.data.audit import Audit, problems, warnings
 from stoker.data.loader import Documents, StepLoader
@@ -103,7 +104,7 @@ def _prepare(
             tokenizer=tokenizer,
             sequence_length=data.sequence_length,
             train_on=data.train_on if isinstance(data.train_on, str) else tuple(data.train_on),
-            train_on_end_of_turn=data.train_on_end_of_turn,
+            train_on_end_of_turn=data.train_on_end_of_turn not in ("none", False),
             template=config.model.chat_template,
             on_bad_row=data.on_bad_row,
             on_long="split" if isinstance(config.task, Pretrain) else data.on_long,
@@ -113,11 +114,12 @@ def _prepare(
 
 
 def _options(source: Source) -> SourceOptions:
+    source = expanded(source)
     path = str(builtin.resolve_rows(source.path)) if builtin.is_builtin(source.path) else source.path
     return SourceOptions(
         path=path,
         format=source.format,
-        fields=dict(source.fields),
+        fields=source.fields.model_dump(exclude_none=True, exclude={"message_properties"}),
         split=source.split,
         name=source.name,
         limit=source.limit,

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+from stoker.config import row_formats
 from stoker.config.document import Path, dotted
 from stoker.config.messages import Finding
 from stoker.config.schema import RunConfig, Source, WarmupStableDecay
@@ -77,7 +78,7 @@ def pretraining_learns_everything(config: RunConfig) -> Iterator[Finding]:
     refused = {
         ("data", "train_on"): (config.data.train_on != "all", "learns every token"),
         ("data", "on_long"): (config.data.on_long != "split", "cuts long texts into pieces"),
-        ("data", "train_on_end_of_turn"): (not config.data.train_on_end_of_turn, "knows no turns"),
+        ("data", "train_on_end_of_turn"): (config.data.train_on_end_of_turn not in ("turn", True), "knows no turns"),
         ("model", "chat_template"): (config.model.chat_template is not None, "reads plain text"),
     }
     for path, (is_set, why) in refused.items():
@@ -86,9 +87,21 @@ def pretraining_learns_everything(config: RunConfig) -> Iterator[Finding]:
                 path, f"{dotted(path)} has no effect: task pretrain {why}.", "Remove it, or use task.kind: sft."
             )
     for path, source in _sources(config):
-        if source.format not in ("auto", "completion"):
+        if source.format not in ("auto", "completion", "pretrain"):
             what = f"{dotted(path)}.format = {source.format}: task pretrain reads plain text."
             yield Finding((*path, "format"), what, "Use completion, or task.kind: sft.")
+
+
+def formats_are_known(config: RunConfig) -> Iterator[Finding]:
+    """A format is one of ours or another's name for one; a prompt needs its text, and training needs a task for it."""
+    for path, source in _sources(config):
+        wrong = row_formats.problem(source.format)
+        if wrong:
+            yield Finding((*path, "format"), f"{dotted(path)}.{wrong[0]}", wrong[1])
+        elif row_formats.expanded(source).format == "prompt" and not row_formats.expanded(source).prompt.format:
+            what = f"{dotted(path)}.format = prompt: the prompt's text is missing."
+            fix = 'Write it: prompt: {format: "User: {instruction}\\nAssistant: "}.'
+            yield Finding((*path, "prompt"), what, fix)
 
 
 def conversations_stay_whole(config: RunConfig) -> Iterator[Finding]:
@@ -157,6 +170,7 @@ RULES = (
     micro_batch_divides_batch,
     evaluation_needs_rows,
     pretraining_learns_everything,
+    formats_are_known,
     conversations_stay_whole,
     sources_are_files_or_ids,
     targets_are_a_pattern,

@@ -1,0 +1,65 @@
+import pytest
+
+from stoker.config import row_formats
+from stoker.config.load import parse
+from stoker.config.schema import Fields, PromptTexts, Source
+from stoker.errors import ConfigError
+
+
+def values(**source):
+    return {
+        "model": {"base": "m"},
+        "data": {"train": [{"path": "a.jsonl", **source}]},
+        "train": {"learning_rate": 1e-4},
+        "output": {"folder": "out"},
+    }
+
+
+@pytest.mark.parametrize("name", [*row_formats.PRESETS, "alpaca_chat.load", "chat.load"])
+def test_every_preset_is_a_source_of_one_of_our_formats(name):
+    source = row_formats.expanded(Source(path="a", format=name))
+    assert source.format in row_formats.FORMATS
+    assert set(source.fields.model_dump(exclude_none=True)) <= set(Fields.model_fields)
+    PromptTexts.model_validate(source.prompt.model_dump())
+    if source.format == "prompt" and name != "user_defined":
+        assert "{instruction}" in (source.prompt.format or "")
+
+
+def test_what_the_user_sets_stands_above_the_preset():
+    source = Source(
+        path="a", format="alpaca_chat.load_qa", fields=Fields(output="reply"), prompt=PromptTexts(system="")
+    )
+    found = row_formats.expanded(source)
+    assert (found.fields.instruction, found.fields.output, found.prompt.system) == ("question", "reply", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("alpca", "data.train[0].format = 'alpca' is not known. Did you mean alpaca?"),
+        ("reflection", "format = 'reflection' is not read. Write its prompt out with format: prompt"),
+        ("prompt", "data.train[0].format = prompt: the prompt's text is missing."),
+    ],
+)
+def test_a_format_that_cannot_be_read_is_named(name, message):
+    with pytest.raises(ConfigError) as raised:
+        parse(values(format=name))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "rl", "ours"),
+    [
+        ("alpaca", None, "alpaca_instruct"),
+        ("alpaca:chat", None, "alpaca_chat"),
+        ("alpaca_w_system.load_open_orca", None, "alpaca_w_system.load_open_orca"),
+        ("chat_template", None, "chat"),
+        ("", None, "tokenized"),
+        ("llama3.ultra", "kto", "kto.llama3.ultra"),
+        ("llama3.ultra", "dpo", "llama3.ultra"),
+        ("input_output", None, "input_output"),
+    ],
+)
+def test_axolotls_types_have_a_name_here(theirs, rl, ours):
+    assert row_formats.of_axolotl(theirs, rl=rl) == ours
+    assert row_formats.problem(ours) is None
