@@ -18,6 +18,8 @@ class Batch:
       whose targets are all -100. None: every row is one document, padded on the right.
     - `num_tokens`: tokens that are not padding. `num_trained_tokens`: targets that are not -100.
     - `row_tokens`: `num_tokens` by row; None if the rows hold equally many (within rounding).
+    - `documents_per_example`: 1, or 2 if documents come in pairs (chosen, rejected): neighbours in a packed row, or
+      neighbouring rows. A split keeps them together.
     """
 
     input_ids: Tensor
@@ -26,6 +28,7 @@ class Batch:
     num_tokens: int
     num_trained_tokens: int
     row_tokens: tuple[int, ...] | None = None
+    documents_per_example: int = 1
 
     @property
     def num_rows(self) -> int:
@@ -34,8 +37,14 @@ class Batch:
 
     @property
     def can_split(self) -> bool:
-        """Whether `split` can make two smaller batches: more than one row, or one row of several documents."""
-        return self.num_rows > 1 or (self.document_lengths is not None and len(self.document_lengths[0]) > 1)
+        """Whether `split` can make two smaller batches: rows of several examples, or one row of several."""
+        return self.num_rows > self._rows_per_example or (
+            self.document_lengths is not None and len(self.document_lengths[0]) > self.documents_per_example
+        )
+
+    @property
+    def _rows_per_example(self) -> int:
+        return 1 if self.document_lengths is not None else self.documents_per_example
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Returns the batch with its tensors on `device`."""
@@ -46,16 +55,17 @@ class Batch:
         )
 
     def split(self) -> "list[Batch]":
-        """Returns two batches with half of the rows each; a single packed row is cut between two of its documents.
+        """Returns two batches with half of the rows each; a single packed row is cut between two of its examples.
 
         Together they hold the same targets, so their summed losses and gradients equal this batch's. Raises
         ValueError if there is nothing to cut (see `can_split`).
         """
-        if self.num_rows > 1:
-            half = (self.num_rows + 1) // 2
-            return [self._rows(0, half), self._rows(half, self.num_rows)]
         if not self.can_split:
             raise ValueError("A batch of one document cannot be split.")
+        unit = self._rows_per_example
+        if self.num_rows > unit:
+            half = (self.num_rows // unit + 1) // 2 * unit
+            return [self._rows(0, half), self._rows(half, self.num_rows)]
         return self._cut_row()
 
     def _rows(self, start: int, end: int) -> "Batch":
@@ -73,16 +83,17 @@ class Batch:
             num_tokens=num_tokens,
             num_trained_tokens=int((targets != IGNORED).sum()),
             row_tokens=row_tokens,
+            documents_per_example=self.documents_per_example,
         )
 
     def _cut_row(self) -> "list[Batch]":
-        """Cuts the only row at the document boundary nearest to its middle."""
+        """Cuts the only row at the boundary of examples nearest to its middle."""
         assert self.document_lengths is not None
         lengths = self.document_lengths[0]
-        ends = [sum(lengths[: index + 1]) for index in range(len(lengths) - 1)]
         total = sum(lengths)
-        count = 1 + min(range(len(ends)), key=lambda index: abs(2 * ends[index] - total))
-        cut = ends[count - 1]
+        counts = range(self.documents_per_example, len(lengths), self.documents_per_example)
+        count = min(counts, key=lambda count: abs(2 * sum(lengths[:count]) - total))
+        cut = sum(lengths[:count])
         parts = []
         for positions, documents in ((slice(0, cut), lengths[:count]), (slice(cut, total), lengths[count:])):
             targets = self.targets[:, positions]
@@ -95,6 +106,7 @@ class Batch:
                     num_tokens=num_tokens,
                     num_trained_tokens=int((targets != IGNORED).sum()),
                     row_tokens=(num_tokens,),
+                    documents_per_example=self.documents_per_example,
                 )
             )
         return parts

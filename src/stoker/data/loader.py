@@ -1,18 +1,16 @@
 """Batches of an optimiser step as a pure function of its number: nothing to save but that integer."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
-import torch
 
-from stoker.data.batch import IGNORED, Batch
-from stoker.data.pack import pack
+from stoker.data.batch import Batch
+from stoker.data.collate import Collator, Example
+from stoker.data.mixture import Mixture
+from stoker.data.pack import Layout
+from stoker.data.shuffle import shuffled
 from stoker.errors import DataError
-
-PAD_MULTIPLE = 8
 
 
 class Documents(Protocol):
@@ -28,6 +26,16 @@ class Documents(Protocol):
         """Trained tokens of each document, int64."""
         ...
 
+    @property
+    def documents_per_example(self) -> int:
+        """How many neighbouring documents stay together: 1, or 2 for pairs."""
+        ...
+
+    @property
+    def source_starts(self) -> tuple[int, ...]:
+        """The first document of each source."""
+        ...
+
     def __len__(self) -> int: ...
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -35,24 +43,21 @@ class Documents(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Epoch:
-    """The rows of one epoch, in their order: each a list of document indices."""
-
-    rows: Sequence[Sequence[int]]
-
-
 class StepLoader:
     """Cuts documents into optimiser steps and those into micro-batches, for one rank of `world_size`.
 
-    Each epoch holds every document with a trained token once, in an order drawn from (`seed`, epoch). A step holds
-    `batch_size` rows over all ranks; the last step of an epoch holds what is left. With `packing`, a row is
-    `sequence_length` tokens of several documents, and documents of equal length trade places between epochs;
-    otherwise a row is one document, and a step's rows are sorted by length so that a micro-batch pads little (the
-    sum over a step does not depend on how it is cut). All ranks get equally many micro-batches of a step: one that
-    has no row left gets a row of padding.
+    Each epoch holds every example (a document, or the documents of a pair) with a trained token once, in an order that
+    (`seed`, epoch) chooses, or with `shuffle` off in the data's. A step holds `batch_size` rows over all ranks; the
+    last step of an epoch holds what is left. With `packing`, a row is `sequence_length` tokens of several examples, and
+    examples of equal length trade places between epochs; otherwise a row is one example, and a step's rows are sorted
+    by length so that a micro-batch pads little (the sum over a step does not depend on how it is cut). All ranks get
+    equally many micro-batches of a step.
 
-    Raises DataError if no document has a trained token, ValueError for a document longer than `sequence_length`.
+    With `weights`, one for each source, rows hold examples of one source each and sources take turns in those shares;
+    an epoch is then as many rows as all sources hold, in which a source may come short or come again.
+
+    Any row of any epoch is computed from its number, without what came before. Raises DataError if no document has a
+    trained token, ValueError for an example longer than `sequence_length`.
     """
 
     def __init__(
@@ -67,36 +72,60 @@ class StepLoader:
         rank: int = 0,
         world_size: int = 1,
         pad_id: int = 0,
+        shuffle: bool = True,
+        weights: Sequence[float] | None = None,
     ) -> None:
-        if min(batch_size, micro_batch_size, sequence_length, world_size) < 1 or not 0 <= rank < world_size:
-            raise ValueError("sizes must be positive and rank below world_size")
+        if batch_size < 1:
+            raise ValueError("sizes must be positive")
         self._documents = prepared
-        self._usable = np.flatnonzero(prepared.trained_counts > 0)
-        if not len(self._usable):
+        self._together = prepared.documents_per_example
+        self._collator = Collator(
+            micro_batch_size=micro_batch_size,
+            sequence_length=sequence_length,
+            packing=packing,
+            rank=rank,
+            world_size=world_size,
+            pad_id=pad_id,
+            documents_per_example=self._together,
+        )
+        self.batch_size = batch_size
+        self.packing = packing
+        self._lengths = prepared.lengths.reshape(-1, self._together).sum(axis=1)
+        trained = prepared.trained_counts.reshape(-1, self._together).sum(axis=1)
+        usable = np.flatnonzero(trained > 0)
+        if not len(usable):
             raise DataError(
                 "no document has a trained token, so there is nothing to learn from.",
                 fix="Look at the rows with `stoker inspect`; data.train_on may name roles that the data does not have.",
             )
-        longest = int(prepared.lengths[self._usable].max())
+        longest = int(self._lengths[usable].max())
         if longest > sequence_length:
             raise ValueError(f"a document has {longest} tokens, more than sequence_length = {sequence_length}")
-        self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
-        self.sequence_length = sequence_length
-        self.packing = packing
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.pad_id = pad_id
-        # Documents by falling length; packing places ranks in this order, an epoch decides which document has which.
-        self._sorted_lengths = np.sort(prepared.lengths[self._usable])[::-1]
-        self._layout = pack(self._sorted_lengths, sequence_length) if packing else None
-        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        parts = [usable] if weights is None else self._by_source(usable, weights)
+        self._mixture = None if weights is None else Mixture(weights, seed=seed)
+        self._pools = [
+            _Pool(self._lengths, part, seed=seed, salt=number, capacity=sequence_length if packing else None,
+                  shuffle=shuffle)
+            for number, part in enumerate(parts)
+        ]  # fmt: skip
+
+    def _by_source(self, usable: np.ndarray, weights: Sequence[float]) -> list[np.ndarray]:
+        starts = np.asarray(self._documents.source_starts, dtype=np.int64) // self._together
+        if len(weights) != len(starts):
+            raise ValueError(f"{len(weights)} weights for {len(starts)} sources")
+        parts = np.split(usable, np.searchsorted(usable, starts[1:]))
+        for number, part in enumerate(parts):
+            if not len(part):
+                raise DataError(
+                    f"source {number + 1} of data.train has a weight and no document with a trained token.",
+                    fix="Remove the source, or look at it with `stoker inspect`.",
+                )
+        return parts
 
     @property
     def num_rows(self) -> int:
-        """Rows in an epoch, over all ranks: documents, or packed rows."""
-        return len(self._usable) if self._layout is None else len(self._layout)
+        """Rows in an epoch, over all ranks: examples, or packed rows."""
+        return sum(map(len, self._pools))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -106,75 +135,112 @@ class StepLoader:
     @property
     def padding_share(self) -> float:
         """Share of padding in an epoch's packed rows; 0.0 for plain rows, whose padding depends on the micro-batch."""
-        if self._layout is None:
+        if not self.packing:
             return 0.0
-        return 1.0 - float(self._sorted_lengths.sum()) / (len(self._layout) * self.sequence_length)
+        positions = self.num_rows * self._collator.sequence_length
+        return 1.0 - sum(pool.num_tokens for pool in self._pools) / positions
 
     def step(self, index: int) -> list[Batch]:
         """Returns this rank's micro-batches of optimiser step `index`, counted from 0 over all epochs."""
         epoch, within = divmod(index, self.steps_per_epoch)
-        start = within * self.batch_size
-        return list(self._batches(self._epoch(epoch).rows[start : start + self.batch_size]))
+        first = within * self.batch_size
+        numbers = np.arange(first, min(first + self.batch_size, self.num_rows)) + epoch * self.num_rows
+        rows = self._rows(numbers)
+        if not self.packing:
+            rows = sorted(rows, key=lambda row: -self._lengths[row[0]])
+        return list(self._collator.batches(rows, self._example))
 
     def all(self) -> Iterator[Batch]:
         """Yields this rank's micro-batches of every row once, in the data's order (longest first when packing)."""
-        yield from self._batches(self._rows(self._usable), sort=False)
+        rows = [row for pool in self._pools for row in pool.all()]
+        yield from self._collator.batches(rows, self._example)
 
-    def _make_epoch(self, epoch: int) -> _Epoch:
-        generator = np.random.default_rng([self.seed, epoch])
-        rows = self._rows(generator.permutation(self._usable))
-        order = generator.permutation(len(rows)) if self.packing else range(len(rows))
-        return _Epoch([rows[index] for index in order])
+    def _rows(self, numbers: np.ndarray) -> list[list[int]]:
+        """Returns the examples of the rows with these numbers, counted over all epochs."""
+        if self._mixture is None:
+            return self._pools[0].rows(numbers)
+        sources, within = self._mixture.locate(numbers)
+        rows: list[list[int]] = [[] for _ in numbers]
+        for source, pool in enumerate(self._pools):
+            chosen = np.flatnonzero(sources == source)
+            for place, row in zip(chosen.tolist(), pool.rows(within[chosen]), strict=True):
+                rows[place] = row
+        return rows
 
-    def _rows(self, documents: np.ndarray) -> list[list[int]]:
+    def _example(self, index: int) -> Example:
+        first = index * self._together
+        return [self._documents.document(first + number) for number in range(self._together)]
+
+
+class _Pool:
+    """Rows without end from some examples: pass after pass over them, each pass in an order of its own."""
+
+    def __init__(
+        self, lengths: np.ndarray, examples: np.ndarray, *, seed: int, salt: int, capacity: int | None, shuffle: bool
+    ) -> None:
+        self._key = (seed, salt)
+        self._shuffle = shuffle
+        self._examples = examples
+        self._layout: Layout | None = None
+        self._ends = np.arange(1, len(examples) + 1)
+        self.num_tokens = int(lengths[examples].sum())
+        if capacity is not None and shuffle:
+            self._layout = Layout(lengths[examples], capacity)
+            self._examples = examples[_by_falling_length(lengths[examples])]
+        elif capacity is not None:
+            self._ends = _next_fit(lengths[examples], capacity)
+
+    def __len__(self) -> int:
+        return len(self._ends) if self._layout is None else len(self._layout)
+
+    def rows(self, numbers: np.ndarray) -> list[list[int]]:
+        """Returns the examples of the rows with these numbers, counted over all passes."""
+        if not len(numbers):
+            return []
+        passes, within = np.divmod(numbers, len(self))
+        if self._shuffle:
+            within = shuffled(within, len(self), *self._key, 0, salts=passes)
         if self._layout is None:
-            return [[index] for index in documents.tolist()]
-        by_length = documents[np.argsort(-self._documents.lengths[documents], kind="stable")]
-        return [by_length[row].tolist() for row in self._layout]
+            return [self._in_order(row) for row in within.tolist()]
+        rows = [self._layout.row(row) for row in within.tolist()]
+        sizes = [len(row) for row in rows]
+        flat = np.array([part for row in rows for part in row], dtype=np.int64).reshape(-1, 2)
+        chosen = self._placed(flat[:, 0], flat[:, 1], np.repeat(passes, sizes))
+        return [part.tolist() for part in np.split(chosen, np.cumsum(sizes)[:-1])]
 
-    def _batches(self, rows: Sequence[Sequence[int]], *, sort: bool = True) -> Iterator[Batch]:
-        """Yields this rank's share: neighbours in length form the micro-batches of all ranks at the same moment."""
-        if sort and not self.packing:
-            lengths = self._documents.lengths
-            rows = sorted(rows, key=lambda row: -lengths[row[0]])
-        together = self.micro_batch_size * self.world_size
-        for start in range(0, len(rows), together):
-            mine = rows[start : start + together][self.rank :: self.world_size]
-            yield self._batch(mine)
+    def all(self) -> Iterator[list[int]]:
+        """Yields every row once: in the data's order, or the longest examples first when packing."""
+        if self._layout is None:
+            yield from map(self._in_order, range(len(self)))
+            return
+        before = self._layout.before_length
+        for index in range(len(self._layout)):
+            yield [int(self._examples[before[length] + number]) for length, number in self._layout.row(index)]
 
-    def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
-        contents = [[self._documents.document(index) for index in row] for row in rows] or [[]]
-        row_tokens = tuple(sum(len(ids) for ids, _ in row) for row in contents)
-        width = self.sequence_length if self.packing else self._padded(max(row_tokens))
-        input_ids = np.full((len(contents), width), self.pad_id, dtype=np.int64)
-        targets = np.full((len(contents), width), IGNORED, dtype=np.int64)
-        for number, row in enumerate(contents):
-            start = 0
-            for ids, trained in row:
-                end = start + len(ids)
-                input_ids[number, start:end] = ids
-                targets[number, start : end - 1] = np.where(trained[1:], input_ids[number, start + 1 : end], IGNORED)
-                start = end
-        return Batch(
-            input_ids=torch.from_numpy(input_ids),
-            targets=torch.from_numpy(targets),
-            document_lengths=self._document_lengths(contents, width) if self.packing else None,
-            num_tokens=sum(row_tokens),
-            num_trained_tokens=int((targets != IGNORED).sum()),
-            row_tokens=row_tokens,
-        )
+    def _in_order(self, row: int) -> list[int]:
+        start = int(self._ends[row - 1]) if row else 0
+        return self._examples[start : int(self._ends[row])].tolist()
 
-    def _padded(self, length: int) -> int:
-        """Rounds up to a multiple of eight, which tensor cores prefer, but not past `sequence_length`."""
-        return max(1, min(-(-length // PAD_MULTIPLE) * PAD_MULTIPLE, self.sequence_length))
+    def _placed(self, lengths: np.ndarray, numbers: np.ndarray, passes: np.ndarray) -> np.ndarray:
+        """Returns the example that stands for number so-and-so of its length in a pass."""
+        assert self._layout is not None
+        # Lengths and passes each have orders of their own, so that neighbours in one pass part in the next.
+        salts = passes * (self._layout.capacity + 1) + lengths
+        moved = shuffled(numbers, self._layout.counts[lengths], *self._key, 1, salts=salts)
+        return self._examples[self._layout.before_length[lengths] + moved]
 
-    @staticmethod
-    def _document_lengths(
-        contents: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], width: int
-    ) -> tuple[tuple[int, ...], ...]:
-        rows = []
-        for row in contents:
-            lengths = [len(ids) for ids, _ in row]
-            tail = width - sum(lengths)
-            rows.append((*lengths, tail) if tail else tuple(lengths))
-        return tuple(rows)
+
+def _by_falling_length(lengths: np.ndarray) -> np.ndarray:
+    """Returns the stable order by falling length; sixteen bits are sorted in linear time (radix)."""
+    falling = lengths.max() - lengths
+    return np.argsort(falling.astype(np.uint16) if falling.max() < 1 << 16 else falling, kind="stable")
+
+
+def _next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Returns where each row of neighbours ends: as many as fit, then the next row."""
+    totals = np.concatenate([[0], np.cumsum(lengths)])
+    ends, start = [], 0
+    while start < len(lengths):
+        start = int(np.searchsorted(totals, totals[start] + capacity, side="right")) - 1
+        ends.append(start)
+    return np.array(ends, dtype=np.int64)

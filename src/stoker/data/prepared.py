@@ -16,6 +16,9 @@ class Prepared:
     - `ids`: uint32 `[tokens]`; `trained`: bool `[tokens]`, whether the token is a target (never a document's first).
     - `offsets`: int64 `[documents + 1]`, where each document starts.
     - `notices`: sentences for the user (a rebuilt cache). `cached`: whether the arrays came from the cache.
+    - `documents_per_example`: how many neighbours stay together: 1, or 2 for pairs (chosen, rejected).
+    - `source_starts`: the first document of each source.
+    - `trained_per_document`: what `trained_counts` returns where it is known already, as from the cache.
     """
 
     ids: np.ndarray
@@ -24,6 +27,9 @@ class Prepared:
     audit: Audit
     notices: tuple[str, ...] = ()
     cached: bool = False
+    documents_per_example: int = 1
+    source_starts: tuple[int, ...] = (0,)
+    trained_per_document: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -43,12 +49,19 @@ class Prepared:
     @cached_property
     def trained_counts(self) -> np.ndarray:
         """Trained tokens of each document, int64."""
+        if self.trained_per_document is not None:
+            return np.asarray(self.trained_per_document, dtype=np.int64)
         sums = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
         return sums[self.offsets[1:]] - sums[self.offsets[:-1]]
 
     @classmethod
     def from_documents(
-        cls, documents: Sequence[tuple[Sequence[int], Sequence[bool]]], audit: Audit | None = None
+        cls,
+        documents: Sequence[tuple[Sequence[int], Sequence[bool]]],
+        audit: Audit | None = None,
+        *,
+        documents_per_example: int = 1,
+        source_starts: tuple[int, ...] = (0,),
     ) -> "Prepared":
         """Returns documents given as `(ids, trained)` pairs, for notebooks and tests."""
         lengths = [len(ids) for ids, _ in documents]
@@ -63,7 +76,14 @@ class Prepared:
             trained_tokens=int(trained.sum()),
             longest=max(lengths, default=0),
         )
-        return cls(ids, trained, offsets, counted)
+        return cls(
+            ids,
+            trained,
+            offsets,
+            counted,
+            documents_per_example=documents_per_example,
+            source_starts=source_starts,
+        )
 
 
 @dataclass(frozen=True)
@@ -90,6 +110,16 @@ class Selection:
     def trained_counts(self) -> np.ndarray:
         """Trained tokens of each document, int64."""
         return self.whole.trained_counts[self.indices]
+
+    @property
+    def documents_per_example(self) -> int:
+        """As of the whole; a selection holds whole examples."""
+        return self.whole.documents_per_example
+
+    @property
+    def source_starts(self) -> tuple[int, ...]:
+        """The first document of each source, counted within the selection."""
+        return tuple(np.searchsorted(self.indices, self.whole.source_starts).tolist())
 
     @property
     def audit(self) -> Audit:

@@ -54,3 +54,16 @@ def test_to_moves_both_tensors_and_keeps_the_rest():
     batch = plain_batch(2).to("meta")
     assert (batch.input_ids.device.type, batch.targets.device.type) == ("meta", "meta")
     assert batch.row_tokens == (1, 2)
+
+
+def test_pairs_stay_together_in_a_split():
+    ids = torch.arange(20)[None]
+    row = Batch(ids, ids, ((3, 4, 5, 6, 2),), 18, 20, documents_per_example=2)
+    first, second = row.split()
+    assert (first.document_lengths, second.document_lengths) == (((3, 4),), ((5, 6, 2),))
+    assert not first.can_split
+    rows = torch.arange(24).reshape(6, 4)
+    first, second = Batch(rows, rows, None, 24, 24, documents_per_example=2).split()
+    assert (first.num_rows, second.num_rows) == (4, 2)
+    assert first.can_split
+    assert not second.can_split

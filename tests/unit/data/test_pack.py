@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from stoker.data.pack import pack, split_long
+from stoker.data.pack import Layout, pack, split_long
 
 
 def best_fit_decreasing(lengths, capacity):
@@ -67,3 +67,27 @@ def test_pieces_train_every_target_of_the_whole_exactly_once(length, limit, mask
     assert targets == ids[trained].tolist()
     assert all(len(piece) <= limit and not flags[:1].any() for piece, flags in pieces)
     assert all(len(piece) >= 2 for piece, _ in pieces[1:])
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 1.5])
+def test_rows_of_log_normal_lengths_are_full(sigma):
+    for count in (5_000, 50_000):
+        lengths = np.clip(np.random.default_rng(1).lognormal(np.log(300), sigma, count).astype(int), 8, 4096)
+        assert Layout(lengths, 4096).efficiency > 0.98
+
+
+def test_ten_million_documents_take_no_longer_than_their_lengths_to_count():
+    lengths = np.minimum(np.random.default_rng(0).lognormal(6, 1, 10_000_000).astype(np.int32) + 1, 4096)
+    start = time.process_time()
+    layout = Layout(lengths, 4096)
+    assert time.process_time() - start < 2.0  # 0.12 s on an idle core
+    assert layout.efficiency > 0.999
+    assert sum(length for length, _ in layout.row(len(layout) // 2)) <= 4096
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=60))
+def test_layout_uses_each_document_of_each_length_once(lengths):
+    layout = Layout(np.array(lengths), 24)
+    used = sorted(part for index in range(len(layout)) for part in layout.row(index))
+    expected = [(length, number) for length in sorted(set(lengths)) for number in range(lengths.count(length))]
+    assert used == expected
