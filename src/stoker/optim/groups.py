@@ -9,6 +9,9 @@ NamedParameters = Iterable[tuple[str, Parameter]]
 
 _EMBEDDINGS = ("embedding", "embed", "wte", "wpe")
 _HEADS = ("head", "lm_head", "embed_out", "score")
+# Decay rates, skips and step sizes of state spaces: near zero they mean something else, so none is pulled there (the
+# authors of Mamba mark them so). By their last name alone: Hugging Face's and ours are the same.
+_STATE_SPACE = ("A_log", "D", "dt_bias")
 
 
 def is_embedding(name: str) -> bool:
@@ -21,14 +24,21 @@ def is_head(name: str) -> bool:
     return any(part in _HEADS for part in name.split("."))
 
 
+def is_of_state_space(name: str) -> bool:
+    """Whether `name` (dotted) is a state space's own parameter, not a layer's weight."""
+    return name.rpartition(".")[2] in _STATE_SPACE
+
+
 def decays(name: str, parameter: Parameter) -> bool:
-    """Whether weight decay acts on the parameter: on matrices, not on norms, biases, magnitudes and embeddings."""
-    return parameter.ndim >= 2 and not is_embedding(name)
+    """Whether weight decay acts on the parameter: on matrices, not on norms, biases, magnitudes, embeddings and the
+    parameters of state spaces."""
+    return parameter.ndim >= 2 and not is_embedding(name) and not is_of_state_space(name)
 
 
 def is_hidden_matrix(name: str, parameter: Parameter) -> bool:
     """Whether the parameter is a matrix between hidden states, which is what Muon is made for."""
-    return parameter.ndim == 2 and not is_embedding(name) and not is_head(name)
+    is_hidden = not is_embedding(name) and not is_head(name) and not is_of_state_space(name)
+    return parameter.ndim == 2 and is_hidden
 
 
 def by_decay(named_parameters: NamedParameters, *, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:

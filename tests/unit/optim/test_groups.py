@@ -18,14 +18,20 @@ MATRIX, VECTOR = Parameter(torch.zeros(2, 2)), Parameter(torch.zeros(2))
         ("transformer.wte.weight", MATRIX, False),
         ("model.blocks.0.attention.qkv.bias", VECTOR, False),
         ("model.blocks.0.attention_norm.weight", VECTOR, False),
+        ("model.blocks.0.mixer.in_proj.weight", MATRIX, True),
+        ("model.blocks.0.mixer.A_log", MATRIX, False),
+        ("backbone.layers.0.mixer.A_log", MATRIX, False),
     ],
 )
 def test_matrices_decay_and_norms_biases_embeddings_do_not(name, parameter, expected):
     assert decays(name, parameter) is expected
 
 
-@pytest.mark.parametrize("name", ["model.head.weight", "lm_head.weight", "model.embedding.weight", "embed_out.weight"])
-def test_embedding_and_head_are_not_hidden_matrices(name):
+@pytest.mark.parametrize(
+    "name",
+    ["model.head.weight", "lm_head.weight", "model.embedding.weight", "embed_out.weight", "blocks.0.mixer.A_log"],
+)
+def test_embedding_head_and_decay_rates_are_not_hidden_matrices(name):
     assert not is_hidden_matrix(name, MATRIX)
 
 
