@@ -11,7 +11,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from stoker.kernels import adapted_glu, fp8, glu, linear_cross_entropy, low_rank, nf4, rms_norm, rope
+from stoker.kernels import (
+    adapted_glu,
+    fp8,
+    glu,
+    grouped_matmul,
+    linear_cross_entropy,
+    low_rank,
+    nf4,
+    rms_norm,
+    rope,
+    routed_rows,
+)
 
 warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
 
@@ -20,6 +31,22 @@ FLOATS = dict.fromkeys(
     ("part_b_ptr", "rstd_ptr", "partial_ptr", "cos_ptr", "sin_ptr", "factor_ptr", "losses_ptr", "scale_ptr"), "*fp32"
 )
 FLOATS |= dict.fromkeys(("epsilon", "scale", "scaling", "cap", "smoothing", "z_loss"), "fp32")
+ROUTES = dict.fromkeys(("ends_ptr", "rows_ptr", "left_rows_ptr", "right_rows_ptr", "place_ptr"), "*i32")
+
+
+def grouped(tile: grouped_matmul.Tile, *, transposed: bool) -> tuple:
+    """A case of the grouped matmul with all it can do, for the GPUs that have such tiles."""
+    flags = dict.fromkeys(("GATHERED", "HAS_BIAS", "HAS_UPDATE", "EVEN"), True)
+    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "RANK": 16, "rank": 16}
+    constants |= {"EXPERTS": 128, "TRANSPOSED": transposed, "FLAT": False}
+    return (grouped_matmul._matmul_kernel, constants | flags, tile.warps, ROUTES, tile.stages)
+
+
+def outer(tile: grouped_matmul.Tile) -> tuple:
+    constants = {"LEFT": 16, "RIGHT": tile.columns, "ROWS": tile.depth, "LEFT_GATHERED": False, "RIGHT_GATHERED": True}
+    return (grouped_matmul._outer_kernel, constants, tile.warps, ROUTES, tile.stages)
+
+
 NF4 = {"packed_ptr": "*u8", "absmax_ptr": "*u8"}
 NF4 |= dict.fromkeys(("code_ptr", "nested_code_ptr", "nested_absmax_ptr", "nested_offset_ptr"), "*fp32")
 CASES = [
@@ -71,11 +98,23 @@ CASES = [
         {},
     ),
     (fp8._quantize_rows_kernel, {"BLOCK": 4096, "HAS_FACTOR": True}, 4, {"out_ptr": "*fp8e4nv"}),
+    *(grouped(tile, transposed=t) for tile in (grouped_matmul.SMALL, grouped_matmul.WIDE) for t in (False, True)),
+    grouped(grouped_matmul.SKINNY, transposed=False),
+    outer(grouped_matmul.SMALL),
+    outer(grouped_matmul.OUTER),
+    (routed_rows._gate_kernel, {"BLOCK": 1024, "CLAMPED": True}, 4, {"limit": "fp32"}),
+    (
+        routed_rows._gate_backward_kernel,
+        {"BLOCK": 1024, "CLAMPED": False},
+        4,
+        {"limit": "fp32", "grad_weight_ptr": "*fp32"},
+    ),
+    (routed_rows._combine_kernel, {"TOP_K": 8, "BLOCK": 1024, "WEIGHTED": True}, 4, ROUTES),
 ]
 
 
 def compile_case(case: tuple, capability: int) -> dict:
-    kernel, constants, warps, types = case
+    kernel, constants, warps, types, *stages = case
     working = "*bf16" if capability >= 80 else "*fp16"
     names = kernel.arg_names
     signature = {}
@@ -90,13 +129,16 @@ def compile_case(case: tuple, capability: int) -> dict:
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    options = {"num_warps": warps} | ({"num_stages": stages[0]} if stages else {})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     lines = compiled.asm["ptx"].splitlines()
     return {
         "kernel": kernel.__name__,
         "capability": capability,
         "shared_bytes": compiled.metadata.shared,
-        "wide_loads": sum("ld.global" in line and (".v4." in line or ".v2." in line) for line in lines),
+        "wide_loads": sum(
+            ("ld.global" in line and (".v4." in line or ".v2." in line)) or "cp.async.cg" in line for line in lines
+        ),
     }
 
 
@@ -104,4 +146,6 @@ for capability in map(int, sys.argv[1:]):
     for case in CASES:
         if capability < 89 and case[0] is fp8._quantize_rows_kernel:
             continue  # no fp8 there
+        if capability < 80 and case[4:] and case[4] > grouped_matmul.SMALL.stages:
+            continue  # tiles of newer GPUs
         print(json.dumps(compile_case(case, capability)))

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-# Shared memory a block may have on compute capability 7.5 (a free T4), the least of all.
-MAX_SHARED_BYTES = 64 * 1024
+# Shared memory a block may have, by compute capability: 7.5 (a free T4) has the least of all.
+MAX_SHARED_BYTES = {75: 64 * 1024, 90: 227 * 1024}
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_fits_a_t4_and_reads_sixteen_bytes_at_a_time():
+def test_every_kernel_compiles_fits_the_gpu_and_reads_sixteen_bytes_at_a_time():
     command = [sys.executable, str(Path(__file__).with_name("compile_for.py")), "75", "90"]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     compiled = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(compiled) == 25
+    assert len(compiled) >= 41
     for result in compiled:
-        assert result["shared_bytes"] <= MAX_SHARED_BYTES, result
+        assert result["shared_bytes"] <= MAX_SHARED_BYTES[result["capability"]], result
         assert result["wide_loads"] > 0, result

@@ -5,38 +5,20 @@ LoRA: Hu et al. 2021, arXiv:2106.09685. Rank-stabilised scaling: Kalajdzievski 2
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from stoker.adapters.experts import LoraExperts, lora_experts
+from stoker.adapters.settings import LoraSettings
 from stoker.adapters.targets import ALL_LINEAR, select
+from stoker.errors import ModelError
 from stoker.kernels.lora import lora_linear, row_norms, scale_columns
 from stoker.nn.frozen_linear import FrozenLinear
 from stoker.nn.linear import FusedLinear
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """What all adapters of a model share; the update of a weight is `scaling * B @ A`."""
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    rank_stabilized: bool = False
-    dora: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank = {self.rank} is not positive")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout = {self.dropout} is not in [0, 1)")
-
-    @property
-    def scaling(self) -> float:
-        """Returns alpha / rank, or alpha / sqrt(rank) when rank-stabilised."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+from stoker.nn.moe import ExpertLinear
 
 
 @dataclass(frozen=True)
@@ -179,25 +161,51 @@ def add_lora(
 ) -> LoraSummary:
     """Replaces the targeted fused linear layers of `model` by `LoraLinear` and freezes every other parameter.
 
+    Those of experts become `LoraExperts`; routers have no adapters.
     `targets` is "all-linear" (every linear layer of the blocks), a list of names, each a whole Hugging Face module name
     or its last components ("q_proj", "self_attn.q_proj"), or a regular expression that matches whole names. The initial
     A depends on `seed` and the targets alone. Raises ModelError when a target names nothing, saying what there is, and
     ValueError when `model` has adapters already, or a rank, dropout or seed makes no sense.
     """
     settings = LoraSettings(rank, alpha, dropout, rank_stabilized, dora)
-    if next(lora_layers(model), None) is not None:
+    if next(lora_layers(model), None) is not None or next(lora_experts(model), None) is not None:
         raise ValueError("the model has adapters already: merge them first")
-    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, FusedLinear)]
-    chosen = select([name for _, layer in layers for name in layer.names], targets)
+    layers = [
+        (path, module) for path, module in model.named_modules() if isinstance(module, FusedLinear | ExpertLinear)
+    ]
+    chosen = select([name for _, layer in layers for name in _names(layer)], targets)
+    _refuse_on_experts(
+        settings, [name for _, layer in layers if isinstance(layer, ExpertLinear) for name in _names(layer)], chosen
+    )
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     for path, layer in layers:
+        if isinstance(layer, ExpertLinear):
+            if layer.name in chosen:
+                replace(model, path, LoraExperts(layer, settings=settings, generator=generator).train(layer.training))
+            continue
         parts = tuple(index for index, name in enumerate(layer.names) if name in chosen)
         if parts:
             adapted = LoraLinear(layer, parts=parts, settings=settings, generator=generator).train(layer.training)
             replace(model, path, adapted)
     names = tuple(name for layer in lora_layers(model) for name in layer.names)
+    names += tuple(layer.name for layer in lora_experts(model))
     return LoraSummary(names, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
+
+
+def _names(layer: FusedLinear | ExpertLinear) -> tuple[str, ...]:
+    return (layer.name,) if isinstance(layer, ExpertLinear) else layer.names
+
+
+def _refuse_on_experts(settings: LoraSettings, experts: Sequence[str], chosen: Collection[str]) -> None:
+    """Adapters on experts have neither dropout nor DoRA, in PEFT neither: nothing could load them."""
+    adapted = [name for name in experts if name in chosen]
+    if adapted and (settings.dora or settings.dropout > 0.0):
+        what = "DoRA" if settings.dora else f"dropout = {settings.dropout}"
+        raise ModelError(
+            f"an adapter on experts has no {what} ({adapted[0]} and {len(adapted) - 1} more are targets).",
+            fix="Use plain LoRA without dropout, or name targets outside of the experts.",
+        )
 
 
 def lora_layers(model: nn.Module) -> Iterator[LoraLinear]:

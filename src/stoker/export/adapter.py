@@ -1,7 +1,8 @@
 """Adapter folders in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
 Tensors are named `base_model.model.<Hugging Face module>.lora_A.weight`, `.lora_B.weight` and, with DoRA,
-`.lora_magnitude_vector`; each Hugging Face layer has its own, whatever layers are kept as one weight here.
+`.lora_magnitude_vector`; each Hugging Face layer has its own, whatever layers are kept as one weight here. Those of
+experts belong to Transformers' 3-D parameters (`expert_adapters`).
 """
 
 import json
@@ -15,9 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stoker.adapters.lora import LoraPart, LoraSettings, LoraSummary, add_lora, linear_shapes, lora_layers
+from stoker.adapters.experts import LoraExperts, expert_layers, lora_experts
+from stoker.adapters.lora import LoraPart, LoraSummary, add_lora, linear_shapes, lora_layers
+from stoker.adapters.settings import LoraSettings
 from stoker.errors import ModelError, OutputError
-from stoker.export import peft_config
+from stoker.export import expert_adapters, peft_config
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLED_FILE = "adapter_model.bin"
@@ -32,8 +35,8 @@ def save(model: nn.Module, folder: Path, *, base_name: str, revision: str | None
     `base_name` is the Hub id or folder that PEFT will load the base from, `revision` its commit or tag. Raises
     ValueError when the model has no adapters, OutputError when the folder cannot be written.
     """
-    layers = list(lora_layers(model))
-    if not layers:
+    layers, experts = list(lora_layers(model)), list(lora_experts(model))
+    if not layers and not experts:
         raise ValueError("the model has no adapters")
     parts = [part for layer in layers for part in layer.adapters()]
     # Clones, because safetensors refuses tensors that share memory, as the parts of a group do.
@@ -42,8 +45,14 @@ def save(model: nn.Module, folder: Path, *, base_name: str, revision: str | None
         for part in parts
         for kind, tensor in _by_kind(part).items()
     }
-    targets = peft_config.target_modules([part.name for part in parts], list(linear_shapes(model)))
-    config = peft_config.write(layers[0].settings, targets=targets, base_name=base_name, revision=revision)
+    tensors |= _of_experts(model, experts)
+    config = peft_config.write(
+        [*layers, *experts][0].settings,
+        targets=peft_config.target_modules([part.name for part in parts], list(linear_shapes(model))),
+        parameters=expert_adapters.target_parameters(layer.name for layer in experts),
+        base_name=base_name,
+        revision=revision,
+    )
     fix = "Free space there, or name another folder."
     aside = [folder / f"{name}.partial" for name in (WEIGHTS_FILE, peft_config.FILE)]
     try:
@@ -64,10 +73,12 @@ def load(model: nn.Module, folder: Path) -> LoraSummary:
     Raises ModelError when the folder is none, holds pickled weights, uses settings of PEFT that Stoker does not know,
     or does not fit the model; the model is then left without adapters.
     """
-    settings = peft_config.read(_read_config(folder), folder / peft_config.FILE)
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    config = _read_config(folder)
+    settings = peft_config.read(config, folder / peft_config.FILE)
+    tensors = _named_by_parameter(model, _read_tensors(folder / WEIGHTS_FILE), config.get("target_parameters") or ())
     names = sorted({name for name, _ in tensors})
-    _check(tensors, _expected(names, linear_shapes(model), settings), folder / WEIGHTS_FILE)
+    expected = _expected(names, linear_shapes(model), settings) | _expected_of_experts(model, names, settings)
+    _check(tensors, expected, folder / WEIGHTS_FILE)
     summary = add_lora(
         model,
         rank=settings.rank,
@@ -81,6 +92,8 @@ def load(model: nn.Module, folder: Path) -> LoraSummary:
         for part in (part for layer in lora_layers(model) for part in layer.adapters()):
             for kind, parameter in _by_kind(part).items():
                 parameter.copy_(tensors[part.name, kind])
+        for layer in lora_experts(model):
+            expert_adapters.from_peft(layer, {kind: tensors[layer.name, kind] for kind in (_A, _B)})
     return summary
 
 
@@ -97,6 +110,36 @@ def base_of(folder: Path) -> tuple[str, str | None]:
             "base_model_name_or_path is empty.", where=where, fix="Name the base model yourself, with --base."
         )
     return str(name), None if revision is None else str(revision)
+
+
+def _of_experts(model: nn.Module, layers: Sequence[LoraExperts]) -> dict[str, Tensor]:
+    """PEFT's tensors of the adapters on experts."""
+    modules = expert_adapters.modules(expert_layers(model), {layer.name for layer in layers})
+    tensors = {}
+    for layer in layers:
+        for kind, tensor in zip((_A, _B), expert_adapters.to_peft(layer), strict=True):
+            tensors[_key(modules[layer.name], kind)] = tensor
+    return tensors
+
+
+def _named_by_parameter(
+    model: nn.Module, tensors: Mapping[tuple[str, str], Tensor], targets: Sequence[str]
+) -> dict[tuple[str, str], Tensor]:
+    """The tensors with those of experts under the name of the parameter that they adapt."""
+    layers = list(expert_layers(model))
+    adapted = {layer.name for layer in layers if expert_adapters.is_target(layer.name, targets)}
+    names = {module: name for name, module in expert_adapters.modules(layers, adapted).items()}
+    return {(names.get(module, module), kind): tensor for (module, kind), tensor in tensors.items()}
+
+
+def _expected_of_experts(
+    model: nn.Module, names: Sequence[str], settings: LoraSettings
+) -> dict[tuple[str, str], tuple[int, ...]]:
+    expected: dict[tuple[str, str], tuple[int, ...]] = {}
+    for layer in expert_layers(model):
+        if layer.name in names:
+            expected[layer.name, _A], expected[layer.name, _B] = expert_adapters.shapes(layer, settings.rank)
+    return expected
 
 
 def _by_kind(part: LoraPart) -> dict[str, Tensor]:

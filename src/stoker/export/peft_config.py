@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stoker.adapters.lora import LoraSettings
+from stoker.adapters.settings import LoraSettings
 from stoker.adapters.targets import short
 from stoker.errors import ModelError, Problem
 
@@ -31,6 +31,7 @@ _INFORMATIVE = frozenset(
         "revision",
         "runtime_config",
         "target_modules",
+        "target_parameters",
         "task_type",
     }
 )
@@ -43,10 +44,17 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def write(settings: LoraSettings, *, targets: Sequence[str], base_name: str, revision: str | None) -> dict[str, Any]:
-    """Returns the content of `adapter_config.json`."""
+def write(
+    settings: LoraSettings,
+    *,
+    targets: Sequence[str],
+    base_name: str,
+    revision: str | None,
+    parameters: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Returns the content of `adapter_config.json`; `parameters` are those of experts."""
     alpha = settings.alpha
-    return {
+    return ({"target_parameters": list(parameters)} if parameters else {}) | {
         "base_model_name_or_path": base_name,
         "bias": "none",
         "fan_in_fan_out": False,

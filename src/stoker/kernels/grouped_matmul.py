@@ -1,0 +1,360 @@
+"""Matmuls of rows sorted by expert with each expert's own matrix, with low-rank updates and gathered rows.
+
+For expert e with the sorted rows m in [ends[e-1], ends[e]):
+
+    forward      Y[m] = X[i[m]] W_eᵀ + c_e + s P[m] B_eᵀ        X [R, in], W [E, out, in], P [M, r], B [E, out, r]
+    transposed   Y[m] = X[i[m]] W_e + s P[m] A_e                X [R, out], A [E, r, in]
+    outer        O_e = s Σ_m L[i[m]]ᵀ R[j[m]]                   L [., K₁], R [., K₂], O [E, K₁, K₂]
+
+The index i reads rows where they lie instead of making a sorted copy that is top-k times as large; without it rows are
+sorted already. Gradients: dX by the transposed product, dW by the outer one, which is also what the factors A and B
+need. A product with a skinny matrix (N of a few columns) is the same kernel with smaller tiles.
+
+Ends stay on the device. A program finds its expert from them, so that nothing waits for the device, whatever the
+number of rows each expert gets; the grid is as large as the worst distribution needs, and programs beyond the last tile
+end at once. Every output has one program that writes it, in a fixed order of sums: two runs agree bit for bit.
+
+Grouped kernels for mixtures of experts: MegaBlocks (Gale et al. 2022, arXiv:2211.15841).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stoker.kernels.triton_support import check_implementation, dot, jit, next_power_of_2, tl, triton
+
+MAX_RANK = 64
+"""Above it the low-rank factors no longer fit beside a tile: the update is then a second product."""
+
+
+class Tile(NamedTuple):
+    """Rows, columns and depth of a tile, warps, and pipeline stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+WIDE = Tile(128, 256, 64, 8, 3)
+SKINNY = Tile(128, 16, 128, 4, 3)
+SMALL = Tile(64, 64, 32, 4, 2)
+"""For GPUs before sm_80, whose programs have 64 KB of shared memory, for float32, and for the interpreter."""
+OUTER = Tile(64, 128, 64, 4, 3)
+OUTER_WIDE = Tile(128, 128, 64, 8, 3)
+
+
+def grouped_matmul_reference(  # noqa: PLR0917 - private in effect: the public function names them
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    rows: Tensor | None,
+    transposed: bool,
+    bias: Tensor | None,
+    product: Tensor | None,
+    factor: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """The formulas, expert by expert; reads `ends` on the host."""
+    taken = x if rows is None else x[rows]
+    out = x.new_empty(taken.shape[0], weight.shape[2 if transposed else 1])
+    for expert, (start, end) in enumerate(_spans(ends)):
+        if start == end:
+            continue
+        matrix = weight[expert] if transposed else weight[expert].t()
+        torch.mm(taken[start:end], matrix, out=out[start:end])
+        if bias is not None:
+            out[start:end] += bias[expert]
+        if product is not None and factor is not None:
+            low = factor[expert] if transposed else factor[expert].t()
+            out[start:end].addmm_(product[start:end], low, alpha=scaling)
+    return out
+
+
+def grouped_outer_reference(  # noqa: PLR0917 - as above
+    left: Tensor,
+    right: Tensor,
+    ends: Tensor,
+    left_rows: Tensor | None,
+    right_rows: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The formula, expert by expert; reads `ends` on the host."""
+    left = left if left_rows is None else left[left_rows]
+    right = right if right_rows is None else right[right_rows]
+    out = torch.zeros(ends.shape[0], left.shape[1], right.shape[1], dtype=dtype, device=left.device)
+    for expert, (start, end) in enumerate(_spans(ends)):
+        if start < end:
+            out[expert] = (left[start:end].t() @ right[start:end]).to(dtype) * scaling
+    return out
+
+
+def _spans(ends: Tensor) -> list[tuple[int, int]]:
+    listed = ends.tolist()
+    return list(zip([0, *listed[:-1]], listed, strict=True))
+
+
+@jit  # pyrefly: ignore[bad-argument-type] - a function of kernels, which returns
+def _place(tile: tl.tensor, ends_ptr: tl.tensor, num_experts: tl.tensor, ROWS: tl.constexpr, EXPERTS: tl.constexpr):  # noqa: ANN202
+    """(expert, first row, end of its rows) of a tile; expert = num_experts past the last tile."""
+    index = tl.arange(0, EXPERTS)
+    inside = index < num_experts
+    end = tl.load(ends_ptr + index, mask=inside, other=0)
+    begin = tl.load(ends_ptr + index - 1, mask=inside & (index > 0), other=0)
+    count = tl.where(inside, end - begin, 0)
+    tiles_end = tl.cumsum((count + ROWS - 1) // ROWS, axis=0)
+    expert = tl.sum((inside & (tiles_end <= tile)).to(tl.int32), axis=0)
+    tiles_before = tl.max(tl.where(index < expert, tiles_end, 0), axis=0)
+    first = tl.sum(tl.where(index == expert, begin, 0), axis=0) + (tile - tiles_before) * ROWS
+    return expert, first, tl.sum(tl.where(index == expert, end, 0), axis=0)
+
+
+@jit
+def _matmul_kernel(  # noqa: PLR0917
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    p_ptr: tl.tensor,
+    b_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    p_stride: tl.tensor,
+    num_experts: tl.tensor,
+    num_columns: tl.tensor,
+    depth: tl.tensor,
+    rank: tl.constexpr,
+    scaling: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    RANK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    GATHERED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_UPDATE: tl.constexpr,
+    EVEN: tl.constexpr,
+    FLAT: tl.constexpr,
+) -> None:
+    # FLAT: the grid's fast axis runs over the rows of one block of columns, so that they share the expert's matrix.
+    tile = tl.program_id(0 if FLAT else 1)
+    block = tl.program_id(1 if FLAT else 0)
+    expert, first, end = _place(tile, ends_ptr, num_experts, ROWS, EXPERTS)
+    if expert < num_experts:
+        row = first + tl.arange(0, ROWS)
+        in_rows = row < end
+        if GATHERED:
+            source = tl.load(rows_ptr + row, mask=in_rows, other=0).to(tl.int64)
+        else:
+            source = tl.where(in_rows, row, first).to(tl.int64)
+        column = block * COLUMNS + tl.arange(0, COLUMNS)
+        in_columns = column < num_columns
+        k = tl.arange(0, DEPTH)
+        x = x_ptr + source[:, None] * x_stride + k[None, :]
+        matrix = weight_ptr + expert.to(tl.int64) * num_columns * depth
+        if TRANSPOSED:
+            w = matrix + k[:, None].to(tl.int64) * num_columns + column[None, :]
+        else:
+            w = matrix + column[None, :].to(tl.int64) * depth + k[:, None]
+        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for start in range(0, depth, DEPTH):
+            if EVEN:
+                x_tile = tl.load(x)
+                w_tile = tl.load(w)
+            else:
+                left = k < depth - start
+                x_tile = tl.load(x, mask=left[None, :], other=0.0)
+                w_tile = tl.load(w, mask=left[:, None] & in_columns[None, :], other=0.0)
+            total += dot(x_tile, w_tile)
+            x += DEPTH
+            w += DEPTH * num_columns if TRANSPOSED else DEPTH
+        if HAS_UPDATE:
+            low = tl.arange(0, RANK)
+            in_rank = low < rank
+            p = p_ptr + row[:, None].to(tl.int64) * p_stride + low[None, :]
+            p_tile = tl.load(p, mask=in_rows[:, None] & in_rank[None, :], other=0.0)
+            factor = b_ptr + expert.to(tl.int64) * num_columns * rank
+            if TRANSPOSED:
+                factor += low[:, None] * num_columns + column[None, :]
+            else:
+                factor += column[None, :] * rank + low[:, None]
+            f_tile = tl.load(factor, mask=in_rank[:, None] & in_columns[None, :], other=0.0)
+            total += scaling * dot(p_tile, f_tile)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + expert * num_columns + column, mask=in_columns, other=0.0)
+            total += bias.to(tl.float32)[None, :]
+        out = out_ptr + row[:, None].to(tl.int64) * num_columns + column[None, :]
+        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+
+
+@jit
+def _outer_kernel(  # noqa: PLR0917
+    left_ptr: tl.tensor,
+    right_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
+    left_rows_ptr: tl.tensor,
+    right_rows_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    left_stride: tl.tensor,
+    right_stride: tl.tensor,
+    num_left: tl.tensor,
+    num_right: tl.tensor,
+    scaling: tl.tensor,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    LEFT_GATHERED: tl.constexpr,
+    RIGHT_GATHERED: tl.constexpr,
+) -> None:
+    expert = tl.program_id(2)
+    end = tl.load(ends_ptr + expert)
+    begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    l_column = tl.program_id(1) * LEFT + tl.arange(0, LEFT)
+    r_column = tl.program_id(0) * RIGHT + tl.arange(0, RIGHT)
+    in_left, in_right = l_column < num_left, r_column < num_right
+    total = tl.zeros((LEFT, RIGHT), dtype=tl.float32)
+    for start in range(begin, end, ROWS):
+        row = start + tl.arange(0, ROWS)
+        in_rows = row < end
+        l_row, r_row = row, row
+        if LEFT_GATHERED:
+            l_row = tl.load(left_rows_ptr + row, mask=in_rows, other=0)
+        if RIGHT_GATHERED:
+            r_row = tl.load(right_rows_ptr + row, mask=in_rows, other=0)
+        left = left_ptr + l_row[None, :].to(tl.int64) * left_stride + l_column[:, None]
+        right = right_ptr + r_row[:, None].to(tl.int64) * right_stride + r_column[None, :]
+        l_tile = tl.load(left, mask=in_rows[None, :] & in_left[:, None], other=0.0)
+        r_tile = tl.load(right, mask=in_rows[:, None] & in_right[None, :], other=0.0)
+        total += dot(l_tile, r_tile)
+    out = out_ptr + expert.to(tl.int64) * num_left * num_right
+    out += l_column[:, None].to(tl.int64) * num_right + r_column[None, :]
+    tl.store(out, (total * scaling).to(out_ptr.dtype.element_ty), mask=in_left[:, None] & in_right[None, :])
+
+
+def tile_for(x: Tensor, num_columns: int) -> Tile:
+    """Returns the tile for products of `x` with so many columns on its device."""
+    if not x.is_cuda or x.dtype is torch.float32 or torch.cuda.get_device_capability(x.device)[0] < 8:
+        return SMALL if num_columns > 32 else Tile(64, max(16, next_power_of_2(num_columns)), 32, 4, 2)
+    if num_columns <= 64:
+        return SKINNY._replace(columns=max(16, next_power_of_2(num_columns)))
+    return WIDE
+
+
+def grouped_matmul(
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    *,
+    rows: Tensor | None = None,
+    transposed: bool = False,
+    bias: Tensor | None = None,
+    product: Tensor | None = None,
+    factor: Tensor | None = None,
+    scaling: float = 1.0,
+    implementation: str = "reference",
+) -> Tensor:
+    """Returns each sorted row times its expert's matrix: [M, out], or [M, in] when `transposed`.
+
+    x: [R, in] ([R, out] when transposed), rows contiguous; weight: contiguous [E, out, in]; ends: int32 [E], where each
+    expert's rows end, the last one M; rows: int32 [M], the row of `x` for each sorted row (None: the same); bias:
+    [E, out]. With `product` [M, r] and `factor` [E, out, r] ([E, r, in] when transposed) adds `scaling` times their
+    product. All of one dtype; no gradients. `implementation`: "reference" or "triton"; ValueError for another.
+    """
+    num_rows = x.shape[0] if rows is None else rows.shape[0]
+    if not check_implementation(implementation) or not num_rows:
+        return grouped_matmul_reference(x, weight, ends, rows, transposed, bias, product, factor, scaling)
+    num_experts, depth = weight.shape[0], weight.shape[1 if transposed else 2]
+    num_columns = weight.shape[2 if transposed else 1]
+    rank = 0 if product is None else product.shape[1]
+    if rank > MAX_RANK:
+        raise ValueError(f"grouped_matmul: updates of rank {rank} are above {MAX_RANK}")
+    tile = tile_for(x, num_columns)
+    out = torch.empty((num_rows, num_columns), dtype=x.dtype, device=x.device)
+    tiles, blocks = triton.cdiv(num_rows, tile.rows) + num_experts - 1, triton.cdiv(num_columns, tile.columns)
+    _matmul_kernel[(blocks, tiles)](
+        x,
+        weight,
+        ends,
+        ends if rows is None else rows,
+        x if bias is None else bias,
+        x if product is None else product,
+        x if factor is None else factor,
+        out,
+        x.stride(0),
+        0 if product is None else product.stride(0),
+        num_experts,
+        num_columns,
+        depth,
+        rank,
+        scaling,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        RANK=max(16, next_power_of_2(rank)),
+        EXPERTS=max(16, next_power_of_2(num_experts)),
+        TRANSPOSED=transposed,
+        GATHERED=rows is not None,
+        HAS_BIAS=bias is not None,
+        HAS_UPDATE=product is not None,
+        EVEN=depth % tile.depth == 0 and num_columns % tile.columns == 0,
+        FLAT=False,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out
+
+
+def grouped_outer(
+    left: Tensor,
+    right: Tensor,
+    ends: Tensor,
+    *,
+    left_rows: Tensor | None = None,
+    right_rows: Tensor | None = None,
+    scaling: float = 1.0,
+    dtype: torch.dtype | None = None,
+    implementation: str = "reference",
+) -> Tensor:
+    """Returns `scaling * left.T @ right` over each expert's rows, [E, K1, K2]; zeros where it has none.
+
+    left: [., K1] and right: [., K2], of one dtype and with contiguous rows; `left_rows`, `right_rows`: int32 [M], the
+    row of each for a sorted row (None: the same); `dtype` of the result (None: float32, or wider inputs'). `ends` and
+    `implementation` as for `grouped_matmul`.
+    """
+    dtype = dtype or torch.promote_types(left.dtype, torch.float32)
+    if not check_implementation(implementation) or not left.shape[0]:
+        return grouped_outer_reference(left, right, ends, left_rows, right_rows, scaling, dtype)
+    num_left, num_right = left.shape[1], right.shape[1]
+    small = not left.is_cuda or left.dtype is torch.float32 or torch.cuda.get_device_capability(left.device)[0] < 8
+    tile = SMALL if small else OUTER_WIDE if num_left > 64 and num_right > 64 else OUTER
+    width = max(16, min(tile.columns, next_power_of_2(num_right)))
+    height = max(16, min(tile.rows if num_right > 64 else tile.columns, next_power_of_2(num_left)))
+    out = torch.empty((ends.shape[0], num_left, num_right), dtype=dtype, device=left.device)
+    _outer_kernel[(triton.cdiv(num_right, width), triton.cdiv(num_left, height), ends.shape[0])](
+        left,
+        right,
+        ends,
+        ends if left_rows is None else left_rows,
+        ends if right_rows is None else right_rows,
+        out,
+        left.stride(0),
+        right.stride(0),
+        num_left,
+        num_right,
+        scaling,
+        LEFT=height,
+        RIGHT=width,
+        ROWS=tile.depth,
+        LEFT_GATHERED=left_rows is not None,
+        RIGHT_GATHERED=right_rows is not None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out
