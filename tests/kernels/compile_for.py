@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from stoker.kernels import (
-    adapted_glu,
+    adapted_glu_gradients,
     fp8,
     glu,
     grouped_matmul,
@@ -28,7 +28,18 @@ warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
 
 # Kernel, compile-time values, warps, and the arguments that are not tensors of the working dtype.
 FLOATS = dict.fromkeys(
-    ("part_b_ptr", "rstd_ptr", "partial_ptr", "cos_ptr", "sin_ptr", "factor_ptr", "losses_ptr", "scale_ptr"), "*fp32"
+    (
+        "part_a_ptr",
+        "part_b_ptr",
+        "rstd_ptr",
+        "partial_ptr",
+        "cos_ptr",
+        "sin_ptr",
+        "factor_ptr",
+        "losses_ptr",
+        "scale_ptr",
+    ),
+    "*fp32",
 )
 FLOATS |= dict.fromkeys(("epsilon", "scale", "scaling", "cap", "smoothing", "z_loss"), "fp32")
 ROUTES = dict.fromkeys(("ends_ptr", "rows_ptr", "left_rows_ptr", "right_rows_ptr", "place_ptr"), "*i32")
@@ -68,9 +79,9 @@ CASES = [
     ),
     (
         nf4._dequantize_kernel,
-        {"BLOCK_BYTES": 32, "BLOCKS": 32, "NESTED_BLOCK_SIZE": 256, "NESTED": True},
+        {"BLOCK_BYTES": 32, "BLOCKS": 32, "NESTED_BLOCK_SIZE": 256, "NESTED": True, "ROUTED": True},
         4,
-        NF4,
+        NF4 | ROUTES,
     ),
     (
         low_rank._grad_pair_kernel,
@@ -86,15 +97,14 @@ CASES = [
         {},
     ),
     (
-        adapted_glu._forward_kernel,
-        {"ROWS": adapted_glu.FORWARD.rows, "COLUMNS": adapted_glu.FORWARD.columns, "RANK": 16, "rank": 16},
-        adapted_glu.FORWARD.warps,
-        {},
-    ),
-    (
-        adapted_glu._backward_kernel,
-        {"ROWS": adapted_glu.BACKWARD.rows, "COLUMNS": adapted_glu.BACKWARD.columns, "RANK": 16, "rank": 16},
-        adapted_glu.BACKWARD.warps,
+        adapted_glu_gradients._gradients_kernel,
+        {
+            "ROWS": adapted_glu_gradients.TILE.rows,
+            "COLUMNS": adapted_glu_gradients.TILE.columns,
+            "RANK": 16,
+            "rank": 16,
+        },
+        adapted_glu_gradients.TILE.warps,
         {},
     ),
     (fp8._quantize_rows_kernel, {"BLOCK": 4096, "HAS_FACTOR": True}, 4, {"out_ptr": "*fp8e4nv"}),

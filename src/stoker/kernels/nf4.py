@@ -79,15 +79,22 @@ def _dequantize_kernel(  # noqa: PLR0917
     nested_absmax_ptr: tl.tensor,
     nested_offset_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
     num_values: tl.tensor,
     num_bytes: tl.tensor,
+    values_per_expert: tl.tensor,
     BLOCK_BYTES: tl.constexpr,
     BLOCKS: tl.constexpr,
     NESTED_BLOCK_SIZE: tl.constexpr,
     NESTED: tl.constexpr,
+    ROUTED: tl.constexpr,
 ) -> None:
     # A program handles BLOCKS blocks of BLOCK_BYTES bytes. Offsets are int64: a weight may pass 2^31 values.
     first_block = tl.program_id(0).to(tl.int64) * BLOCKS
+    if ROUTED:  # nobody reads the weights of an expert without rows
+        expert = first_block * (2 * BLOCK_BYTES) // values_per_expert
+        if tl.load(ends_ptr + expert) == tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0):
+            return
     block = first_block + tl.arange(0, BLOCKS)
     block_mask = block * (2 * BLOCK_BYTES) < num_values
     if NESTED:
@@ -106,9 +113,14 @@ def _dequantize_kernel(  # noqa: PLR0917
     tl.store(out_ptr + value, tl.interleave(high, low).to(out_ptr.dtype.element_ty), mask=value < num_values)
 
 
-def dequantize_triton(tensors: NF4Tensors, out: Tensor) -> Tensor:
-    """Fills `out` as `dequantize_reference` does, in one launch; returns it."""
+def dequantize_triton(tensors: NF4Tensors, out: Tensor, ends: Tensor | None = None) -> Tensor:
+    """Fills `out` as `dequantize_reference` does, in one launch; returns it.
+
+    With `ends` int32 [E], where the rows of each expert end, only experts that have rows: `out` holds E equal parts.
+    """
     blocks = max(1, 2 * BYTES_PER_PROGRAM // tensors.block_size)
+    values_per_expert = 0 if ends is None else out.numel() // ends.shape[0]
+    is_routed = ends is not None and values_per_expert % (next_power_of_2(blocks) * tensors.block_size) == 0
     nested = tensors.nested_code is not None
     _dequantize_kernel[(triton.cdiv(out.numel(), blocks * tensors.block_size),)](
         tensors.packed,
@@ -118,27 +130,34 @@ def dequantize_triton(tensors: NF4Tensors, out: Tensor) -> Tensor:
         tensors.nested_absmax if nested else tensors.code,
         tensors.nested_offset if nested else tensors.code,
         out,
+        ends if is_routed else tensors.code,
         out.numel(),
         tensors.packed.numel(),
+        values_per_expert,
         BLOCK_BYTES=tensors.block_size // 2,
         BLOCKS=next_power_of_2(blocks),
         NESTED_BLOCK_SIZE=tensors.nested_block_size,
         NESTED=nested,
+        ROUTED=is_routed,
         num_warps=4,
         enable_fp_fusion=False,
     )
     return out
 
 
-def dequantize(tensors: NF4Tensors, out: Tensor, *, implementation: str = "reference") -> Tensor:
+def dequantize(
+    tensors: NF4Tensors, out: Tensor, *, ends: Tensor | None = None, implementation: str = "reference"
+) -> Tensor:
     """Fills `out` with the dequantised values of `tensors`, in memory order, and returns it.
 
     `out` is contiguous, of any shape with the weight's number of values, float32, bfloat16 or float16; it is usually a
-    piece of a buffer that is used again for the next weight. `implementation` is "reference" or "triton".
+    piece of a buffer that is used again for the next weight. `implementation` is "reference" or "triton". `ends` int32
+    [E]: of E experts' weights, those without rows may be left out (Triton does, where a weight is whole blocks).
     """
     if not out.is_contiguous() or (out.numel() + 1) // 2 != tensors.packed.numel():
         raise ValueError(f"out {tuple(out.shape)} must be contiguous with {2 * tensors.packed.numel()} values")
     if out.numel() == 0:
         return out
-    fill = dequantize_triton if check_implementation(implementation) else dequantize_reference
-    return fill(tensors, out)
+    if check_implementation(implementation):
+        return dequantize_triton(tensors, out, ends)
+    return dequantize_reference(tensors, out)

@@ -117,6 +117,8 @@ class NF4Weight(FrozenBuffers):
     nested_absmax: Tensor | None
     nested_offset: Tensor | None
 
+    accumulates = True
+
     def __init__(
         self,
         parts: Iterable[_Part],
@@ -194,14 +196,23 @@ class NF4Weight(FrozenBuffers):
             NESTED_BLOCK_SIZE,
         )
 
-    def dequantize(self, out: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
-        """Returns the weight in `dtype` `[out, in]`, in `out` when given (whose dtype then counts)."""
+    def dequantize(self, out: Tensor | None = None, *, dtype: torch.dtype, ends: Tensor | None = None) -> Tensor:
+        """Returns the weight in `dtype` `[out, in]`, in `out` when given (whose dtype then counts).
+
+        `ends`: of experts' weights one below the other, those without rows may be left out (`kernels.nf4.dequantize`).
+        """
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
-        spans = [(0, self.shape[0], 0, 0, 0)] if self._is_seamless() else self._spans()
+        is_seamless = self._is_seamless()
+        spans = [(0, self.shape[0], 0, 0, 0)] if is_seamless else self._spans()
         for row, rows, byte, block, group in spans:
             tensors = self._tensors(byte, block, group, num_values=rows * self.shape[1])
-            kernel.dequantize(tensors, out[row : row + rows], implementation=self.implementation)
+            kernel.dequantize(
+                tensors,
+                out[row : row + rows],
+                ends=ends if is_seamless else None,
+                implementation=self.implementation,
+            )
         return out
 
     def _in_scratch(self, dtype: torch.dtype) -> Tensor:
@@ -209,13 +220,15 @@ class NF4Weight(FrozenBuffers):
             return self.dequantize(dtype=dtype)
         return self.dequantize(self.scratch.take(self.shape, dtype=dtype, device=self.packed.device), dtype=dtype)
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """Returns `x @ W.T`, `[..., in]` to `[..., out]`."""
-        return x @ self._in_scratch(x.dtype).T
+    def matmul(self, x: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """Returns `x @ W.T`, `[..., in]` to `[..., out]`; added to `onto` [N, out] in place if given."""
+        weight = self._in_scratch(x.dtype).T
+        return x @ weight if onto is None else onto.addmm_(x, weight)
 
-    def matmul_transposed(self, grad: Tensor) -> Tensor:
-        """Returns `grad @ W`, `[..., out]` to `[..., in]`."""
-        return grad @ self._in_scratch(grad.dtype)
+    def matmul_transposed(self, grad: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """Returns `grad @ W`, `[..., out]` to `[..., in]`; added to `onto` [N, in] in place if given."""
+        weight = self._in_scratch(grad.dtype)
+        return grad @ weight if onto is None else onto.addmm_(grad, weight)
 
     def extra_repr(self) -> str:
         """Shows shape, parts and kernel."""
