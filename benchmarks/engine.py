@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from stoker.adapters.fused_block import freeze_into, fuse_blocks
 from stoker.adapters.lora import add_lora
 from stoker.arch.families import read
-from stoker.kernels import adapted_glu, fp8, glu, linear_cross_entropy, low_rank, projection, rms_norm, rope
+from stoker.kernels import adapted_glu_gradients, fp8, glu, linear_cross_entropy, low_rank, rms_norm, rope
 from stoker.kernels.attention import attention
 from stoker.kernels.offload import HostOffload
 from stoker.models import native
@@ -195,17 +195,12 @@ def adapter_cases(
 ) -> Iterator[tuple[str, int, Callable[[str], Callable[[], object]]]]:
     """The same for what runs adapters, rank 16."""
     tokens, inner = grad.shape
-    updates = adapted_glu.Updates(random(tokens, 2 * rank), random(2 * inner, rank), random(rank, inner), 1.0)
+    adapters = (random(tokens, 2 * rank), random(2 * inner, rank), random(tokens, rank))
     product, size = random(tokens, rank), gate_up.numel() * 2
     yield (
-        "swiglu forward with updates",
-        size * 3 // 2,
-        lambda kind: lambda: adapted_glu.forward(gate_up, updates, implementation=kind),
-    )
-    yield (
-        "swiglu backward with updates",
-        size * 3,
-        lambda kind: lambda: adapted_glu.backward(gate_up, grad, product, updates, implementation=kind),
+        "swiglu backward with the adapters' gradients",
+        size * 5 // 2,
+        lambda kind: lambda: adapted_glu_gradients.backward(gate_up, grad, *adapters, scaling=1.0, implementation=kind),
     )
     for name, rows, sizes in [
         ("gate_up", gate_up, (inner, inner)),
@@ -463,25 +458,17 @@ Patch = tuple[object, str, object]
 
 LEVERS: dict[str, tuple[tuple[Patch, ...], dict[str, float]]] = {
     "as it is": ((), {}),
-    "updates outside swiglu": (((adapted_glu, "takes", lambda *_: False),), {"A": 16.0, "E": 9.5, "F": 16.0}),
-    "big matmuls before updates": (((projection, "ACCUMULATE", False),), {"A": 5.0, "E": 2.5, "F": 0.0}),
-    "dP and dB apart": (((low_rank, "takes", lambda *_: False),), {"A": 7.0, "E": 4.0, "F": 7.0}),
-    "swiglu backward 32 x 128": (((adapted_glu, "BACKWARD", adapted_glu.Tile(32, 128, 4)),), {}),
-    "swiglu backward 32 x 64": (((adapted_glu, "BACKWARD", adapted_glu.Tile(32, 64, 4)),), {}),
-    "swiglu backward 64 x 128": (((adapted_glu, "BACKWARD", adapted_glu.Tile(64, 128, 8)),), {}),
-    "swiglu forward 64 x 64": (((adapted_glu, "FORWARD", adapted_glu.Tile(64, 64, 4)),), {}),
-    "swiglu forward 32 x 64": (((adapted_glu, "FORWARD", adapted_glu.Tile(32, 64, 4)),), {}),
-    "grad pairs of 32 rows": (((low_rank, "ROWS", 32),), {}),
-    "grad pairs of 1,024 rows a program": (((low_rank, "ROWS_A_PROGRAM", 1024),), {}),
-    "logits in 1 GiB": (((linear_cross_entropy, "TRITON_CHUNK_BYTES", 2**30),), {"A": -0.5, "E": -0.8, "F": -0.5}),
-    "logits by 16 warps": (
-        ((linear_cross_entropy, "TURN_BLOCK", 8192), (linear_cross_entropy, "TURN_WARPS", 16)),
-        {"A": -0.2, "E": -0.4, "F": -0.2},
-    ),
-    "logits by 32 warps": (
-        ((linear_cross_entropy, "TURN_BLOCK", 16384), (linear_cross_entropy, "TURN_WARPS", 32)),
-        {"A": -0.6, "E": -1.2, "F": -0.6},
-    ),
+    "glu gradients apart": (((adapted_glu_gradients, "takes", lambda *_: False),), {"A": 8.0, "E": 4.5, "F": 8.0}),
+    "glu gradients 32 x 128 by 8": (((adapted_glu_gradients, "TILE", adapted_glu_gradients.Tile(32, 128, 8)),), {}),
+    "glu gradients 64 x 64 by 4": (((adapted_glu_gradients, "TILE", adapted_glu_gradients.Tile(64, 64, 4)),), {}),
+    "glu gradients 32 x 128 by 4": (((adapted_glu_gradients, "TILE", adapted_glu_gradients.Tile(32, 128, 4)),), {}),
+    "glu gradients 64 x 128 by 8": (((adapted_glu_gradients, "TILE", adapted_glu_gradients.Tile(64, 128, 8)),), {}),
+    "glu gradients 32 x 64 by 4": (((adapted_glu_gradients, "TILE", adapted_glu_gradients.Tile(32, 64, 4)),), {}),
+    "glu gradients 16 x 128 by 4": (((adapted_glu_gradients, "TILE", adapted_glu_gradients.Tile(16, 128, 4)),), {}),
+    "glu gradients, 512 rows a program": (((adapted_glu_gradients, "ROWS_A_PROGRAM", 512),), {}),
+    "glu gradients, 2,048 rows a program": (((adapted_glu_gradients, "ROWS_A_PROGRAM", 2048),), {}),
+    "dP and dB apart": (((low_rank, "takes", lambda *_: False),), {"A": 3.0, "E": 2.0, "F": 3.0}),
+    "as it is, in the middle": ((), {}),
 }
 """Ways to run a step that differ by a constant or a kernel: patches, and the milliseconds they should add or take."""
 

@@ -131,22 +131,24 @@ def test_feed_forward_in_tiles_changes_nothing(keep, train_base, draw, angles):
         torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-4)  # sums over tiles in another order
 
 
-class HalfMatrix:
+class OtherMatrix:
     """A weight that is not a tensor, as the quant room's are not."""
 
-    def __init__(self, weight):
-        self.weight = weight
+    def __init__(self, weight, *, accumulates):
+        self.weight, self.shape, self.accumulates = weight, weight.shape, accumulates
 
-    def matmul(self, x):
-        return x @ self.weight.T
+    def matmul(self, x, *, onto=None):
+        return x @ self.weight.T if onto is None else onto.addmm_(x, self.weight.T)
 
-    def matmul_transposed(self, grad):
-        return grad @ self.weight
+    def matmul_transposed(self, grad, *, onto=None):
+        return grad @ self.weight if onto is None else onto.addmm_(grad, self.weight)
 
 
-def test_a_weight_in_another_form_is_only_asked_for_its_products(draw, angles):
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_a_weight_in_another_form_is_only_asked_for_its_products(draw, angles, accumulates):
     weights = layer(draw)
-    other = BlockWeights(*weights[:2], *(p._replace(weight=HalfMatrix(p.weight)) for p in weights[2:]))
+    others = (p._replace(weight=OtherMatrix(p.weight, accumulates=accumulates)) for p in weights[2:])
+    other = BlockWeights(*weights[:2], *others)
     x = draw(1, 5, WIDTH).float().requires_grad_()
     inputs = [x, *leaves(weights, train_base=False)]
     options = BlockOptions(HEADS, KV_HEADS, EPSILONS, implementation="triton", keep="attention")
@@ -200,3 +202,17 @@ def test_unknown_rung_is_refused():
         BlockOptions(HEADS, KV_HEADS, EPSILONS, keep="some")
     with pytest.raises(ValueError, match="tile_tokens = 0 is not positive"):
         BlockOptions(HEADS, KV_HEADS, EPSILONS, tile_tokens=0)
+
+
+def test_what_nothing_needs_is_not_computed(draw, angles):
+    """Below the first layer of a frozen base nothing asks for the gradient of x; the adapters' stay the same."""
+    weights = layer(draw)
+    adapters = leaves(weights, train_base=False)
+    options = BlockOptions(HEADS, KV_HEADS, EPSILONS, implementation="triton")
+    grads = []
+    for needs in (True, False):
+        x = torch.linspace(-1, 1, 5 * WIDTH).view(1, 5, WIDTH).requires_grad_(needs)
+        y = block(x, *angles, weights=weights, options=options)
+        grads.append(torch.autograd.grad(y.square().sum(), adapters))
+    for with_x, without in zip(*grads, strict=True):
+        assert torch.equal(with_x, without)

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stoker.kernels import adapted_glu, glu, rms_norm, rope
+from stoker.kernels import adapted_glu_gradients, glu, rms_norm, rope
 from stoker.kernels.attention import DocumentLengths, attention
-from stoker.kernels.feed_forward import KEEP, BlockOptions, feed_forward, joined, swiglu_updates, tiles
+from stoker.kernels.feed_forward import KEEP, BlockOptions, feed_forward, joined, tiles
 from stoker.kernels.kept_attention import Attend, KeptAttention
 from stoker.kernels.projection import FrozenMatrix, Projection, grad_input, grad_product, project, project_onto
 from stoker.kernels.triton_support import as_rows
@@ -208,7 +208,8 @@ class _Block(torch.autograd.Function):
         norms, kept, tensors = rest[:2], rest[2:10], rest[10:]
         if ctx.x_handle is not None:
             x = ctx.layout.options.offload.fetch(ctx.x_handle)
-        run = _Backward(ctx.layout, norms, tensors, ctx.needs_input_grad[4:], x, (cos, sin))
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
+        run = _Backward(ctx.layout, norms, tensors, needs, x, (cos, sin))
         attended, ctx.attended = ctx.attended, None
         grad_x = run(grads[0], attended, _Kept(kept[0], kept[1], (kept[2], kept[3]), tuple(kept[4:])))
         if ctx.x_handle is not None:
@@ -230,13 +231,13 @@ class _Backward:
         tables: tuple[Tensor, Tensor],
     ) -> None:
         self.layout, self.norms, self.x, self.tables = layout, norms, x, tables
-        self.needs_norms, self.needs = needs[:2], needs[2:]
+        self.needs_x, self.needs_norms, self.needs = needs[0], needs[1:3], needs[3:]
         self.projections = _projections(layout, tensors, x.dtype)
         self.norm_grads: list[Tensor | None] = [None, None]
         self.grads: list[Tensor | None] = [None] * len(tensors)
 
-    def __call__(self, grad: Tensor, attended: KeptAttention | None, kept: _Kept) -> Tensor:
-        """Gradient of x, from that of the output [B, T, D]."""
+    def __call__(self, grad: Tensor, attended: KeptAttention | None, kept: _Kept) -> Tensor | None:
+        """Gradient of x (None where nothing needs it, as below the first layer), from that of the output [B, T, D]."""
         options, layout, rows = self.layout.options, self.layout, as_rows(self.x)
         qkv, out, _, _ = self.projections
         rstd_x, rstd_mid = kept.rstds
@@ -264,7 +265,12 @@ class _Backward:
         grad_heads = attended.backward(grad_attended.view(*self.x.shape[:2], -1), heads)
         del heads, attended, mid
         grad_qkv = rope.split_and_rotate_backward(grad_heads, *self.tables, implementation=options.implementation)
-        grad_normed = self._after_norm(0, grad_qkv.flatten(0, 1), kept.products[0], _Normed(rows, rstd_x, normed_x))
+        grad_qkv = grad_qkv.flatten(0, 1)
+        grads = grad_product(qkv, grad_qkv, kept.products[0], implementation=options.implementation)
+        self._grads_after_norm(0, grad_qkv, grads, _Normed(rows, rstd_x, normed_x))
+        if not self.needs_x and not self.needs_norms[0]:
+            return None
+        grad_normed = grad_input(qkv, grad_qkv, grads[0])
         return self._norm_backward(0, grad_normed, rows, rstd_x, grad_mid).view_as(self.x)
 
     def _norm(self, rows: Tensor, index: int) -> tuple[Tensor, Tensor]:
@@ -288,42 +294,58 @@ class _Backward:
         _, _, gate_up, down = self.projections
         grad, normed = grad[tile], None if normed is None else normed[tile]
         implementation = self.layout.options.implementation
-        product_gate_up, product_down = (None if x is None else x[tile] for x in kept.products[2:])
-        updates = swiglu_updates(self.projections, product_gate_up, implementation)
-        gate_up_output = kept.gate_up
-        if gate_up_output is None and normed is not None:
-            gate_up_output, _ = project(gate_up, normed, update=updates is None)
-        if gate_up_output is None:
+        product, product_down = (None if x is None else x[tile] for x in kept.products[2:])
+        values = kept.gate_up
+        if values is None and normed is not None:
+            values, _ = project(gate_up, normed, product=product)
+        if values is None:
             raise RuntimeError("block: neither gate_up's output nor what makes it was kept")
         grad_down, grad_b = grad_product(down, grad, product_down, implementation=implementation)
         self._add(4 * 3 + 3, grad_b)
-        if updates is None or grad_down is None:
-            grad_gate_up, activated = glu.swiglu_backward(
-                gate_up_output, grad_input(down, grad, grad_down), implementation=implementation
-            )
-        else:
-            grad_gate_up, activated = adapted_glu.backward(
-                gate_up_output, grad_input(down, grad, None), grad_down, updates, implementation=implementation
-            )
-        self._weight_grads(3, grad, activated, grad_down)
-        del activated
+        grad_activated = grad_input(down, grad, grad_down)
         source = _Normed(mid[tile], kept.rstds[1][tile], normed)
-        return self._after_norm(2, grad_gate_up, product_gate_up, source)
+        if product is None or grad_down is None or not self._sums_in_glu():
+            grad_gate_up, activated = glu.swiglu_backward(values, grad_activated, implementation=implementation)
+            self._weight_grads(3, grad, activated, grad_down)
+            grads = grad_product(gate_up, grad_gate_up, product, implementation=implementation)
+        else:
+            assert gate_up.b is not None
+            result = adapted_glu_gradients.backward(
+                values,
+                grad_activated,
+                product,
+                gate_up.b,
+                grad_down,
+                scaling=gate_up.scaling,
+                implementation=implementation,
+            )
+            self._weight_grads(3, grad, None, None)
+            self._add(4 * 3 + 2, result.a_down)
+            grad_gate_up, grads = result.gate_up, (result.product, result.b)
+        del grad_activated
+        self._grads_after_norm(2, grad_gate_up, grads, source)
+        return grad_input(gate_up, grad_gate_up, grads[0])
 
-    def _after_norm(self, index: int, grad: Tensor, product: Tensor | None, source: _Normed) -> Tensor:
-        """As `_projection`, for a projection of normed rows, which need not be there.
+    def _sums_in_glu(self) -> bool:
+        """Whether swiglu's backward gives the adapters' gradients: gate, up and down have one, and down is frozen."""
+        _, _, gate_up, down = self.projections
+        whole = len(gate_up.slices) == 2 and adapted_glu_gradients.takes(gate_up.b, down.a)
+        return self.layout.options.implementation == "triton" and whole and not self.needs[4 * 3]
+
+    def _grads_after_norm(
+        self, index: int, grad: Tensor, grads: tuple[Tensor | None, Tensor | None], source: _Normed
+    ) -> None:
+        """Adds the gradients of a projection of normed rows, which need not be there; `grads`: its dP and dB.
 
         With normed = r · x · w the gradient of A, dPᵀ normed, is ((r · dP)ᵀ x) · w: x itself is read, and the norm is
         not computed again.
         """
-        projection = self.projections[index]
-        grad_p, grad_b = grad_product(projection, grad, product, implementation=self.layout.options.implementation)
+        grad_p, grad_b = grads
         self._add(4 * index + 3, grad_b)
         self._weight_grads(index, grad, source.normed, None)
         if grad_p is not None:
             scaled = (grad_p * source.rstd[:, None]).to(grad_p.dtype)
             self._add(4 * index + 2, (scaled.t() @ source.rows) * self.norms[index // 2].float())
-        return grad_input(projection, grad, grad_p)
 
     def _projection(self, index: int, grad: Tensor, x: Tensor, product: Tensor | None) -> Tensor:
         """Gradient of a projection's input x [N, in], and the gradients of its tensors."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stoker.kernels import adapted_glu, glu
+from stoker.kernels import glu
 from stoker.kernels.offload import HostOffload
 from stoker.kernels.projection import Projection, project, project_onto
 
@@ -64,36 +64,14 @@ def feed_forward(
 def _run_tile(
     projections: Sequence[Projection], normed: Tensor, mid: Tensor, options: BlockOptions
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(mid + output, gate_up, the adapters' products); gate_up has its updates, unless swiglu's kernel adds them."""
+    """(mid + output, gate_up, the adapters' products)."""
     _, _, gate_up, down = projections
     implementation = options.implementation
-    fused = _fuses(projections, implementation)
-    values, product = project(gate_up, normed, update=not fused)
-    updates = swiglu_updates(projections, product, implementation)
-    if updates is None:
-        activated = glu.swiglu(values, implementation=implementation)
-        product_down = None if down.a is None else activated @ down.a.t()
-    else:
-        activated, product_down = adapted_glu.forward(values, updates, implementation=implementation)
+    values, product = project(gate_up, normed)
+    activated = glu.swiglu(values, implementation=implementation)
+    product_down = None if down.a is None else activated @ down.a.t()
     output = project_onto(down, activated, mid, product_down, implementation=implementation)
     return output, values, product, product_down
-
-
-def _fuses(projections: Sequence[Projection], implementation: str) -> bool:
-    """Whether swiglu's kernel adds the updates around it: Triton, and adapters on all of gate, up and down."""
-    _, _, gate_up, down = projections
-    whole = gate_up.b is not None and len(gate_up.slices) == 2
-    return implementation == "triton" and whole and adapted_glu.takes(gate_up.b, down.a)
-
-
-def swiglu_updates(
-    projections: Sequence[Projection], product: Tensor | None, implementation: str
-) -> adapted_glu.Updates | None:
-    """What swiglu's kernel adds, with the product of gate_up; None where it does not."""
-    _, _, gate_up, down = projections
-    if product is None or gate_up.b is None or down.a is None or not _fuses(projections, implementation):
-        return None
-    return adapted_glu.Updates(product, gate_up.b.contiguous(), down.a.contiguous(), gate_up.scaling)
 
 
 def tiles(num_rows: int, options: BlockOptions) -> list[slice]:

@@ -16,19 +16,26 @@ from torch import Tensor
 
 from stoker.kernels import low_rank
 
-ACCUMULATE = True
-"""Whether updates are written first and the big matmul adds to them, or the other way round."""
-
 
 class FrozenMatrix(Protocol):
-    """A weight kept in some other form than a tensor (see the quant room)."""
+    """A weight kept in some other form than a tensor (see the quant room).
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """Returns `x @ W.T`."""
+    `accumulates`: its products can add to what is there for less than a pass over it.
+    """
+
+    accumulates: bool
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[out, in]`."""
         ...
 
-    def matmul_transposed(self, grad: Tensor) -> Tensor:
-        """Returns `grad @ W`."""
+    def matmul(self, x: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """Returns `x @ W.T`, added to `onto` [N, out] in place where that is given."""
+        ...
+
+    def matmul_transposed(self, grad: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """Returns `grad @ W`, added to `onto` [N, in] in place where that is given."""
         ...
 
 
@@ -46,22 +53,22 @@ class Projection(NamedTuple):
     slices: tuple[slice, ...] = ()
 
 
-def project(projection: Projection, x: Tensor, *, update: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Returns (output [N, out], x Aᵀ [N, n r] or None without adapters) for x [N, in].
-
-    Without `update` the output is that of the frozen layer alone, for a caller who adds the rest.
-    """
+def project(projection: Projection, x: Tensor, *, product: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Returns (output [N, out], x Aᵀ [N, n r] or None without adapters) for x [N, in]; `product` is x Aᵀ if known."""
     if projection.a is None or projection.b is None:
         return project_base(projection, x), None
-    product = x @ projection.a.t()
-    if not update:
-        return project_base(projection, x), product
-    if _accumulates(projection) and sum(b.shape[0] for _, _, b in _parts(projection, product)) == _num_out(projection):
-        output = x.new_empty(x.shape[0], _num_out(projection))
-        for rows, part, b in _parts(projection, product if projection.scaling == 1.0 else product * projection.scaling):
+    product = x @ projection.a.t() if product is None else product
+    if not (_accumulates(projection) and _is_whole(projection)):
+        return _add_updates(projection, project_base(projection, x), product), product
+    # The updates first: the big product adds to them for less than a pass over its result.
+    output = x.new_empty(x.shape[0], projection.weight.shape[0])
+    scaled = product if projection.scaling == 1.0 else product * projection.scaling
+    for rows, part, b in _parts(projection, scaled):
+        if projection.bias is None:
             torch.mm(part, b.t(), out=output[:, rows])
-        return _accumulate(output, projection, x), product
-    return _add_updates(projection, project_base(projection, x), product), product
+        else:
+            torch.addmm(projection.bias[rows], part, b.t(), out=output[:, rows])
+    return _matmul_onto(output, projection.weight, x), product
 
 
 def project_onto(
@@ -71,26 +78,25 @@ def project_onto(
     if product is None or projection.b is None:
         return project_base(projection, x).add_(residual)
     b, scaling = projection.b, projection.scaling
-    if _accumulates(projection):
+    if _accumulates(projection) and projection.bias is None:
         update = low_rank.add_update(None, residual, product, b, scaling=scaling, implementation=implementation)
-        return _accumulate(update, projection, x)
+        return _matmul_onto(update, projection.weight, x)
     output = project_base(projection, x)
     return low_rank.add_update(output, residual, product, b, scaling=scaling, implementation=implementation)
 
 
 def _accumulates(projection: Projection) -> bool:
-    """Whether a matmul adds to what is there: on a GPU a big one does so for less than a pass over its result."""
-    return ACCUMULATE and isinstance(projection.weight, Tensor) and projection.bias is None
+    """Whether the big matmul adds to what is there: on a GPU it does so for less than a pass over its result."""
+    return isinstance(projection.weight, Tensor) or projection.weight.accumulates
 
 
-def _accumulate(output: Tensor, projection: Projection, x: Tensor) -> Tensor:
-    weight = projection.weight
-    return output.addmm_(x, weight.t()) if isinstance(weight, Tensor) else output
+def _is_whole(projection: Projection) -> bool:
+    """Whether every row of the weight has an adapter."""
+    return sum(rows.stop - rows.start for rows in projection.slices) == projection.weight.shape[0]
 
 
-def _num_out(projection: Projection) -> int:
-    weight = projection.weight
-    return weight.shape[0] if isinstance(weight, Tensor) else 0
+def _matmul_onto(output: Tensor, weight: Tensor | FrozenMatrix, x: Tensor) -> Tensor:
+    return output.addmm_(x, weight.t()) if isinstance(weight, Tensor) else weight.matmul(x, onto=output)
 
 
 def project_base(projection: Projection, x: Tensor) -> Tensor:
@@ -136,8 +142,11 @@ def grad_product(
 def grad_input(projection: Projection, grad: Tensor, grad_product: Tensor | None) -> Tensor:
     """Returns the gradient [N, in] of a projection's input, from that of its output and dP."""
     weight = projection.weight
-    if ACCUMULATE and isinstance(weight, Tensor) and grad_product is not None and projection.a is not None:
-        return (grad_product @ projection.a).addmm_(grad, weight)
+    if grad_product is not None and projection.a is not None and _accumulates(projection):
+        grad_x = grad_product @ projection.a
+        return (
+            grad_x.addmm_(grad, weight) if isinstance(weight, Tensor) else weight.matmul_transposed(grad, onto=grad_x)
+        )
     grad_x = grad @ weight if isinstance(weight, Tensor) else weight.matmul_transposed(grad)
     if grad_product is not None and projection.a is not None:
         grad_x.addmm_(grad_product, projection.a)

@@ -25,6 +25,8 @@ class Fp8Weight(FrozenBuffers):
     scale: Tensor
     transposed: Tensor | None
 
+    accumulates = False  # a scaled product cannot
+
     def __init__(
         self,
         quantized: Tensor,
@@ -76,23 +78,25 @@ class Fp8Weight(FrozenBuffers):
         buffer = self.scratch.take(self.shape[::-1], dtype=kernel.FP8, device=self.quantized.device)
         return buffer.copy_(self.quantized.T)
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """Returns `x @ W.T`, `[..., in]` to `[..., out]`, with `x` rounded to e4m3 row by row."""
+    def matmul(self, x: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """Returns `x @ W.T` of `x` with rows rounded to e4m3, `[..., in]` to `[..., out]`; added to `onto` if given."""
         rows, row_scale = kernel.quantize_rows(x.flatten(0, -2), implementation=self.implementation)
         # The forward product may accumulate fast: that error is far below the one of rounding x to four bits.
         output = kernel.scaled_matmul(
             rows, self.quantized, x_scale=row_scale, weight_scale=self.scale, dtype=x.dtype, fast_accumulation=True
         )
-        return output.view(*x.shape[:-1], self.shape[0])
+        output = output.view(*x.shape[:-1], self.shape[0])
+        return output if onto is None else onto.add_(output)
 
-    def matmul_transposed(self, grad: Tensor) -> Tensor:
+    def matmul_transposed(self, grad: Tensor, *, onto: Tensor | None = None) -> Tensor:
         """Returns `grad @ W`, `[..., out]` to `[..., in]`; W's scales go into `grad` before it is rounded."""
         rows, row_scale = kernel.quantize_rows(
             grad.flatten(0, -2), self.scale.flatten(), implementation=self.implementation
         )
         ones = torch.ones((self.shape[1], 1), dtype=torch.float32, device=grad.device)
         output = kernel.scaled_matmul(rows, self._transposed(), x_scale=row_scale, weight_scale=ones, dtype=grad.dtype)
-        return output.view(*grad.shape[:-1], self.shape[1])
+        output = output.view(*grad.shape[:-1], self.shape[1])
+        return output if onto is None else onto.add_(output)
 
 
 def relative_error(weight: Fp8Weight, original: Tensor, x: Tensor) -> float:

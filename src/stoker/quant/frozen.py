@@ -23,12 +23,15 @@ class FrozenWeight(Protocol):
         """Returns W in `dtype`; written into `out` (contiguous `[out, in]`) when given."""
         ...
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """Returns `x @ W.T`, `[..., in]` to `[..., out]`, in the dtype of `x`."""
+    accumulates: bool
+    """Whether a product can add to `onto` for less than a pass over it."""
+
+    def matmul(self, x: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """Returns `x @ W.T`, `[..., in]` to `[..., out]`, in the dtype of `x`; added to `onto` [N, out] if given."""
         ...
 
-    def matmul_transposed(self, grad: Tensor) -> Tensor:
-        """Returns `grad @ W`, `[..., out]` to `[..., in]`, in the dtype of `grad`."""
+    def matmul_transposed(self, grad: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """Returns `grad @ W`, `[..., out]` to `[..., in]`, in the dtype of `grad`; added to `onto` [N, in] if given."""
         ...
 
 

@@ -14,6 +14,8 @@ class Int8Weight(FrozenBuffers):
     quantized: Tensor
     scale: Tensor
 
+    accumulates = True
+
     def __init__(self, quantized: Tensor, scale: Tensor, *, scratch: Scratch | None = None) -> None:
         super().__init__()
         self.shape = quantized.shape
@@ -39,10 +41,12 @@ class Int8Weight(FrozenBuffers):
             return self.dequantize(dtype=dtype)
         return self.dequantize(self.scratch.take(self.shape, dtype=dtype, device=self.scale.device), dtype=dtype)
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """Returns `x @ W.T`, `[..., in]` to `[..., out]`."""
-        return x @ self._in_scratch(x.dtype).T
+    def matmul(self, x: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """Returns `x @ W.T`, `[..., in]` to `[..., out]`; added to `onto` [N, out] in place if given."""
+        weight = self._in_scratch(x.dtype).T
+        return x @ weight if onto is None else onto.addmm_(x, weight)
 
-    def matmul_transposed(self, grad: Tensor) -> Tensor:
-        """Returns `grad @ W`, `[..., out]` to `[..., in]`."""
-        return grad @ self._in_scratch(grad.dtype)
+    def matmul_transposed(self, grad: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """Returns `grad @ W`, `[..., out]` to `[..., in]`; added to `onto` [N, in] in place if given."""
+        weight = self._in_scratch(grad.dtype)
+        return grad @ weight if onto is None else onto.addmm_(grad, weight)
