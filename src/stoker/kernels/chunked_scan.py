@@ -13,20 +13,37 @@ c the sum over all of it:
 
 which are matrix products over a chunk. In a packed row a term counts only where its two positions (or its position and
 the one before the chunk, or the chunk's last) belong to the same document. No factor exceeds one.
+
+Backward, with G the gradient of S', L_ts = exp(c_t − c_s) and V_ts = δ_s dy_t · x_s:
+
+    gradient of S:  exp(c) G + Σ_t exp(c_t) dy_t ⊗ C_t          (from the last chunk to the first)
+    du_s = Σ_t L_ts (C_t · B_s) dy_t + exp(c − c_s) G B_s        dx = δ du + D dy
+    dC_t = Σ_h [Σ_s L_ts V_ts B_s + exp(c_t) Sᵀ dy_t]            dB_s = Σ_h [Σ_t L_ts V_ts C_t + exp(c − c_s) Gᵀ u_s]
+
+    Z_ts = L_ts V_ts (C_t · B_s),  r_t = exp(c_t) dy_t · S C_t,  q_s = exp(c − c_s) u_s · G B_s,  u = δ x
+    gradient of δ_t A:  Σ_{t' ≥ t} (Σ_s Z_t's − Σ_s Z_st' + r_t' − q_t') + Σ_s q_s + exp(c) ⟨S, G⟩
+
+whence those of δ (with x · du), A, the bias and dt. Saved for backward: the inputs alone; step sizes and the states
+between chunks are computed again. Products of half-precision inputs run on tensor cores and are summed in fp32; the
+states between chunks are kept in the inputs' dtype, the one that is returned is not rounded.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from stoker.kernels.chunked_scan_backward import launch_backward
+from stoker.kernels.chunked_scan_forward import MAX_CHANNELS, Limits, inputs_of, launch_forward
 from stoker.kernels.documents import DocumentLengths, document_ids, same_as_before
+from stoker.kernels.recurrent import contiguous_channels
 from stoker.kernels.triton_support import check_implementation
 
-Limits = tuple[float, float]
 NO_LIMITS: Limits = (0.0, math.inf)
 
 _REFERENCE_CHUNK = 64
@@ -111,8 +128,8 @@ def chunked_scan(
     sum to T.
     """
     documents = document_ids(document_lengths, x.shape[0], x.shape[1], x.device)
-    if check_implementation(implementation):
-        raise NotImplementedError
+    if check_implementation(implementation) and x.numel():
+        return _ChunkedScanTriton.apply(x, dt, A, B, C, D, dt_bias, initial_state, documents, dt_limits)
     return chunked_scan_reference(
         x,
         dt,
@@ -164,3 +181,52 @@ def _skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
     if D is not None:
         y = y + D.to(y.dtype).view(x.shape[-2], -1) * x.to(y.dtype)
     return y.to(x.dtype)
+
+
+class _ChunkedScanTriton(torch.autograd.Function):
+    """Saves the inputs alone."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes positions
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        dt_bias: Tensor | None,
+        initial_state: Tensor | None,
+        documents: Tensor | None,
+        limits: Limits,
+    ) -> tuple[Tensor, Tensor]:
+        """x: [B, T, H, P]; the others as `chunked_scan` has them."""
+        if x.shape[3] > MAX_CHANNELS:
+            raise ValueError(f"heads of {x.shape[3]} channels; the kernel takes up to {MAX_CHANNELS}. Use 'reference'.")
+        inputs = inputs_of(x, dt, A, B, C, D, dt_bias, initial_state, documents, limits)
+        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, initial_state, documents)
+        ctx.limits = limits
+        ctx.set_materialize_grads(False)
+        return launch_forward(inputs)
+
+    @staticmethod
+    @once_differentiable
+    # The decorator's type hides the name of `ctx`.
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        """Gradients of all tensors; those of A, D and the bias only where one of them is asked for."""
+        saved = ctx.saved_tensors
+        grad, grad_end = grads
+        if grad is None:
+            grad = torch.zeros_like(saved[0])
+        needs = ctx.needs_input_grad
+        results = launch_backward(
+            inputs_of(*saved, ctx.limits),  # pyrefly: ignore[bad-argument-count]
+            contiguous_channels(grad),
+            None if grad_end is None else grad_end.contiguous(),
+            parameters=needs[2] or needs[5] or needs[6],
+        )
+        typed = (
+            result.to(source.dtype) if need and result is not None else None
+            for result, source, need in zip(results, saved[:8], needs[:8], strict=True)
+        )
+        return (*typed, None, None)
