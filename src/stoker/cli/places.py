@@ -6,13 +6,18 @@ import re
 from pathlib import Path
 
 _FILE_ENDINGS = {f".{name}" for name in ("jsonl", "ndjson", "json", "csv", "tsv", "parquet", "pq", "arrow", "feather")}
-_FILE_ENDINGS |= {".text", ".txt", ".md", ".gz", ".zip", ".xz"}
+_FILE_ENDINGS |= {".text", ".txt", ".md", ".gz", ".zst", ".zip", ".xz"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 
 
 def is_pattern(name: str) -> bool:
     """Whether the name is a glob."""
     return glob.has_magic(name)
+
+
+def is_url(name: str) -> bool:
+    """Whether the name is an address that only the network can answer for."""
+    return "://" in name
 
 
 def exists(name: str) -> bool:

@@ -122,6 +122,8 @@ def _source(source: Source, where: str) -> Problem | None:
         known = [BUILTIN + known for known in builtin.row_names()]
         unknown = name not in known
         return Problem(f"{where}: there are no rows {name}.", fix=f"Known: {', '.join(known)}.") if unknown else None
+    if places.is_url(name):
+        return None
     if not places.exists(name):
         what, fix = places.missing(name)
         return None if places.may_be_dataset_id(name) else Problem(f"{where}: {what}.", fix=fix)

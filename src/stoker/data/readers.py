@@ -1,15 +1,18 @@
-"""Readers of data files: each yields rows with their place, and goes on after a malformed one."""
+"""Readers of data files: each yields rows with their place, and goes on after a malformed one.
+
+Lines of JSONL are handed out unparsed (`Line`), so that whoever has the time parses them: a worker process, as a rule.
+"""
 
 import csv
-import gzip
 import io
+import itertools
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stoker.data import storage
 from stoker.errors import DataError
 
 
@@ -22,32 +25,90 @@ class Row:
     error: str | None = None
 
 
-def file_type_of(path: Path) -> str | None:
-    """Returns the type that a file's suffix tells (`.gz` aside), None if it is not a known one."""
-    suffixes = [suffix.lstrip(".").lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] == "gz":
-        suffixes.pop()
-    return _SUFFIXES.get(suffixes[-1]) if suffixes else None
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of a JSONL file that nobody has parsed yet: number `number` (from 1) of the file `name`, ending at byte
+    `end` of its (decompressed) content."""
+
+    content: bytes
+    name: str
+    number: int
+    end: int
+
+    @property
+    def where(self) -> str:
+        """The line's place."""
+        return f"{self.name}:{self.number}"
+
+    def row(self) -> Row:
+        """Returns the row that the line holds, or what is wrong with it."""
+        where = self.where
+        try:
+            text = self.content.decode("utf-8-sig" if self.number == 1 else "utf-8")
+            return _object(json.loads(text.strip()), where)
+        except UnicodeDecodeError as error:
+            return Row({}, where, f"the line is not UTF-8 (byte {error.start + 1}).")
+        except json.JSONDecodeError as error:
+            hint = _hint(self.content)
+            return Row({}, where, f"the line is not JSON: {error.msg} at column {error.colno}.{hint}")
+        except RecursionError:
+            return Row({}, where, "the line is JSON nested too deeply.")
 
 
-def read_file(path: Path, *, file_type: str | None = None) -> Iterator[Row]:
+Raw = Row | Line
+
+
+def parsed(raw: Raw) -> Row:
+    """Returns the row, parsed if it was not yet."""
+    return raw.row() if isinstance(raw, Line) else raw
+
+
+def file_type_of(path: Path | str) -> str | None:
+    """Returns the type that a file's suffix tells (`.gz` and `.zst` aside), None if it is not a known one."""
+    name = str(path)
+    suffixes = Path(name.partition("?")[0] if storage.is_url(name) else name).suffixes
+    endings = [suffix.lstrip(".").lower() for suffix in suffixes]
+    if endings and endings[-1] in ("gz", "zst", "zstd"):
+        endings.pop()
+    return _SUFFIXES.get(endings[-1]) if endings else None
+
+
+def read_file(path: Path | str, *, file_type: str | None = None) -> Iterator[Row]:
     """Yields the rows of a file. Raises DataError if the file as a whole cannot be read."""
-    kind = file_type or file_type_of(path)
+    yield from map(parsed, read_raw(str(path), file_type=file_type))
+
+
+def read_raw(location: str, *, file_type: str | None = None, rows: int = 0, start: int = 0) -> Iterator[Raw]:
+    """Yields the rows of a file from a place within: after `rows` rows and, where rows are lines, `start` bytes.
+
+    Raises DataError if the file as a whole cannot be read.
+    """
+    kind = file_type or file_type_of(location)
     if kind is None:
+        suffix = Path(location).suffix
         raise DataError(
-            f"the file's suffix {path.suffix!r} does not tell what it holds.",
-            where=str(path),
+            f"the file's suffix {suffix!r} does not tell what it holds.",
+            where=location,
             fix=f"Set file_type to one of {', '.join(FILE_TYPES)}.",
         )
-    try:
-        with _open(path) as opened:
-            yield from FILE_TYPES[kind](opened, str(path))
-    except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged gzip file
-        raise DataError(f"the file cannot be read: {error}.", where=str(path)) from error
+    if kind == "jsonl":
+        with storage.opened(location, start=start) as opened:
+            yield from _lines(opened, location, first=rows, start=start)
+        return
+    with storage.opened(location, seekable=kind in ("parquet", "arrow")) as opened:
+        if kind == "parquet":
+            yield from _read_parquet(opened, location, skip=rows)
+        else:
+            yield from itertools.islice(FILE_TYPES[kind](opened, location), rows, None)
 
 
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+def _lines(opened: BinaryIO, name: str, *, first: int, start: int) -> Iterator[Line]:
+    """Yields the lines that are not blank. `first` counts all lines before `start`, as a line's number does."""
+    end = start
+    for number, content in enumerate(opened, start=first + 1):
+        end += len(content)
+        if content.strip():
+            yield Line(content, name, number, end)
 
 
 def _object(value: Any, where: str) -> Row:
@@ -58,26 +119,15 @@ def _object(value: Any, where: str) -> Row:
     )
 
 
-def _read_jsonl(opened: BinaryIO, name: str) -> Iterator[Row]:
-    for number, line in enumerate(opened, start=1):
-        where = f"{name}:{number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if text:
-                yield _object(json.loads(text), where)
-        except UnicodeDecodeError as error:
-            yield Row({}, where, f"the line is not UTF-8 (byte {error.start + 1}).")
-        except json.JSONDecodeError as error:
-            yield Row({}, where, f"the line is not JSON: {error.msg} at column {error.colno}.{_hint(line)}")
-        except RecursionError:
-            yield Row({}, where, "the line is JSON nested too deeply.")
+def _read_jsonl(opened: BinaryIO, name: str) -> Iterator[Raw]:
+    yield from _lines(opened, name, first=0, start=0)
 
 
 def _hint(line: bytes) -> str:
     return " The file looks like one JSON list; name it .json." if line.strip() in (b"[", b"[{", b"{") else ""
 
 
-def _read_json(opened: BinaryIO, name: str) -> Iterator[Row]:
+def _read_json(opened: BinaryIO, name: str) -> Iterator[Raw]:
     content = opened.read()
     try:
         document = json.loads(content.decode("utf-8-sig"))
@@ -132,13 +182,19 @@ def _read_text(opened: BinaryIO, name: str) -> Iterator[Row]:
         yield Row({}, name, f"the file is not UTF-8 (byte {error.start + 1}).")
 
 
-def _read_parquet(opened: BinaryIO, name: str) -> Iterator[Row]:
+def _read_parquet(opened: BinaryIO, name: str, *, skip: int = 0) -> Iterator[Row]:
+    """Row groups that are skipped whole are not read."""
     import pyarrow
     from pyarrow import parquet
 
     try:
-        batches = parquet.ParquetFile(opened).iter_batches(batch_size=1024)
-        yield from _arrow_rows(batches, name)
+        file = parquet.ParquetFile(opened)
+        before, group = 0, 0
+        while group < file.num_row_groups and before + file.metadata.row_group(group).num_rows <= skip:
+            before += file.metadata.row_group(group).num_rows
+            group += 1
+        batches = file.iter_batches(batch_size=1024, row_groups=list(range(group, file.num_row_groups)))
+        yield from itertools.islice(_arrow_rows(batches, name, before=before), skip - before, None)
     except pyarrow.ArrowException as error:
         raise DataError(f"the file is not Parquet: {error}", where=name) from error
 
@@ -160,8 +216,8 @@ def _read_arrow(opened: BinaryIO, name: str) -> Iterator[Row]:
         raise DataError(f"the file is not Arrow: {error}", where=name) from error
 
 
-def _arrow_rows(batches: Iterator[Any], name: str) -> Iterator[Row]:
-    number = 0
+def _arrow_rows(batches: Iterator[Any], name: str, *, before: int = 0) -> Iterator[Row]:
+    number = before
     for batch in batches:
         for value in batch.to_pylist():
             number += 1
@@ -177,7 +233,7 @@ _JSON_NAMES = {
     type(None): "null",
 }
 
-FILE_TYPES: dict[str, Callable[[BinaryIO, str], Iterator[Row]]] = {
+FILE_TYPES: dict[str, Callable[[BinaryIO, str], Iterator[Raw]]] = {
     "jsonl": _read_jsonl,
     "json": _read_json,
     "csv": _read_csv,

@@ -1,4 +1,4 @@
-"""Rows of local files, folders, globs and Hub datasets, each with its place."""
+"""Rows of local files, folders, globs, URLs and Hub datasets, each with its place."""
 
 import difflib
 import glob
@@ -6,77 +6,151 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from stoker.data.readers import FILE_TYPES, Row, file_type_of, read_file
+from stoker.data import hub, storage
+from stoker.data.readers import FILE_TYPES, Line, Raw, Row, file_type_of, parsed, read_raw
+from stoker.data.selection import Selection, Split, read_split
 from stoker.errors import DataError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _LIBRARY_FILES = {"dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json"}
 
+Digest = Callable[[str], str]
+"""From a file's place to a hash of its content."""
+
+
+class Position(NamedTuple):
+    """A place between two rows of a source: how many rows lie before it (`row`), the file that the next one is read
+    from, and how far that file is read: rows (lines for JSONL), and bytes where rows are lines."""
+
+    row: int = 0
+    file: int = 0
+    file_row: int = 0
+    byte: int = 0
+
+
+BEGINNING = Position()
+
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from, found but not yet read: local files, or a dataset of the Hub."""
+    """Where rows come from, found but not yet read: files on this disk or behind URLs, or a dataset of the Hub.
+
+    `files` are paths and URLs; without them `path` is a Hub id. `shard` of `num_shards` takes every so-manieth row.
+    """
 
     path: str
-    files: tuple[Path, ...] = ()
-    split: str = "train"
+    files: tuple[str, ...] = ()
+    split: Split = field(default_factory=lambda: Split("train"))
     name: str | None = None
+    revision: str | None = None
+    data_files: tuple[str, ...] = ()
     file_type: str | None = None
+    limit: int | None = None
+    shard: int = 0
+    num_shards: int = 1
 
     def rows(self) -> Iterator[Row]:
         """Yields the rows in order; a malformed one has its `error`."""
-        if not self.files:
-            yield from _read_hub(self.path, self.split, self.name)[1]
-        for file in self.files:
-            yield from read_file(file, file_type=self.file_type)
+        return (parsed(raw) for raw, _ in self.read())
 
-    def fingerprint(self) -> str:
-        """Returns a hash that changes when the rows do: of the files' bytes, or the Hub dataset's own fingerprint."""
+    def read(self, at: Position = BEGINNING) -> Iterator[tuple[Raw, Position]]:
+        """Yields the selected rows from a place on, each with the place after it."""
+        selection, end = self.selection, self.selection.end
+        for raw, position in self._everything(at):
+            number = position.row - 1
+            if end is not None and number >= end:
+                return
+            if selection.takes(number):
+                yield raw, position
+
+    @cached_property
+    def selection(self) -> Selection:
+        """The rows to take; counts all rows first if the slice depends on how many there are."""
+        bounds: tuple[int, int | None] = (0, None)
+        if self.files and not self.split.is_whole:
+            total = sum(1 for _ in self._everything(BEGINNING)) if self.split.needs_total else None
+            bounds = self.split.bounds(total)
+        return Selection(*bounds, shard=self.shard, num_shards=self.num_shards, limit=self.limit)
+
+    def fingerprint(self, digest: Digest = storage.digest) -> str:
+        """Returns a hash that changes when the rows do: of the files' content, or the Hub dataset's own fingerprint."""
+        split = (self.split.start, self.split.stop, self.limit, self.shard, self.num_shards)
+        total = hashlib.sha256(repr(split).encode())
         if not self.files:
-            return _read_hub(self.path, self.split, self.name)[0]
-        total = hashlib.sha256()
+            total.update(self._hub.fingerprint.encode())
         for file in self.files:
-            with file.open("rb") as opened:
-                total.update(
-                    f"{file.name}\0{self.file_type}\0".encode() + hashlib.file_digest(opened, "sha256").digest()
-                )
+            name = Path(file).name
+            total.update(f"{name}\0{self.file_type}\0{digest(file)}\0".encode())
         return total.hexdigest()
 
+    def num_bytes(self) -> int | None:
+        """Returns how many bytes the files have as stored, None if that is not known."""
+        sizes = [storage.size(file) for file in self.files]
+        return None if not sizes or None in sizes else sum(size for size in sizes if size is not None)
 
-def find(path: str, *, split: str = "train", name: str | None = None, file_type: str | None = None) -> Source:
-    """Returns the source that `path` names: a file, a folder, a glob pattern, or a Hub id.
+    @cached_property
+    def _hub(self) -> hub.Dataset:
+        return hub.load(self.path, name=self.name, split=self.split, data_files=self.data_files, revision=self.revision)
 
-    Raises DataError if nothing is there, saying what is there instead.
+    def _everything(self, at: Position) -> Iterator[tuple[Raw, Position]]:
+        if not self.files:
+            for number, row in enumerate(self._hub.rows(at.row), start=at.row + 1):
+                yield row, Position(number, 0, number)
+            return
+        number, file_row, byte = at.row, at.file_row, at.byte
+        for index in range(at.file, len(self.files)):
+            for raw in read_raw(self.files[index], file_type=self.file_type, rows=file_row, start=byte):
+                number += 1
+                if isinstance(raw, Line):
+                    file_row, byte = raw.number, raw.end
+                else:
+                    file_row += 1
+                yield raw, Position(number, index, file_row, byte)
+            file_row = byte = 0
+
+
+def find(
+    path: str,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    data_files: Sequence[str] = (),
+    revision: str | None = None,
+    file_type: str | None = None,
+    limit: int | None = None,
+    shard: int = 0,
+    num_shards: int = 1,
+    streaming: bool = False,
+) -> Source:
+    """Returns the source that `path` names: a file, a folder, a glob pattern, a URL, or a Hub id.
+
+    `data_files` are files or patterns within a folder, URL or Hub dataset. `streaming` reads a Hub dataset's files
+    where they are instead of fetching them all first. Raises DataError if nothing is there, saying what is there
+    instead.
     """
     if file_type is not None and file_type not in FILE_TYPES:
         raise DataError(
             f"file_type = {file_type!r} is not known.", where=path, fix=f"Use one of {', '.join(FILE_TYPES)}."
         )
-    if "://" in path:
-        raise DataError(
-            f"{path!r} is a URL, which is not read directly.",
-            fix="Download the file and give its path, or use a Hub id.",
-        )
-    local = Path(path).expanduser()
-    if local.is_file():
-        return Source(path, (local,), file_type=file_type)
-    if local.is_dir():
-        return Source(path, _files_of(local, split, file_type), file_type=file_type)
-    if glob.has_magic(path):
-        # Path.glob takes no pattern that begins at the root.
-        found = glob.glob(str(local), recursive=True)  # noqa: PTH207
-        files = tuple(sorted(file for file in map(Path, found) if file.is_file()))
-        if not files:
-            raise DataError(f"no file matches {path!r}.", fix=_what_is_there(local))
-        return Source(path, files, file_type=file_type)
-    if _looks_like_hub_id(path):
-        return Source(path, split=split, name=name)
-    raise DataError(f"data file {path!r} does not exist.", fix=_what_is_there(local))
+    if not 0 <= shard < num_shards:
+        raise DataError(f"shard.index = {shard} is not below shard.num = {num_shards}.", where=path)
+    options = {"file_type": file_type, "limit": limit, "shard": shard, "num_shards": num_shards}
+    if _is_hub(path):
+        if not streaming:
+            wanted = Split(split)  # the library reads slices itself
+            return Source(path, split=wanted, name=name, revision=revision, data_files=tuple(data_files), **options)
+        part = read_split(split, path)
+        files = hub.files(path, name=name, split=part.name, data_files=tuple(data_files), revision=revision)
+        _check_types(files, path, file_type)
+        return Source(path, files, part, **options)
+    part = read_split(split, path)
+    return Source(path, _files(path, part.name, data_files, file_type), part, **options)
 
 
 def read_rows(
@@ -107,22 +181,68 @@ def fingerprint_of_list(rows: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def _is_hub(path: str) -> bool:
+    local = Path(path).expanduser()
+    return not storage.is_url(path) and not local.exists() and not glob.has_magic(path) and _looks_like_hub_id(path)
+
+
 def _looks_like_hub_id(path: str) -> bool:
     """`owner/name`; a bare name with a file's suffix is a missing file, not an id."""
-    return _HUB_ID.fullmatch(path) is not None and "/" in path and Path(path).suffix.lstrip(".") not in FILE_TYPES
+    return _HUB_ID.fullmatch(path) is not None and "/" in path and file_type_of(path) is None
 
 
-def _files_of(folder: Path, split: str, file_type: str | None) -> tuple[Path, ...]:
+def _files(path: str, split: str, data_files: Sequence[str], file_type: str | None) -> tuple[str, ...]:
+    """Returns the files that a path or URL, and `data_files` within it, name."""
+    if data_files:
+        return tuple(
+            file
+            for one in data_files
+            for file in _files(one if _is_rooted(one) else f"{path.rstrip('/')}/{one}", split, (), file_type)
+        )
+    if storage.is_url(path):
+        found = storage.files_at(path)
+        files = tuple(file for file in found if len(found) == 1 or _is_data(file, file_type))
+        if not files:
+            raise DataError(f"no data file lies at {path!r}.", fix=f"Known suffixes: {', '.join(FILE_TYPES)}.")
+        return files
+    local = Path(path).expanduser()
+    if local.is_file():
+        return (str(local),)
+    if local.is_dir():
+        return _files_of(local, split, file_type)
+    if glob.has_magic(path):
+        # Path.glob takes no pattern that begins at the root.
+        matches = glob.glob(str(local), recursive=True)  # noqa: PTH207
+        files = tuple(sorted(file for file in matches if Path(file).is_file()))
+        if not files:
+            raise DataError(f"no file matches {path!r}.", fix=_what_is_there(local))
+        return files
+    raise DataError(f"data file {path!r} does not exist.", fix=_what_is_there(local))
+
+
+def _is_rooted(file: str) -> bool:
+    return storage.is_url(file) or Path(file).expanduser().is_absolute()
+
+
+def _is_data(file: str, file_type: str | None) -> bool:
+    name = Path(file).name
+    return (
+        not name.startswith((".", "_"))
+        and name not in _LIBRARY_FILES
+        and Path(name).stem.upper() not in {"README", "LICENSE"}
+        and (file_type is not None or file_type_of(file) is not None)
+    )
+
+
+def _files_of(folder: Path, split: str, file_type: str | None) -> tuple[str, ...]:
     """Returns the data files beneath a folder, in the order of their paths; of its `split` folder if it has one."""
     top = folder / split if (folder / split).is_dir() else folder
     files = tuple(
-        file
+        str(file)
         for file in sorted(top.rglob("*"))
         if file.is_file()
         and not any(part.startswith((".", "_")) for part in file.relative_to(top).parts)
-        and file.name not in _LIBRARY_FILES
-        and file.stem.upper() not in {"README", "LICENSE"}
-        and (file_type is not None or file_type_of(file) is not None)
+        and _is_data(str(file), file_type)
     )
     if not files:
         raise DataError(
@@ -130,6 +250,15 @@ def _files_of(folder: Path, split: str, file_type: str | None) -> tuple[Path, ..
             fix=f"{_what_is_there(top / '*')} Known suffixes: {', '.join(FILE_TYPES)}.",
         )
     return files
+
+
+def _check_types(files: Sequence[str], path: str, file_type: str | None) -> None:
+    unknown = next((file for file in files if file_type is None and file_type_of(file) is None), None)
+    if unknown is not None:
+        raise DataError(
+            f"{path} holds {unknown!r}, which cannot be streamed.",
+            fix=f"Leave out data.streaming, or set file_type or data_files. Known: {', '.join(FILE_TYPES)}.",
+        )
 
 
 def _what_is_there(missing: Path) -> str:
@@ -143,20 +272,3 @@ def _what_is_there(missing: Path) -> str:
         return f"Did you mean {' or '.join(str(folder / name) for name in alike)}?"
     listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return f"Folder {str(folder)!r} holds: {listed or 'nothing'}."
-
-
-def _read_hub(path: str, split: str, name: str | None) -> tuple[str, Iterator[Row]]:
-    """Returns the fingerprint and rows of a Hub dataset, through its library's own cache."""
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(path, name, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        raise DataError(
-            f"dataset {path!r} (split {split!r}) cannot be loaded: {reason}",
-            fix="Check the id, the split and the connection (HF_HUB_OFFLINE allows only what is downloaded already), "
-            "or give a local file.",
-        ) from error
-    rows = (Row(dict(value), f"{path}[{split}]:{number}") for number, value in enumerate(dataset, start=1))
-    return dataset._fingerprint, rows

@@ -32,6 +32,11 @@ def test_validation_sources_are_looked_at_too(write_run):
     assert problem.what == "data.validation[0]: gone.csv does not exist."
 
 
+def test_addresses_are_left_for_the_run(write_run):
+    path = write_run(path="s3://bucket/rows.jsonl.zst")
+    assert preflight.look(load_with_origins(path))[1] == []
+
+
 def test_the_shipped_templates_are_those_of_the_data_room():
     folder = Path(stoker.__file__).parent / "data" / "templates"
     assert set(preflight.shipped_templates()) == {file.stem for file in folder.iterdir() if file.suffix == ".jinja"}

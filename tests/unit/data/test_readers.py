@@ -16,6 +16,13 @@ def write_jsonl(path, rows=ROWS):
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+def zstd(content):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
 def write_arrow_file(path):
     table = pa.Table.from_pylist(ROWS)
     with ipc.new_file(path, table.schema) as writer:
@@ -26,6 +33,7 @@ WRITERS = {
     "rows.jsonl": write_jsonl,
     "rows.ndjson": write_jsonl,
     "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
+    "rows.json.zst": lambda path: path.write_bytes(zstd(json.dumps(ROWS).encode())),
     "rows.json": lambda path: path.write_text(json.dumps(ROWS)),
     "data.json": lambda path: path.write_text(json.dumps({"data": ROWS})),
     "lines.json": write_jsonl,
@@ -104,6 +112,8 @@ def test_csv_row_with_too_few_values_is_reported_with_its_line(tmp_path):
         ("x.json", b"\xff", "not UTF-8"),
         ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:40], "cannot be read"),
         ("x.jsonl.gz", b"not gzip", "cannot be read"),
+        ("x.jsonl.zst", b"not zstd", "cannot be read"),
+        ("x.jsonl.zst", zstd(b'{"text": "a"}\n' * 1000)[:30], "cannot be read"),
         ("x.xlsx", b"", "does not tell what it holds"),
     ],
 )
