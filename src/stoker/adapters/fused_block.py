@@ -9,62 +9,88 @@ from stoker.adapters.lora import LoraLinear
 from stoker.kernels.block import BlockOptions, BlockWeights, block
 from stoker.kernels.offload import HostOffload
 from stoker.kernels.projection import FrozenMatrix, Projection
+from stoker.nn.attention import Attention
 from stoker.nn.block import Block
 from stoker.nn.cache import LayerCache
+from stoker.nn.feed_forward import GatedFeedForward
 from stoker.nn.frozen_linear import FrozenLinear
 from stoker.nn.linear import FusedLinear
+from stoker.nn.norm import Norm, RmsNorm
 from stoker.nn.rotary import Documents
 
 
-class FusedBlock(nn.Module):
-    """A `Block` with the same submodules under the same names, whose training forward is one operation.
+class FusedBlock(Block):
+    """A Llama-shaped `Block` with the same submodules under the same names, whose training forward is one operation.
 
-    With a cache, as in decoding, the layer runs op by op.
+    The layer itself rebuilds what it drops. With a cache, as in decoding, it runs op by op.
     """
 
-    recompute = False  # the layer itself rebuilds what it drops
-
     def __init__(self, original: Block, options: BlockOptions) -> None:
-        super().__init__()
-        self.attention_norm = original.attention_norm
-        self.attention = original.attention
-        self.feed_forward_norm = original.feed_forward_norm
-        self.feed_forward = original.feed_forward
+        super().__init__(
+            cast("Attention", original.attention),
+            cast("nn.Module", original.feed_forward),
+            attention_norm=cast("Norm", original.attention_norm),
+            feed_forward_norm=cast("Norm", original.feed_forward_norm),
+        )
         self.options = options
 
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         *,
         document_lengths: Documents | None = None,
         cache: LayerCache | None = None,
         cache_length: int = 0,
     ) -> Tensor:
         """The arguments and the result are those of `Block.forward`."""
-        if cache is not None:
-            run = cast("Callable[..., Tensor]", Block.forward)
-            return run(self, x, cos, sin, document_lengths=document_lengths, cache=cache, cache_length=cache_length)
+        if cache is not None or cos is None or sin is None:
+            context = {"document_lengths": document_lengths, "cache": cache, "cache_length": cache_length}
+            return super().forward(x, cos, sin, **context)
+        attention, feed_forward = cast("Attention", self.attention), cast("GatedFeedForward", self.feed_forward)
         weights = BlockWeights(
-            self.attention_norm.weight,
-            self.feed_forward_norm.weight,
-            _projection(self.attention.qkv),
-            _projection(self.attention.out),
-            _projection(self.feed_forward.gate_up),
-            _projection(self.feed_forward.down),
+            cast("Tensor", self._norm("attention_norm").weight),
+            cast("Tensor", self._norm("feed_forward_norm").weight),
+            _projection(attention.qkv),
+            _projection(attention.out),
+            _projection(feed_forward.gate_up),
+            _projection(feed_forward.down),
         )
         return block(x, cos, sin, weights=weights, options=self.options, document_lengths=document_lengths)
 
 
 def why_not_fused(model: nn.Module) -> str | None:
-    """Returns what of the model the layer kernel cannot run (None: it can): DoRA or dropout in an adapter."""
-    for module in model.modules():
+    """Returns what keeps every layer of `model` from the layer kernel (None: some can run through it).
+
+    That is DoRA or dropout in an adapter, or the shape of the layers themselves.
+    """
+    reasons = [_why_not(block) for block in cast("nn.ModuleList", model.blocks)]
+    return reasons[0] if reasons and all(reasons) else None
+
+
+def _why_not(block: nn.Module) -> str | None:
+    """Returns what of the layer the kernel cannot run, or None."""
+    for module in block.modules():
         if isinstance(module, LoraLinear) and module.settings.dora:
             return "DoRA scales the rows of the sum of weight and update"
         if isinstance(module, LoraLinear) and module.settings.dropout > 0.0:
             return f"adapters with dropout = {module.settings.dropout}"
-    return None
+    return None if _is_llama(block) else "layers that are not shaped as Llama's"
+
+
+def _is_llama(block: nn.Module) -> bool:
+    """Whether the layer kernel computes what the block does; `arch.shape` says the same of its spec."""
+    if type(block) not in (Block, FusedBlock) or getattr(block, "residual_scale", 1.0) != 1.0:
+        return False
+    attention, feed_forward = getattr(block, "attention", None), getattr(block, "feed_forward", None)
+    if not isinstance(attention, Attention) or not isinstance(feed_forward, GatedFeedForward):
+        return False
+    norms = [block.attention_norm, block.feed_forward_norm]
+    if not all(isinstance(norm, RmsNorm) and norm.weight is not None and norm.offset == 0.0 for norm in norms):
+        return False
+    plain_scores = attention.scale is None and attention.softcap is None and attention.sinks is None
+    return attention.turns_whole_heads and plain_scores and feed_forward.is_swiglu
 
 
 def fuse_blocks(
@@ -77,6 +103,7 @@ def fuse_blocks(
 ) -> None:
     """Replaces the layers of `model.blocks` by `FusedBlock`s on this instance; parameters keep their names.
 
+    Layers that the kernel cannot run stay as they are, and are run again as a whole unless they keep "all".
     `keep` is one rung (`stoker.kernels.block.KEEP`) for all layers or one for each; with `offload`, the inputs of all
     layers and what attention keeps wait in pinned host memory for the backward; `tile_tokens` is that of
     `BlockOptions`. Raises ValueError when the number of rungs differs from that of the layers, for an unknown rung, and
@@ -90,11 +117,16 @@ def fuse_blocks(
         raise ValueError(f"the layer kernel cannot run {reason}")
     for index, rung in enumerate(rungs):
         original = cast("Block", blocks[index])
+        if _why_not(original) is not None:
+            original.recompute = rung != "all"
+            continue
+        attention = cast("Attention", original.attention)
+        norms = cast("RmsNorm", original.attention_norm), cast("RmsNorm", original.feed_forward_norm)
         options = BlockOptions(
-            original.attention.num_heads,
-            original.attention.num_kv_heads,
-            (original.attention_norm.epsilon, original.feed_forward_norm.epsilon),
-            original.attention.window,
+            attention.num_heads,
+            attention.num_kv_heads,
+            (norms[0].epsilon, norms[1].epsilon),
+            attention.window,
             implementation,
             rung,
             offload,

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stoker.arch import arithmetic
-from stoker.arch.spec import ArchSpec, LayerSpec
+from stoker.arch.parts import parts
+from stoker.arch.shape import why_not_llama
+from stoker.arch.spec import ArchSpec, AttentionSpec, GatedSpec, LayerSpec
 
 Keep = Literal["all", "mixer", "attention", "input"]
 LADDER: tuple[Keep, ...] = ("all", "mixer", "attention", "input")
@@ -49,9 +51,11 @@ def fused(
 ) -> Held:
     """Returns what a layer that runs through the layer kernel holds.
 
-    With `tile_tokens` the feed-forward goes through so many tokens at a time, except on the rung "all".
+    With `tile_tokens` the feed-forward goes through so many tokens at a time, except on the rung "all". Raises
+    ValueError for a layer that the kernel cannot run (see `arch.shape`).
     """
-    mixer, inner = layer.mixer, layer.feed_forward.intermediate_size
+    mixer, feed_forward = _llama_parts(layer)
+    inner = feed_forward.intermediate_size
     query = mixer.num_heads * mixer.head_dim
     heads = query + 2 * mixer.num_kv_heads * mixer.head_dim
     attention = {"all": heads + query, "mixer": heads + query, "attention": query, "input": 0}[keep]
@@ -80,7 +84,8 @@ def _with_feed_forward(rows: int, layer: LayerSpec, hidden_size: int, micro: Mic
     With tiles these three exist for one tile, and the tiles' results beside the tensor that they are joined to. What is
     highest then may be attention's own backward, whose gradient of q is summed in fp32.
     """
-    inner, query = layer.feed_forward.intermediate_size, layer.mixer.num_heads * layer.mixer.head_dim
+    mixer, gated = _llama_parts(layer)
+    inner, query = gated.intermediate_size, mixer.num_heads * mixer.head_dim
     if tile_tokens is None:
         return (rows + 3 * inner) * micro.tokens * micro.value_bytes
     tile = min(tile_tokens, micro.tokens)
@@ -88,12 +93,29 @@ def _with_feed_forward(rows: int, layer: LayerSpec, hidden_size: int, micro: Mic
     return max(feed_forward, (rows * micro.value_bytes + 4 * query) * micro.tokens)
 
 
+def _llama_parts(layer: LayerSpec) -> tuple[AttentionSpec, GatedSpec]:
+    mixer, feed_forward = layer.mixer, layer.feed_forward
+    if not isinstance(mixer, AttentionSpec) or not isinstance(feed_forward, GatedSpec) or why_not_llama(layer):
+        raise ValueError(f"the layer kernel cannot run {why_not_llama(layer)}")
+    return mixer, feed_forward
+
+
+def legal(layers: Sequence[LayerSpec], keep: Sequence[Keep]) -> tuple[Keep, ...]:
+    """Returns the rungs with those that only the layer kernel has replaced, where a layer cannot go through it."""
+    return tuple(
+        rung if rung in OP_BY_OP_LADDER or not why_not_llama(layer) else OP_BY_OP_LADDER[-1]
+        for layer, rung in zip(layers, keep, strict=True)
+    )
+
+
 def op_by_op(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep) -> Held:
     """Returns what a layer that runs under autograd, op by op, holds; with "input" it is run again as a whole."""
     whole = arithmetic.saved_by_layer(layer, hidden_size, micro.tokens, micro.value_bytes)
     whole += micro.product_values * micro.tokens * micro.value_bytes
     unit = hidden_size * micro.tokens * micro.value_bytes
-    passing = 2 * unit + layer.feed_forward.intermediate_size * micro.tokens * micro.value_bytes
+    inside = list(parts(layer, hidden_size).values())
+    widest = inside[-1].widest if inside else 0  # the feed-forward's, which is never narrower than what mixes
+    passing = 2 * unit + widest * micro.tokens * micro.value_bytes
     return Held(whole, passing) if keep == "all" else Held(unit, whole + passing)
 
 
@@ -113,15 +135,17 @@ def recomputed_flops_per_token(spec: ArchSpec, sequence_length: int, keep: Seque
     """
     total = 0.0
     for layer, rung in zip(spec.layers, keep, strict=True):
-        parts = arithmetic.layer_flops_per_token(layer, spec.hidden_size, sequence_length)
-        again = _RUN_AGAIN[rung] if is_fused or rung == "all" else tuple(parts)
-        total += sum(parts[name] for name in again)
+        if rung == "all":
+            continue
+        flops = arithmetic.layer_flops_per_token(layer, spec.hidden_size, sequence_length)
+        again = _RUN_AGAIN[rung] if is_fused and not why_not_llama(layer) else tuple(flops)
+        total += sum(flops[name] for name in again)
     return total
 
 
 _RUN_AGAIN: dict[Keep, tuple[str, ...]] = {
     "all": (),
-    "mixer": ("gate_up",),
-    "attention": ("gate_up", "qkv", "out"),
-    "input": ("gate_up", "qkv", "out", "attention"),
+    "mixer": ("feed_forward.gate_up",),
+    "attention": ("feed_forward.gate_up", "attention.qkv", "attention.out"),
+    "input": ("feed_forward.gate_up", "attention.qkv", "attention.out", "attention"),
 }

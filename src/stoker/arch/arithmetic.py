@@ -5,24 +5,31 @@ arXiv:2001.08361, section 2.1; PaLM, arXiv:2204.02311, appendix B). Saved bytes 
 manner of Korthikanti et al., arXiv:2205.05198.
 """
 
+import math
 from collections.abc import Collection
 
 from stoker.arch.families import weight_map
-from stoker.arch.spec import ArchSpec, AttentionSpec, LayerSpec
+from stoker.arch.parts import Linear, layer_parameters, norm_parameters, parts
+from stoker.arch.spec import ArchSpec, ExpertsSpec, LayerSpec, RopeSpec, WeightEntry
 
 
 def parameters_by_part(spec: ArchSpec) -> dict[str, int]:
-    """Number of parameters of embedding, attention, feed_forward, norms and head (0 when tied to the embedding)."""
-    head = 0 if spec.tied_head else spec.vocab_size * (spec.hidden_size + spec.head_bias)
-    return {
-        "embedding": spec.vocab_size * spec.hidden_size,
-        "attention": sum(_attention_weights(layer.mixer, spec.hidden_size) for layer in spec.layers)
-        + sum(_attention_biases(layer.mixer, spec.hidden_size) for layer in spec.layers),
-        "feed_forward": sum(_feed_forward_weights(layer, spec.hidden_size) for layer in spec.layers)
-        + sum(_feed_forward_biases(layer, spec.hidden_size) for layer in spec.layers),
-        "norms": (2 * len(spec.layers) + 1) * spec.hidden_size,
-        "head": head,
+    """Number of parameters of embedding, mixers (attention and its like), feed_forward, norms and head.
+
+    The head counts 0 when it is tied to the embedding; an embedding of positions counts with that of tokens.
+    """
+    counts = {
+        "embedding": (spec.vocab_size + spec.learned_positions) * spec.hidden_size,
+        "attention": 0,
+        "feed_forward": 0,
+        "norms": _size_of(norm_parameters("final_norm", spec.final_norm, (spec.hidden_size,))),
+        "head": 0 if spec.tied_head else spec.vocab_size * (spec.hidden_size + spec.head_bias),
     }
+    for layer in spec.layers:
+        for name, shape in layer_parameters(layer, spec.hidden_size).items():
+            group = "feed_forward" if name.startswith("feed_forward.") else "attention"
+            counts["norms" if "norm." in name else group] += math.prod(shape)
+    return counts
 
 
 def num_parameters(spec: ArchSpec) -> int:
@@ -30,14 +37,26 @@ def num_parameters(spec: ArchSpec) -> int:
     return sum(parameters_by_part(spec).values())
 
 
+def linears(layer: LayerSpec, hidden_size: int) -> dict[str, Linear]:
+    """The linear layers of a block by our names in it ("attention.qkv"), in the order in which they run."""
+    return {
+        f"{name}.{linear}": sizes
+        for name, part in parts(layer, hidden_size).items()
+        for linear, sizes in part.linears.items()
+    }
+
+
 def linear_shapes(spec: ArchSpec) -> dict[str, tuple[int, int]]:
     """(in, out) features of every linear layer of the blocks, by its Hugging Face module name, in file order."""
     shapes = {}
-    names = {entry.ours: [name.removesuffix(".weight") for name in entry.theirs] for entry in weight_map(spec)}
+    names = {entry.ours: adapted_names(entry) for entry in weight_map(spec)}
     for index, layer in enumerate(spec.layers):
-        for linear, (in_features, out_features) in _linears(layer, spec.hidden_size).items():
-            parts = zip(names[f"blocks.{index}.{linear}.weight"], out_features, strict=True)
-            shapes |= {name: (in_features, size) for name, size in parts}
+        for linear, sizes in linears(layer, spec.hidden_size).items():
+            modules = names[f"blocks.{index}.{linear}.weight"]
+            # One Hugging Face layer may hold all parts, as Phi-3's qkv_proj does.
+            out_features = sizes.out_features if len(modules) > 1 else (sum(sizes.out_features),)
+            named = zip(modules, out_features, strict=True)
+            shapes |= {name: (sizes.in_features, size) for name, size in named}
     return shapes
 
 
@@ -46,52 +65,53 @@ def lora_parameters(spec: ArchSpec, rank: int, names: Collection[str] | None = N
 
     `names`: full Hugging Face module names or their endings, such as "q_proj"; None: every linear layer of the blocks.
     """
+    experts = {
+        adapted_names(entry)[0]: _num_experts(spec, entry) for entry in weight_map(spec) if entry.parameter is not None
+    }
     return sum(
-        rank * (in_features + out_features)
+        rank * (in_features + out_features) * experts.get(module, 1)
         for module, (in_features, out_features) in linear_shapes(spec).items()
         if names is None or any(f".{module}".endswith(f".{name}") for name in names)
     )
 
 
+def adapted_names(entry: WeightEntry) -> list[str]:
+    """The Hugging Face names by which adapters know the linear layers that a parameter holds."""
+    return [name.removesuffix(".weight") for name in ((entry.parameter,) if entry.parameter else entry.theirs)]
+
+
+def _num_experts(spec: ArchSpec, entry: WeightEntry) -> int:
+    feed_forward = spec.layers[int(entry.ours.split(".")[1])].feed_forward
+    return feed_forward.num_experts if isinstance(feed_forward, ExpertsSpec) else 1
+
+
 def flops_per_token(spec: ArchSpec, sequence_length: int) -> float:
     """FLOPs of a forward per token of a document of `sequence_length` tokens, averaged over its positions.
 
-    Two for each weight of a matmul, the head's included, and four for each channel of each query head and key seen.
+    Two for each weight of a matmul, the head's included, and what mixers compute besides: in attention four for each
+    channel of each query head and key seen.
     """
-    weights = spec.vocab_size * spec.hidden_size
-    attention = 0.0
-    for layer in spec.layers:
-        mixer = layer.mixer
-        weights += _attention_weights(mixer, spec.hidden_size) + _feed_forward_weights(layer, spec.hidden_size)
-        attention += 4 * mixer.num_heads * mixer.head_dim * _mean_keys(sequence_length, mixer.window)
-    return 2 * weights + attention
+    layers = sum(sum(layer_flops_per_token(layer, spec.hidden_size, sequence_length).values()) for layer in spec.layers)
+    return 2 * spec.vocab_size * spec.hidden_size + layers
 
 
 def training_flops_per_token(spec: ArchSpec, sequence_length: int, *, frozen_base: bool) -> float:
     """FLOPs of forward and backward per token, without those of adapters and of what is computed again.
 
     A backward costs twice its forward: once for the gradient of what comes in, once for that of the weights. A frozen
-    base has only the first for its matmuls; attention, which has no weights, has both.
+    base has only the first for its matmuls; what mixers compute without weights has both.
     """
     forward = flops_per_token(spec, sequence_length)
-    attention = sum(
-        4 * layer.mixer.num_heads * layer.mixer.head_dim * _mean_keys(sequence_length, layer.mixer.window)
-        for layer in spec.layers
+    weightless = sum(
+        part.flops(sequence_length) for layer in spec.layers for part in parts(layer, spec.hidden_size).values()
     )
-    return forward + (forward + attention if frozen_base else 2 * forward)
+    return forward + (forward + weightless if frozen_base else 2 * forward)
 
 
 def layer_flops_per_token(layer: LayerSpec, hidden_size: int, sequence_length: int) -> dict[str, float]:
-    """FLOPs of a layer's forward a token, by part: qkv, attention, out, gate_up, down."""
-    mixer, inner = layer.mixer, layer.feed_forward.intermediate_size
-    query = mixer.num_heads * mixer.head_dim
-    return {
-        "qkv": 2.0 * hidden_size * (query + 2 * mixer.num_kv_heads * mixer.head_dim),
-        "attention": 4.0 * query * _mean_keys(sequence_length, mixer.window),
-        "out": 2.0 * query * hidden_size,
-        "gate_up": 4.0 * hidden_size * inner,
-        "down": 2.0 * inner * hidden_size,
-    }
+    """FLOPs of a layer's forward a token: of its linear layers ("attention.qkv"), and of the rest of each part."""
+    flops = {name: 2.0 * sizes.used * sizes.weights for name, sizes in linears(layer, hidden_size).items()}
+    return flops | {name: part.flops(sequence_length) for name, part in parts(layer, hidden_size).items()}
 
 
 def saved_activation_bytes(spec: ArchSpec, tokens: int, bytes_per_value: int) -> int:
@@ -104,46 +124,37 @@ def saved_activation_bytes(spec: ArchSpec, tokens: int, bytes_per_value: int) ->
 
 def saved_by_layer(layer: LayerSpec, hidden_size: int, tokens: int, bytes_per_value: int) -> int:
     """Bytes that a layer which runs op by op under autograd saves for its backward."""
-    mixer = layer.mixer
-    # Both norms' inputs and outputs; q, k, v; attention's output; gate and up; their product.
-    values = 4 * hidden_size
-    values += (2 * mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
-    values += 3 * layer.feed_forward.intermediate_size
-    # fp32 whatever the dtype: the log-sum of each head's scores, and one number a norm.
-    statistics = 4 * (mixer.num_heads + 2)
+    inside = parts(layer, hidden_size).values()
+    values = _norm_tensors(layer, len(inside)) * hidden_size + sum(part.saved_values for part in inside)
+    # fp32 whatever the dtype: statistics of the parts, and of norms one number, or mean and deviation.
+    a_norm = 2 if layer.norm.kind == "layer" else 1
+    statistics = 4 * (sum(part.saved_statistics for part in inside) + a_norm * len(layer.norm_names))
     return tokens * (values * bytes_per_value + statistics)
 
 
-def _linears(layer: LayerSpec, hidden_size: int) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """In features and the parts' out features of a block's linear layers, by our names."""
-    mixer, inner = layer.mixer, layer.feed_forward.intermediate_size
-    q_size, kv_size = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
-    return {
-        "attention.qkv": (hidden_size, (q_size, kv_size, kv_size)),
-        "attention.out": (q_size, (hidden_size,)),
-        "feed_forward.gate_up": (hidden_size, (inner, inner)),
-        "feed_forward.down": (inner, (hidden_size,)),
-    }
+def _norm_tensors(layer: LayerSpec, num_parts: int) -> int:
+    """Tensors of the hidden size that are kept around the parts: what norms and parts read."""
+    match layer.placement:
+        case "pre" | "post":
+            return 2 * num_parts
+        case "sandwich":
+            return 3 * num_parts
+        case "parallel":
+            return 1 + num_parts
+        case "parallel_one_norm":
+            return 2
 
 
-def _attention_weights(mixer: AttentionSpec, hidden_size: int) -> int:
-    return hidden_size * mixer.head_dim * (2 * mixer.num_heads + 2 * mixer.num_kv_heads)
+def ropes(spec: ArchSpec) -> set[RopeSpec]:
+    """The distinct rotary embeddings of a model, wherever in a layer they are."""
+    found = set()
+    for mixer in {layer.mixer for layer in spec.layers}:
+        for holder in (mixer, getattr(mixer, "attention", None)):
+            rope = getattr(holder, "rope", None)
+            if rope is not None:
+                found.add(rope)
+    return found
 
 
-def _attention_biases(mixer: AttentionSpec, hidden_size: int) -> int:
-    return mixer.qkv_bias * mixer.head_dim * (mixer.num_heads + 2 * mixer.num_kv_heads) + mixer.out_bias * hidden_size
-
-
-def _feed_forward_weights(layer: LayerSpec, hidden_size: int) -> int:
-    return 3 * hidden_size * layer.feed_forward.intermediate_size
-
-
-def _feed_forward_biases(layer: LayerSpec, hidden_size: int) -> int:
-    return layer.feed_forward.bias * (2 * layer.feed_forward.intermediate_size + hidden_size)
-
-
-def _mean_keys(sequence_length: int, window: int | None) -> float:
-    """Keys that a position of a document sees, averaged over its positions: at most the window, itself included."""
-    reach = min(window or sequence_length, sequence_length)
-    ramp = reach * (reach + 1) / 2
-    return (ramp + (sequence_length - reach) * reach) / sequence_length
+def _size_of(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())

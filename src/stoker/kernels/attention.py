@@ -7,7 +7,8 @@ Heads are grouped: query heads h of one group share one key and value head (arXi
 On a CPU, and wherever no variable-length kernel fits, documents run one after the other through PyTorch's
 `scaled_dot_product_attention`, whose memory is linear in their length. A sliding window shorter than the document runs
 in blocks of queries, each against the keys within reach: the only masks are [block, block + window]. On CUDA in half
-precision, packed rows and sliding windows take `torch.nn.attention.varlen`.
+precision, packed rows and sliding windows take `torch.nn.attention.varlen`. Soft-capped scores and sinks have their own
+way (`kernels/scored_attention.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from stoker.kernels.scored_attention import Scores, capped, flex, last_positions, normalized
 from stoker.kernels.triton_support import check_implementation
 
 DocumentLengths = Sequence[Sequence[int]]
@@ -37,6 +39,8 @@ def attention_reference(
     document_lengths: DocumentLengths | None = None,
     window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The formula with an explicit [B, T, T] mask; the oracle of the implementations below."""
     batch, length, num_heads, head_dim = q.shape
@@ -47,7 +51,7 @@ def attention_reference(
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
     seen = (distance >= 0) & (distance < (window or length))
     seen = seen.to(q.device) & (document[:, :, None] == document[:, None, :])
-    weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+    weights = normalized(capped(scores, softcap).masked_fill(~seen[:, None], float("-inf")), sinks)
     return torch.einsum("bhts,bshe->bthe", weights, v)
 
 
@@ -59,17 +63,33 @@ def attention(
     document_lengths: DocumentLengths | None = None,
     window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     implementation: str = "reference",
 ) -> Tensor:
     """Returns the attended values [B, T, H, E].
 
     q: [B, T, H, E]; k, v: [B, T, K, E] with H a multiple of K. `document_lengths`: for each row the lengths of its
     documents, which sum to T; None: a row is one document. `window`: a position sees itself and the `window - 1` before
-    it. `scale`: of the scores, by default E^-½. `implementation`: "reference" or "triton". Raises ValueError for an
+    it. `scale`: of the scores, by default E^-½. `softcap` c: scores become c tanh(scores / c). `sinks` [H]: a logit
+    that joins each head's softmax and has no value. `implementation`: "reference" or "triton". Raises ValueError for an
     unknown implementation, and for lengths that do not sum to T.
     """
-    with _fastest_kernels(q) if check_implementation(implementation) else nullcontext():
-        return _attention(q, k, v, document_lengths=document_lengths, window=window, scale=scale)
+    is_fast = check_implementation(implementation)
+    rows = _checked(document_lengths, q)
+    scores = Scores(window, scale, softcap, sinks)
+    if not scores.are_plain and is_fast and q.is_cuda:
+        return flex(q, k, v, rows, scores)
+    with _fastest_kernels(q) if is_fast else nullcontext():
+        return _attention(q, k, v, rows, scores)
+
+
+def _checked(document_lengths: DocumentLengths | None, q: Tensor) -> DocumentLengths:
+    batch, length = q.shape[:2]
+    rows = document_lengths or ((length,),) * batch
+    if len(rows) != batch or any(sum(row) != length for row in rows):
+        raise ValueError(f"document_lengths must hold {batch} rows that sum to {length}")
+    return rows
 
 
 def _fastest_kernels(q: Tensor) -> AbstractContextManager[Any]:
@@ -82,39 +102,37 @@ def _fastest_kernels(q: Tensor) -> AbstractContextManager[Any]:
     return sdpa_kernel(order, set_priority=True)
 
 
-def _attention(
+def _attention(q: Tensor, k: Tensor, v: Tensor, rows: DocumentLengths, scores: Scores) -> Tensor:
+    lengths = [size for row in rows for size in row]
+    is_packed = len(lengths) > q.shape[0]
+    is_windowed = scores.window is not None and scores.window < max(lengths, default=0)
+    # The kernel has one size for queries, keys and values.
+    fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1]
+    if scores.are_plain and (is_packed or is_windowed) and fits:
+        return _variable_length(q, k, v, lengths, window=scores.window, scale=scores.scale)
+    if not is_packed:
+        return _one_document(q, k, v, scores)
+    # One split and one cat in each direction; slicing instead would pad every document's gradient to the whole row.
+    parts = [x.flatten(0, 1).split(lengths) for x in (q, k, v)]
+    outputs = [_one_document(q_i[None], k_i[None], v_i[None], scores)[0] for q_i, k_i, v_i in zip(*parts, strict=True)]
+    return torch.cat(outputs).view(*q.shape[:3], v.shape[-1])
+
+
+def attend_cached(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    document_lengths: DocumentLengths | None,
-    window: int | None,
-    scale: float | None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    batch, length = q.shape[:2]
-    rows = document_lengths or ((length,),) * batch
-    if len(rows) != batch or any(sum(row) != length for row in rows):
-        raise ValueError(f"document_lengths must hold {batch} rows that sum to {length}")
-    lengths = [size for row in rows for size in row]
-    is_packed = len(lengths) > batch
-    is_windowed = window is not None and window < max(lengths, default=0)
-    if (is_packed or is_windowed) and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        return _variable_length(q, k, v, lengths, window=window, scale=scale)
-    if not is_packed:
-        return _one_document(q, k, v, window, scale)
-    # One split and one cat in each direction; slicing instead would pad every document's gradient to the whole row.
-    parts = [x.flatten(0, 1).split(lengths) for x in (q, k, v)]
-    outputs = [
-        _one_document(q_i[None], k_i[None], v_i[None], window, scale)[0] for q_i, k_i, v_i in zip(*parts, strict=True)
-    ]
-    return torch.cat(outputs).view(q.shape)
-
-
-def attend_cached(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None) -> Tensor:
     """Attention of the last T positions of a sequence of S: q [B, T, H, E], k and v [B, S, K, E], to [B, T, H, E]."""
     length, total = q.shape[1], k.shape[1]
-    if length == total:
-        return _one_document(q, k, v, window, scale)
+    scores = Scores(window, scale, softcap, sinks)
+    if length == total or not scores.are_plain:
+        return _one_document(q, k, v, scores)
     if window is not None:
         first = max(0, total - length - window + 1)
         k, v = k[:, first:], v[:, first:]
@@ -124,9 +142,11 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None,
     return _sdpa(q, k, v, mask=mask, scale=scale)
 
 
-def _one_document(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
-    """Causal attention where each row is one document."""
-    length = q.shape[1]
+def _one_document(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    """Causal attention where each row is one document, or with scores that are not plain the end of one."""
+    if not scores.are_plain:
+        return last_positions(q, k, v, scores)
+    length, window, scale = q.shape[1], scores.window, scores.scale
     if window is None or window >= length:
         return _sdpa(q, k, v, causal=True, scale=scale)
     block = min(window, _MAX_QUERY_BLOCK)

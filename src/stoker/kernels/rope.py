@@ -25,8 +25,8 @@ def frequencies(
     """The `dim / 2` angles per position as fp32 on the CPU, and the factor that multiplies cosines and sines.
 
     `kind` and `scaling` are those of the architecture's rope scaling; `length` is the document's length in tokens, and
-    only "dynamic" looks at it. The order of operations is that of transformers 5.24's `modeling_rope_utils.py`, so that
-    the fp32 results are the same bit for bit. Raises ValueError for an unknown kind.
+    only "dynamic" and "longrope" look at it. The order of operations is that of transformers 5.24's
+    `modeling_rope_utils.py`, so that the fp32 results are the same bit for bit. Raises ValueError for an unknown kind.
     """
     base: Tensor | float = theta
     if kind == "dynamic":
@@ -41,6 +41,10 @@ def frequencies(
             return inverse / scaling["factor"], 1.0
         case "llama3":
             return _llama3(inverse, **scaling), 1.0
+        case "longrope":
+            exceeds = length > scaling["original_max_positions"]
+            factors = torch.tensor(scaling["long_factors" if exceeds else "short_factors"], dtype=torch.float32)
+            return 1.0 / (factors * periods), scaling["attention_factor"]
         case "yarn":
             return _yarn(periods, theta, **scaling), scaling["attention_factor"]
     raise ValueError(f"unknown rope scaling {kind!r}")

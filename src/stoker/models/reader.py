@@ -14,13 +14,23 @@ from stoker.models.folder import WeightIndex
 from stoker.quant import nf4
 
 _PACKED = f".{nf4.STATE_KEY}"
+# Old checkpoints hold what follows from config.json: rotary frequencies, and causal masks.
+_FOLLOWS = (
+    "rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _PACKED)
 
 
 class Reader:
     """Tensors of a folder by name; files are opened when first asked for and closed with `stack`.
 
-    `packed` are the weights in NF4: their values lie in tensors of their own, which are not in `names`.
+    `packed` are the weights in NF4: their values lie in tensors of their own, which are not in `names`. Those in
+    `transposed` are stored [in, out] and read [out, in]; those in `interleaved`, [E, 2 I, ...] as they are read, come with
+    the even rows (gate) before the odd ones (up).
     """
 
     def __init__(self, index: WeightIndex, stack: ExitStack) -> None:
@@ -30,14 +40,16 @@ class Reader:
         self._files: dict[Path, Any] = {}
         self.packed = {name.removesuffix(_PACKED) for name in index.files if name.endswith(_PACKED)}
         parts = {f"{name}{part}" for name in self.packed for part in _PARTS}
-        # Old checkpoints hold the rotary frequencies, which follow from config.json.
-        self.names = {name for name in index.files if not name.endswith("rotary_emb.inv_freq")} - parts
+        self.names = {name for name in index.files if not name.endswith(_FOLLOWS)} - parts
+        self.transposed: set[str] = set()
+        self.interleaved: set[str] = set()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, of a packed one before it was packed."""
         if name in self.packed:
             return self._packed_shape(name)
-        return tuple(self._file(name).get_slice(name).get_shape())
+        shape = tuple(self._file(name).get_slice(name).get_shape())
+        return (*shape[:-2], shape[-1], shape[-2]) if name in self.transposed else shape
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as it is stored."""
@@ -46,7 +58,9 @@ class Reader:
     def dense(self, name: str) -> Tensor:
         """The tensor's values: of a packed one dequantised, in the dtype that it had before."""
         if name not in self.packed:
-            return self.tensor(name)
+            tensor = self.tensor(name)
+            tensor = tensor.transpose(-1, -2) if name in self.transposed else tensor
+            return torch.cat((tensor[:, ::2], tensor[:, 1::2]), dim=1) if name in self.interleaved else tensor
         module = name.removesuffix(".weight")
         weight = nf4.from_checkpoint(self.packed_tensors(name), (module,))
         return weight.dequantize(dtype=weight.source_dtype)

@@ -1,11 +1,11 @@
 """Streams the weights of a Hugging Face folder into a `Decoder`, tensor by tensor."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stoker.arch.families import weight_map
 from stoker.arch.spec import ArchSpec
@@ -17,9 +17,10 @@ from stoker.models.reader import Reader
 from stoker.nn.decoder import Decoder
 from stoker.nn.frozen_linear import FrozenLinear
 from stoker.nn.linear import FusedLinear
+from stoker.nn.moe import ExpertLinear, FrozenExpertLinear
+from stoker.quant.experts import NF4Experts
 
 _MAX_PROBLEMS = 12
-_HEAD = "lm_head.weight"
 
 
 def stream_into(
@@ -40,81 +41,127 @@ def stream_into(
     """
     with ExitStack() as stack:
         reader = Reader(weight_files(folder), stack)
+        stacked = {entry.ours for entry in weight_map(spec) if entry.stacked}
         sources = _sources(spec, reader)
-        _check_shapes(decoder, sources, reader)
-        frozen = _to_quantize(decoder, sources, reader) if quantization != "none" else {}
+        _check_shapes(decoder, sources, reader, stacked)
+        frozen = _to_quantize(decoder, sources, reader, quantization) if quantization != "none" else {}
         for layer in frozen.values():  # takes no memory on the device
             layer.weight = nn.Parameter(layer.weight.new_empty(0, layer.in_features), requires_grad=False)
         decoder.to_empty(device=device)
         quantizer = Quantizer(quantization, reader, device=device, kernels=kernels)
-        probe = Probe(spec, lambda norm: reader.dense(sources[norm][0]))
+        probe = Probe(spec, lambda norm: reader.dense(sources[norm][0]) if norm in sources else None)
         for ours, names in sources.items():
             if ours in frozen:
                 path = ours.removesuffix(".weight")
                 parent, _, name = path.rpartition(".")
+                held = frozen[ours]
+                if isinstance(held, ExpertLinear):
+                    stored = NF4Experts(quantizer.experts(names), held.num_experts)
+                    setattr(decoder.get_submodule(parent), name, FrozenExpertLinear(held, stored))
+                    continue
                 matrix = quantizer.matrix(names, layer=path, probe=probe)
                 if isinstance(matrix, torch.Tensor):
-                    weight = matrix.to(frozen[ours].weight.dtype)
-                    frozen[ours].weight = nn.Parameter(weight, requires_grad=False)
+                    weight = matrix.to(held.weight.dtype)
+                    held.weight = nn.Parameter(weight, requires_grad=False)
                 else:
-                    setattr(decoder.get_submodule(parent), name, FrozenLinear(frozen[ours], matrix))
+                    setattr(decoder.get_submodule(parent), name, FrozenLinear(held, matrix))
                 continue
-            rows = decoder.get_parameter(ours).detach()
-            start = 0
-            for name in names:
-                tensor = reader.dense(name)
-                rows[start : start + tensor.shape[0]] = tensor
-                start += tensor.shape[0]
+            parameter = decoder.get_parameter(ours).detach()
+            for rows, held in _rows(parameter, names, stacked=ours in stacked):
+                start = 0
+                for name in held:
+                    tensor = reader.dense(name)
+                    rows[start : start + tensor.shape[0]] = tensor
+                    start += tensor.shape[0]
 
 
-def _to_quantize(decoder: Decoder, sources: dict[str, tuple[str, ...]], reader: Reader) -> dict[str, FusedLinear]:
-    """The layers whose weight will be kept in a frozen format, by the weight's name."""
+def _rows(parameter: Tensor, names: Sequence[str], *, stacked: bool) -> Iterator[tuple[Tensor, Sequence[str]]]:
+    """The parameter's memory and the tensors that lie there one below the other: once, or for each expert."""
+    if not stacked:
+        yield parameter, names
+        return
+    in_group = len(names) // parameter.shape[0]
+    for index, rows in enumerate(parameter):
+        yield rows, names[index * in_group : (index + 1) * in_group]
+
+
+def _to_quantize(
+    decoder: Decoder, sources: dict[str, tuple[str, ...]], reader: Reader, kind: str
+) -> dict[str, FusedLinear | ExpertLinear]:
+    """The layers whose weight will be kept in a frozen format, by the weight's name; of experts, in NF4 alone."""
+    kinds = FusedLinear | ExpertLinear if kind == "nf4" else FusedLinear
     found = {}
     for ours, names in sources.items():
         layer = decoder.get_submodule(ours.rpartition(".")[0])
         is_stored_so = not reader.packed or reader.packed.issuperset(names)
-        if isinstance(layer, FusedLinear) and ours.endswith(".weight") and is_stored_so:
+        if isinstance(layer, kinds) and ours.endswith(".weight") and is_stored_so:
             found[ours] = layer
     return found
 
 
 def _sources(spec: ArchSpec, reader: Reader) -> dict[str, tuple[str, ...]]:
     """Our parameter names and the tensors to read for each; raises ModelError for missing and unexpected ones."""
-    sources = {entry.ours: entry.theirs for entry in weight_map(spec)}
-    present = set(reader.names)
-    if spec.tied_head and _HEAD in present:
-        sources["embedding.weight"] = (_tied_source(sources["embedding.weight"][0], reader),)
-        present -= {_HEAD} - set(sources["embedding.weight"])
-    expected = {name for names in sources.values() for name in names}
-    problems = [(name, "is missing") for name in sorted(expected - present)]
-    problems += [(name, "is not part of this architecture") for name in sorted(present - expected)]
+    entries = weight_map(spec)
+    prefix = _missing_prefix([name for entry in entries for name in entry.theirs], reader.names)
+    sources, read = {}, set()
+    for entry in entries:
+        names = tuple(name.removeprefix(prefix) for name in entry.theirs)
+        for alias in (name.removeprefix(prefix) for name in entry.aliases):
+            if alias in reader.names:
+                names = (_same_source(names[0], alias, reader),)
+                read.add(alias)
+        sources[entry.ours] = names
+        read |= set(names)
+        if entry.transposed:
+            reader.transposed |= set(names) - reader.packed
+        if entry.interleaved:
+            reader.interleaved |= set(names)
+    problems = [(name, "is missing") for name in sorted(read - reader.names)]
+    problems += [(name, "is not part of this architecture") for name in sorted(reader.names - read)]
     _refuse(problems, reader.folder)
     return sources
 
 
-def _tied_source(embedding: str, reader: Reader) -> str:
+def _missing_prefix(expected: Sequence[str], present: Set[str]) -> str:
+    """The first component that all but the head's names share ("transformer."), where a folder leaves it out.
+
+    Folders written from a bare model, without its head, do; Transformers reads them too.
+    """
+    prefix = f"{expected[0].partition('.')[0]}."
+    if any(name.startswith(prefix) for name in present):
+        return ""
+    return prefix if expected[0].removeprefix(prefix) in present else ""
+
+
+def _same_source(embedding: str, alias: str, reader: Reader) -> str:
     """A tied model may store its one matrix under either name or both; two different ones contradict config.json."""
     if embedding not in reader.names:
-        return _HEAD
-    if not torch.equal(reader.dense(embedding), reader.dense(_HEAD)):
+        return alias
+    if not torch.equal(reader.dense(embedding), reader.dense(alias)):
         raise ModelError(
-            f"config.json ties the head to the embedding, but {_HEAD} differs from {embedding}.",
+            f"config.json ties the head to the embedding, but {alias} differs from {embedding}.",
             where=str(reader.folder),
             fix='If the head is meant to be its own, set "tie_word_embeddings": false in config.json.',
         )
     return embedding
 
 
-def _check_shapes(decoder: Decoder, sources: dict[str, tuple[str, ...]], reader: Reader) -> None:
+def _check_shapes(decoder: Decoder, sources: dict[str, tuple[str, ...]], reader: Reader, stacked: Set[str]) -> None:
     problems = []
     for ours, names in sources.items():
         owner = decoder.get_submodule(ours.rpartition(".")[0])
-        parameter = decoder.get_parameter(ours)
-        sizes = owner.out_features if isinstance(owner, FusedLinear) else (parameter.shape[0],)
-        for name, size in zip(names, sizes, strict=True):
-            shape, wanted = reader.shape(name), (size, *parameter.shape[1:])
-            if shape != wanted:
-                problems.append((name, f"has shape {list(shape)}, but config.json makes it {list(wanted)}"))
+        shape = decoder.get_parameter(ours).shape
+        held = list(names)
+        if ours in stacked:
+            if len(held) % shape[0]:
+                problems.append((held[0], f"is one of {len(held)}, but config.json makes {shape[0]} groups of them"))
+                continue
+            held, shape = held[: len(held) // shape[0]], shape[1:]
+        sizes = owner.out_features if isinstance(owner, FusedLinear) else (shape[0] // len(held),) * len(held)
+        for index, name in enumerate(names):
+            found, wanted = reader.shape(name), (sizes[index % len(sizes)], *shape[1:])
+            if found != wanted:
+                problems.append((name, f"has shape {list(found)}, but config.json makes it {list(wanted)}"))
     _refuse(problems, reader.folder)
 
 

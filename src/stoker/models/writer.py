@@ -68,7 +68,8 @@ def _shards(named: Sequence[tuple[str, Tensor]], max_bytes: int) -> list[list[tu
 def _write_shard(tensors: dict[str, Tensor], path: Path) -> None:
     partial = path.with_name(path.name + _PARTIAL)
     # Parts of one fused weight share its memory, which safetensors refuses; the copies live for one shard.
-    copies = {name: torch.empty_like(tensor, device="cpu").copy_(tensor) for name, tensor in tensors.items()}
+    kind = {"device": "cpu", "memory_format": torch.contiguous_format}
+    copies = {name: torch.empty_like(tensor, **kind).copy_(tensor) for name, tensor in tensors.items()}
     try:
         save_file(copies, partial, metadata={"format": "pt"})
         _publish(partial, path)

@@ -1,48 +1,123 @@
-"""One layer of a decoder."""
+"""One layer of a decoder: a mixer and a feed-forward, with their norms placed in one of five ways."""
+
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from stoker.nn.attention import Attention
-from stoker.nn.cache import LayerCache
-from stoker.nn.feed_forward import GatedFeedForward
-from stoker.nn.norm import RmsNorm
+from stoker.nn.norm import Norm
 from stoker.nn.rotary import Documents
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each added to its input and each given the norm of it (pre-norm).
+    """Mixer, then feed-forward, each added to its input and each given the norm of it (pre-norm).
 
+    One of the two may be None. The mixer is registered as `mixer_name`; `norms` are named after the part that they
+    belong to, "attention_norm" before and "attention_post_norm" after it. `residual_scale` multiplies what is added.
     `recompute`: the decoder drops what the block saved for backward and runs it again there.
     """
 
     def __init__(
         self,
-        attention: Attention,
-        feed_forward: GatedFeedForward,
+        mixer: nn.Module | None,
+        feed_forward: nn.Module | None,
         *,
-        attention_norm: RmsNorm,
-        feed_forward_norm: RmsNorm,
+        mixer_name: str = "attention",
+        residual_scale: float = 1.0,
+        **norms: Norm,
     ) -> None:
         super().__init__()
-        self.attention_norm = attention_norm
-        self.attention = attention
-        self.feed_forward_norm = feed_forward_norm
-        self.feed_forward = feed_forward
+        self.mixer_name = mixer_name
+        # In the order in which a model's parameters are drawn and stored: each part after its first norm.
+        for part, module in ((mixer_name, mixer), ("feed_forward", feed_forward)):
+            if f"{part}_norm" in norms:
+                self.add_module(f"{part}_norm", norms[f"{part}_norm"])
+            if module is not None:
+                self.add_module(part, module)
+            if f"{part}_post_norm" in norms:
+                self.add_module(f"{part}_post_norm", norms[f"{part}_post_norm"])
+        self.has_feed_forward = feed_forward is not None
+        self.residual_scale = residual_scale
         self.recompute = False
+
+    @property
+    def mixer(self) -> Any:
+        """The mixer, or None."""
+        return self._modules.get(self.mixer_name)
 
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         *,
         document_lengths: Documents | None = None,
-        cache: LayerCache | None = None,
+        cache: Any = None,
         cache_length: int = 0,
     ) -> Tensor:
-        """x [B, T, D] to [B, T, D]; the other arguments are those of `Attention.forward`."""
-        mixed = self.attention(
-            self.attention_norm(x), cos, sin, document_lengths=document_lengths, cache=cache, cache_length=cache_length
-        )
-        normed, x = self.feed_forward_norm.add(mixed, x)
-        return x + self.feed_forward(normed)
+        """x [B, T, D] to [B, T, D]; the other arguments are those of the mixer, as in `Attention.forward`."""
+        context = {"document_lengths": document_lengths, "cache": cache, "cache_length": cache_length}
+        if self.mixer is None:
+            return x + self._scaled(self._part("feed_forward")(self._norm("feed_forward_norm")(x)))
+        mixed = self._scaled(self.mixer(self._norm(f"{self.mixer_name}_norm")(x), cos, sin, **context))
+        if not self.has_feed_forward:
+            return x + mixed
+        normed, x = self._norm("feed_forward_norm").add(mixed, x)
+        return x + self._scaled(self._part("feed_forward")(normed))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.residual_scale == 1.0 else x * self.residual_scale
+
+    def _norm(self, name: str) -> Norm:
+        return cast("Norm", self._modules[name])
+
+    def _part(self, name: str) -> nn.Module:
+        return cast("nn.Module", self._modules[name])
+
+
+class PostNormBlock(Block):
+    """Mixer, then feed-forward, each given its plain input, whose norm is added: x + n(m(x)), then x + n(f(x))."""
+
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, **context: Any) -> Tensor:
+        """The arguments and the result are those of `Block.forward`."""
+        if self.mixer is not None:
+            x = x + self._scaled(self._norm(f"{self.mixer_name}_post_norm")(self.mixer(x, cos, sin, **context)))
+        if self.has_feed_forward:
+            x = x + self._scaled(self._norm("feed_forward_post_norm")(self._part("feed_forward")(x)))
+        return x
+
+
+class SandwichBlock(Block):
+    """Norms before and after each part: x + n(m(n(x))), then x + n(f(n(x)))."""
+
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, **context: Any) -> Tensor:
+        """The arguments and the result are those of `Block.forward`."""
+        name = self.mixer_name
+        if self.mixer is not None:
+            mixed = self.mixer(self._norm(f"{name}_norm")(x), cos, sin, **context)
+            x = x + self._scaled(self._norm(f"{name}_post_norm")(mixed))
+        if self.has_feed_forward:
+            output = self._part("feed_forward")(self._norm("feed_forward_norm")(x))
+            x = x + self._scaled(self._norm("feed_forward_post_norm")(output))
+        return x
+
+
+class ParallelBlock(Block):
+    """Both parts read norms of the block's input: x + m(n(x)) + f(n'(x)); without a norm of its own, f reads n(x)."""
+
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, **context: Any) -> Tensor:
+        """The arguments and the result are those of `Block.forward`."""
+        normed = self._norm(f"{self.mixer_name}_norm")(x)
+        mixed = self.mixer(normed, cos, sin, **context)
+        if "feed_forward_norm" in self._modules:
+            normed = self._norm("feed_forward_norm")(x)
+        return x + self._scaled(mixed + self._part("feed_forward")(normed))
+
+
+PLACEMENTS: dict[str, type[Block]] = {
+    "pre": Block,
+    "post": PostNormBlock,
+    "sandwich": SandwichBlock,
+    "parallel": ParallelBlock,
+    "parallel_one_norm": ParallelBlock,
+}
+"""The block of each placement of a layer's spec."""

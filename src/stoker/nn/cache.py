@@ -1,6 +1,7 @@
-"""Keys and values of the positions decoded so far."""
+"""What the positions decoded so far have left behind: keys and values, or the states of other mixers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ class LayerCache:
         self.keys = keys
         self.values = values
 
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> "LayerCache":
+        """A cache of keys and values of one shape, [B, capacity, K, E]."""
+        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+
     def write(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k and v [B, T, K, E] at `start`; returns views of all keys and values up to their end."""
         end = start + k.shape[1]
@@ -22,27 +28,16 @@ class LayerCache:
 
 
 class KVCache:
-    """Keys and values of all layers, preallocated for `capacity` positions; `length` of them are filled.
+    """The caches of all layers, preallocated for `capacity` positions; `length` of them are filled.
 
-    Layers with a sliding window keep all keys too, so that one length serves all. `Decoder.new_cache` makes one.
+    `layers` holds what each layer's mixer made (`new_cache`), None for a layer without a mixer. Layers with a sliding
+    window keep all keys too, so that one length serves all. `Decoder.new_cache` makes one.
     """
 
-    def __init__(
-        self,
-        shapes: Sequence[tuple[int, int]],
-        *,
-        batch_size: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        """`shapes`: number of key/value heads and channels per head of each layer."""
+    def __init__(self, layers: Sequence[Any], *, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        self.layers = [
-            LayerCache(*(torch.zeros(batch_size, capacity, *shape, dtype=dtype, device=device) for _ in range(2)))
-            for shape in shapes
-        ]
+        self.layers = list(layers)
 
     def require(self, num_tokens: int) -> None:
         """Raises ValueError when `num_tokens` more do not fit."""

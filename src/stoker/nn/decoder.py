@@ -1,6 +1,7 @@
 """A decoder-only language model: embedding, blocks, final norm, head."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,15 +9,19 @@ from torch.utils.checkpoint import checkpoint
 
 from stoker.nn.block import Block
 from stoker.nn.cache import KVCache
-from stoker.nn.norm import RmsNorm
+from stoker.nn.norm import Norm
 from stoker.nn.rotary import Documents, Rotary
+
+_Tables = tuple[Tensor | None, Tensor | None]
 
 
 class Decoder(nn.Module):
     """Token ids to hidden states; `logits` turns those into scores over the vocabulary.
 
     The head is kept apart from the forward so that a loss can run it in chunks over the trained positions only.
-    `tied_head`: the head is the embedding's own weight, and there is no `head` module.
+    `tied_head`: the head is the embedding's own weight, and there is no `head` module. `embedding_scale` multiplies the
+    embeddings; `learned_positions` rows of a table are added to them, the first `position_offset` of which are never
+    used (0: no table). `logit_scale` multiplies the logits, which `logit_softcap` c then makes c tanh(logits / c).
     """
 
     def __init__(
@@ -25,18 +30,27 @@ class Decoder(nn.Module):
         hidden_size: int,
         *,
         blocks: Sequence[Block],
-        final_norm: RmsNorm,
+        final_norm: Norm,
         tied_head: bool = False,
         head_bias: bool = False,
+        embedding_scale: float = 1.0,
+        learned_positions: int = 0,
+        position_offset: int = 0,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
     ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.tied_head = tied_head
+        self.embedding_scale = embedding_scale
+        self.position_offset = position_offset
+        self.logit_scale = logit_scale
+        self.logit_softcap = logit_softcap
         self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.position_embedding = nn.Embedding(learned_positions, hidden_size) if learned_positions else None
         self.blocks = nn.ModuleList(blocks)
-        self._rotaries = [block.attention.rotary for block in blocks]
-        self._cache_shapes = [(block.attention.num_kv_heads, block.attention.head_dim) for block in blocks]
+        self._rotaries: list[Rotary | None] = [getattr(block.mixer, "rotary", None) for block in blocks]
         self.final_norm = final_norm
         self.head = None if tied_head else nn.Linear(hidden_size, vocab_size, bias=head_bias)
 
@@ -64,10 +78,10 @@ class Decoder(nn.Module):
         them. None: every row is one document. `positions` [B, T]: instead of 0, 1, ... in every document. `cache`: the
         ids continue the positions it holds, and it is extended in place. Raises ValueError when they do not fit it.
         """
-        x = self.embedding(input_ids)
         start = 0 if cache is None else cache.length
         if cache is not None:
             cache.require(input_ids.shape[1])
+        x = self._embed(input_ids, document_lengths, positions, start)
         tables = self._rotary_tables(input_ids, document_lengths, positions, start)
         for index, block in enumerate(self.blocks):
             cos, sin = tables[self._rotaries[index]]
@@ -83,22 +97,46 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary: [..., D] to [..., V]."""
-        return nn.functional.linear(hidden, self.head_weight, self.head_bias)
+        scores = nn.functional.linear(hidden, self.head_weight, self.head_bias)
+        if self.logit_scale != 1.0:
+            scores = scores * self.logit_scale
+        if self.logit_softcap is not None:
+            scores = self.logit_softcap * torch.tanh(scores / self.logit_softcap)
+        return scores
 
     def new_cache(self, *, capacity: int, batch_size: int = 1) -> KVCache:
         """An empty cache for `capacity` positions, on the model's device and in its dtype."""
         weight = self.embedding.weight
-        return KVCache(
-            self._cache_shapes, batch_size=batch_size, capacity=capacity, dtype=weight.dtype, device=weight.device
-        )
+        options = {"batch_size": batch_size, "capacity": capacity, "dtype": weight.dtype, "device": weight.device}
+        mixers: list[Any] = [block.mixer for block in self.blocks]
+        return KVCache([None if mixer is None else mixer.new_cache(**options) for mixer in mixers], capacity=capacity)
+
+    def _embed(
+        self, input_ids: Tensor, document_lengths: Documents | None, positions: Tensor | None, start: int
+    ) -> Tensor:
+        """The embeddings [B, T, D] of the ids, scaled, with those of their positions."""
+        x = self.embedding(input_ids)
+        if self.embedding_scale != 1.0:
+            # Rounded to the dtype first, as the models whose embeddings are scaled by a root were trained.
+            x = x * torch.tensor(self.embedding_scale, dtype=x.dtype).item()
+        if self.position_embedding is None:
+            return x
+        if positions is None and document_lengths is not None:
+            rows = [torch.cat([torch.arange(length) for length in row]) for row in document_lengths]
+            positions = torch.stack(rows).to(input_ids.device)
+        if positions is None:
+            positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
+        return x + self.position_embedding(positions + self.position_offset)
 
     def _rotary_tables(
         self, input_ids: Tensor, document_lengths: Documents | None, positions: Tensor | None, start: int
-    ) -> dict[Rotary, tuple[Tensor, Tensor]]:
-        """Cosines and sines of each distinct rope of the blocks."""
+    ) -> dict[Rotary | None, _Tables]:
+        """Cosines and sines of each distinct rope of the blocks; none for blocks without one."""
         length, device = input_ids.shape[1], input_ids.device
-        tables = {}
+        tables: dict[Rotary | None, _Tables] = {None: (None, None)}
         for rotary in dict.fromkeys(self._rotaries):
+            if rotary is None:
+                continue
             if positions is not None:
                 tables[rotary] = rotary.at(positions)
             elif document_lengths is not None:

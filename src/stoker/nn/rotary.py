@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stoker.kernels.rope import frequencies
+from stoker.kernels.rope import frequencies, rotate
 
 Documents = tuple[tuple[int, ...], ...]
+
+_BY_LENGTH = ("dynamic", "longrope")
 
 
 class Rotary:
@@ -26,7 +28,7 @@ class Rotary:
 
     def span(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions start to end - 1 of a document of `end` tokens: each [1, T, dim/2], fp32."""
-        if self.kind == "dynamic" and end > self.scaling["original_max_positions"]:
+        if self.kind in _BY_LENGTH and end > self.scaling["original_max_positions"]:
             return self._compute(torch.arange(start, end, device=device)[None], end)
         cos, sin = self._grown_table(end, device)
         return cos[:, start:end], sin[:, start:end]
@@ -45,7 +47,7 @@ class Rotary:
 
         A row is taken for one document that is as long as its largest position says.
         """
-        if self.kind != "dynamic":
+        if self.kind not in _BY_LENGTH:
             return self._compute(positions, 0)
         rows = [self._compute(row[None], int(row.max()) + 1) for row in positions]
         cos, sin = (torch.cat([row[part] for row in rows]) for part in (0, 1))
@@ -63,3 +65,22 @@ class Rotary:
             size = max(256, 1 << (length - 1).bit_length())
             self._table = self._compute(torch.arange(size, device=device)[None], 0)
         return self._table
+
+
+def turn(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, kernels: str = "reference"
+) -> tuple[Tensor, Tensor]:
+    """Returns q [B, T, H, E] and k [B, T, K, E] with their first `2 * cos.shape[-1]` channels turned.
+
+    cos, sin: [1 or B, T, R/2]. `interleaved`: neighbours turn together; the turned channels then come out as halves,
+    the same for queries and keys, whose products do not see the order.
+    """
+    dim = 2 * cos.shape[-1]
+    parts = [x[..., :dim] for x in (q, k)]
+    if interleaved:
+        parts = [x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in parts]
+    turned = rotate(parts[0], parts[1], cos, sin, implementation=kernels)
+    if dim == q.shape[-1]:
+        return turned
+    new_q, new_k = (torch.cat((new, x[..., dim:]), dim=-1) for new, x in zip(turned, (q, k), strict=True))
+    return new_q, new_k

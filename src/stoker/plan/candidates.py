@@ -65,10 +65,10 @@ class Job:
             return (self.given,)
         engine = self.config.engine
         steps = ladders(
-            len(self.spec.layers),
+            self.spec.layers,
             asked=engine.recompute,
             offload=engine.offload_activations,
-            can_fuse=not execution.why_op_by_op(self.config.adapter),
+            can_fuse=not execution.why_op_by_op(self.config.adapter, self.spec),
             can_offload=self.machine.device.kind == "cuda",
             fuses_all=self.machine.uses_triton,
         )

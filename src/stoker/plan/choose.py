@@ -52,7 +52,7 @@ def choose(
     precision, precision_reason = _precision(config, device)
     kernels, kernels_reason = execution.kernels(config, device)
     quantization, quantization_reason = execution.quantization(config, device)
-    execution.refuse_unknown_rungs(config, device)
+    execution.refuse_unknown_rungs(config, spec, device)
     row_tokens = _row_tokens(config, statistics)
     machine = _machine(config, hardware, device, precision, uses_triton=kernels == "triton")
     job = Job(config, spec, machine, row_tokens, ladder)
@@ -95,7 +95,7 @@ def choose(
             "quantization": quantization_reason,
             "keep_transposed": transposed_reason,
             "kernels": kernels_reason,
-            "layers": execution.layers_reason(config, best.ladder.layers, uses_triton=kernels == "triton"),
+            "layers": execution.layers_reason(config, spec, best.ladder.layers, uses_triton=kernels == "triton"),
             "micro_batch_size": _micro_batch_reason(best),
             "recompute": _recompute_reason(best),
             "tile_tokens": _tiles_reason(best),

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from stoker.arch.shape import why_not_llama
+from stoker.arch.spec import ArchSpec
 from stoker.config.schema import Adapter, RunConfig
 from stoker.errors import PlanError
 from stoker.plan.hardware import Device
@@ -64,8 +66,12 @@ def quantization(config: RunConfig, device: Device) -> tuple[str, str]:
     return kind, f"{_FORMATS[kind]}, and products in fp8, which {device.name} has"
 
 
-def why_op_by_op(adapter: Adapter | None) -> str:
-    """Returns what of the adapter the layer kernel cannot run, or "" (see `adapters.fused_block.why_not_fused`)."""
+def why_op_by_op(adapter: Adapter | None, spec: ArchSpec) -> str:
+    """Returns what keeps every layer from the layer kernel, or "" (see `adapters.fused_block.why_not_fused`)."""
+    return _why_not_adapter(adapter) or _why_not_layers(spec)
+
+
+def _why_not_adapter(adapter: Adapter | None) -> str:
     if adapter is None:
         return ""
     if adapter.kind == "dora":
@@ -73,13 +79,20 @@ def why_op_by_op(adapter: Adapter | None) -> str:
     return f"adapter.dropout is {adapter.dropout}" if adapter.dropout > 0.0 else ""
 
 
-def refuse_unknown_rungs(config: RunConfig, device: Device) -> None:
-    """Raises PlanError for a rung of the ladder, or an offload, that does not exist for this adapter or device."""
-    engine, why = config.engine, why_op_by_op(config.adapter)
+def _why_not_layers(spec: ArchSpec) -> str:
+    """Returns why none of the model's layers can go through the layer kernel, or ""."""
+    reasons = [why_not_llama(layer) for layer in spec.layers]
+    return f"this model has {reasons[0]}" if reasons and all(reasons) else ""
+
+
+def refuse_unknown_rungs(config: RunConfig, spec: ArchSpec, device: Device) -> None:
+    """Raises PlanError for a rung of the ladder, or an offload, that does not exist for this model or device."""
+    engine, why = config.engine, why_op_by_op(config.adapter, spec)
+    otherwise = "; or adapter.dropout: 0.0 and kind: lora" if _why_not_adapter(config.adapter) else ""
     if why and engine.recompute in ("mixer", "attention"):
         raise PlanError(
             f"engine.recompute = {engine.recompute} is a rung of the layer kernel, which cannot run here: {why}.",
-            fix="Use none, input or auto; or adapter.dropout: 0.0 and kind: lora.",
+            fix=f"Use none, input or auto{otherwise}.",
         )
     if engine.offload_activations is True and device.kind != "cuda":
         raise PlanError(
@@ -89,17 +102,22 @@ def refuse_unknown_rungs(config: RunConfig, device: Device) -> None:
     if engine.offload_activations is True and why:
         raise PlanError(
             f"engine.offload_activations = true needs the layer kernel, which cannot run here: {why}.",
-            fix="Use false or auto; or adapter.dropout: 0.0 and kind: lora.",
+            fix=f"Use false or auto{otherwise}.",
         )
 
 
-def layers_reason(config: RunConfig, layers: str, *, uses_triton: bool) -> str:
+def layers_reason(config: RunConfig, spec: ArchSpec, layers: str, *, uses_triton: bool) -> str:
     """Returns why the layers run as they do."""
-    why = why_op_by_op(config.adapter)
     if layers == "fused":
-        return "each layer is one operation with its own backward"
-    if why:
+        reasons = [reason for layer in spec.layers if (reason := why_not_llama(layer))]
+        if not reasons:
+            return "each layer is one operation with its own backward"
+        count = f"{len(reasons)} of {len(spec.layers)} layers"
+        return f"a layer is one operation with its own backward, but {count} run op by op: they have {reasons[0]}"
+    if why := _why_not_adapter(config.adapter):
         return f"the layer kernel cannot run this adapter: {why}"
+    if why := _why_not_layers(spec):
+        return f"the layer kernel cannot run these layers: {why}"
     assert not uses_triton
     return "fastest on plain PyTorch where nothing is computed again"
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from stoker.arch import activations
 from stoker.arch.activations import LADDER, OP_BY_OP_LADDER, Held, Keep, Micro
+from stoker.arch.shape import why_not_llama
 from stoker.arch.spec import ArchSpec, LayerSpec
 
 Layers = Literal["fused", "op by op"]
@@ -56,13 +57,13 @@ class Ladder:
         return result
 
     def _held_by(self, layer: LayerSpec, hidden_size: int, micro: Micro, rung: Keep) -> Held:
-        if self.layers == "op by op":
+        if self.layers == "op by op" or why_not_llama(layer):
             return activations.op_by_op(layer, hidden_size, micro, rung)
         return activations.fused(layer, hidden_size, micro, rung, offload=self.offload, tile_tokens=self.tile_tokens)
 
 
 def ladders(
-    num_layers: int,
+    layers: Sequence[LayerSpec],
     *,
     asked: str,
     offload: bool | Literal["auto"],
@@ -72,34 +73,42 @@ def ladders(
 ) -> Iterator[Ladder]:
     """Yields what may run, from the least to the most that is computed again.
 
+    A layer that the layer kernel cannot run among others that it can keeps all, or its input alone.
     `asked` and `offload` are the user's settings, "auto" for the plan's choice. `can_fuse`: the layer kernel can run
     this model; `fuses_all`: it is the faster one even where nothing is computed again. With an automatic offload,
     attention's output waits on the host before any layer computes attention again.
     """
+    everything = ("all",) * len(layers)
     if not can_fuse:
-        yield from _mixtures(num_layers, OP_BY_OP_LADDER, asked, offload=False, layers="op by op")
+        yield from _mixtures(layers, OP_BY_OP_LADDER, asked, offload=False, how="op by op")
         return
     if not fuses_all and asked in ("auto", "none") and offload is not True:
-        yield Ladder(("all",) * num_layers, offload=False, layers="op by op")
+        yield Ladder(everything, offload=False, layers="op by op")
         if asked == "none":
             return
     if offload != "auto" or not can_offload:
-        yield from _mixtures(num_layers, LADDER, asked, offload=offload is True, layers="fused")
+        yield from _mixtures(layers, LADDER, asked, offload=offload is True, how="fused")
         return
-    yield from _mixtures(num_layers, LADDER[:3], asked, offload=False, layers="fused")
-    yield from _mixtures(num_layers, LADDER[2:], asked, offload=True, layers="fused")
+    yield from _mixtures(layers, LADDER[:3], asked, offload=False, how="fused")
+    yield from _mixtures(layers, LADDER[2:], asked, offload=True, how="fused")
 
 
-def _mixtures(num_layers: int, rungs: Sequence[Keep], asked: str, *, offload: bool, layers: Layers) -> Iterator[Ladder]:
+def _mixtures(
+    layers: Sequence[LayerSpec], rungs: Sequence[Keep], asked: str, *, offload: bool, how: Layers
+) -> Iterator[Ladder]:
     """Yields every layer on the highest rung, then one layer after the other a rung lower; or the rung asked for."""
+    count = len(layers)
     if asked != "auto":
         rung: Keep = next(rung for rung in LADDER if rung == ("all" if asked == "none" else asked))
-        yield Ladder((rung,) * num_layers, offload, layers)
+        yield Ladder(activations.legal(layers, (rung,) * count), offload, how)
         return
-    yield Ladder((rungs[0],) * num_layers, offload, layers)
+    keep = activations.legal(layers, (rungs[0],) * count)
+    yield Ladder(keep, offload, how)
     for upper, lower in itertools.pairwise(rungs):
-        for count in range(1, num_layers + 1):
-            yield Ladder((lower,) * count + (upper,) * (num_layers - count), offload, layers)
+        for lowered in range(1, count + 1):
+            previous, keep = keep, activations.legal(layers, (lower,) * lowered + (upper,) * (count - lowered))
+            if keep != previous:
+                yield Ladder(keep, offload, how)
 
 
 def words(keep: Sequence[Keep]) -> str:

@@ -1,5 +1,6 @@
 """What a model's architecture allows, whatever the hardware."""
 
+from stoker.arch import arithmetic
 from stoker.arch.spec import ArchSpec, DynamicScaling, LinearScaling
 from stoker.config.document import Path
 from stoker.config.schema import RunConfig
@@ -13,11 +14,11 @@ def max_sequence_length(spec: ArchSpec) -> int:
     Linear and dynamic scaling stretch `max_position_embeddings` by their factor; with the other scalings it is the
     stretched length itself.
     """
-    lengths = []
-    for layer in spec.layers:
-        scaling = layer.mixer.rope.scaling
-        stretches = isinstance(scaling, LinearScaling | DynamicScaling)
-        lengths.append(int(spec.max_positions * scaling.factor) if stretches else spec.max_positions)
+    lengths = [spec.learned_positions - spec.position_offset] if spec.learned_positions else []
+    for rope in arithmetic.ropes(spec):
+        scaling = rope.scaling
+        stretch = scaling.factor if isinstance(scaling, LinearScaling | DynamicScaling) else 1.0
+        lengths.append(int(spec.max_positions * stretch))
     return min(lengths, default=spec.max_positions)
 
 

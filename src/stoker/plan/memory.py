@@ -8,7 +8,7 @@ the compute type or a quantised one. These are estimates for choosing; a run pri
 from dataclasses import asdict, dataclass, replace
 
 from stoker.arch import arithmetic
-from stoker.arch.spec import ArchSpec
+from stoker.arch.spec import ArchSpec, LayerSpec
 from stoker.config.schema import Optimizer
 
 GIB = 2**30
@@ -108,20 +108,17 @@ def scratch_bytes(spec: ArchSpec, quantization: str, value_bytes: int) -> int:
     """Returns the bytes of the buffer that holds one dequantised weight, the largest; fp8's holds a transposed one."""
     if quantization == "none":
         return 0
-    largest = max((max(_fused_sizes(spec, index)) for index in range(len(spec.layers))), default=0)
+    largest = max((size for layer in set(spec.layers) for size in _fused_sizes(spec, layer)), default=0)
     return largest if quantization == "fp8" else largest * value_bytes
 
 
-def _fused_sizes(spec: ArchSpec, index: int) -> tuple[int, ...]:
-    """Values of a layer's four weights, those of one input kept as one."""
-    mixer, inner = spec.layers[index].mixer, spec.layers[index].feed_forward.intermediate_size
-    query = mixer.num_heads * mixer.head_dim
-    heads = query + 2 * mixer.num_kv_heads * mixer.head_dim
-    return tuple(spec.hidden_size * size for size in (heads, query, 2 * inner, inner))
+def _fused_sizes(spec: ArchSpec, layer: LayerSpec) -> list[int]:
+    """Values of a layer's weights, those of one input kept as one."""
+    return [linear.weights for linear in arithmetic.linears(layer, spec.hidden_size).values()]
 
 
 def _largest_layer(spec: ArchSpec) -> int:
-    return max((sum(_fused_sizes(spec, index)) for index in range(len(spec.layers))), default=0)
+    return max((sum(_fused_sizes(spec, layer)) for layer in set(spec.layers)), default=0)
 
 
 def optimizer_bytes(optimizer: Optimizer) -> float:

@@ -4,7 +4,7 @@ from typing import Protocol, cast
 
 from torch import Tensor, nn
 
-from stoker.kernels.linear_cross_entropy import linear_cross_entropy
+from stoker.kernels.linear_cross_entropy import LossOptions, linear_cross_entropy
 from stoker.tasks.task import Batch, TaskResult
 
 
@@ -13,6 +13,8 @@ class CausalModel(Protocol):
 
     head_weight: Tensor
     head_bias: Tensor | None
+    logit_scale: float
+    logit_softcap: float | None
 
     def __call__(self, input_ids: Tensor, *, document_lengths: tuple[tuple[int, ...], ...] | None) -> Tensor:
         """Returns the last hidden states `[B, T, D]`, after the final norm."""
@@ -38,6 +40,7 @@ class SupervisedTask(nn.Module):
             model.head_weight,
             batch.targets.flatten(),
             bias=model.head_bias,
+            options=LossOptions(logit_scale=model.logit_scale, soft_cap=model.logit_softcap),
             implementation=self.kernels,
         )
         return TaskResult(loss_sum, batch.num_trained_tokens, {})

@@ -1,11 +1,13 @@
 import pytest
 import torch
 
-from stoker.nn.cache import KVCache
+from stoker.nn.cache import KVCache, LayerCache
 
 
 def make(capacity=5):
-    return KVCache([(2, 3), (1, 4)], batch_size=2, capacity=capacity, dtype=torch.float32, device=torch.device("cpu"))
+    options = {"dtype": torch.float32, "device": torch.device("cpu")}
+    shapes = [(2, capacity, 2, 3), (2, capacity, 1, 4)]
+    return KVCache([LayerCache.empty(shape, **options) for shape in shapes], capacity=capacity)
 
 
 def test_written_keys_and_values_come_back_in_order():

@@ -1,20 +1,27 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 
+from stoker.arch import families
 from stoker.arch.activations import LADDER, Micro
 from stoker.plan.ladder import TILE_TOKENS, Ladder, ladders, words
 
+SIZES = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+LLAMA = families.read({**SIZES, "num_hidden_layers": 1}, "config.json").layers[0]
+# A layer as Gemma's, which the layer kernel cannot run.
+GEMMA = replace(LLAMA, norm=replace(LLAMA.norm, weight_offset=1.0))
 
-def _ladders(**changes):
+
+def _ladders(*, layers=(LLAMA,) * 3, **changes):
     settings = {"asked": "auto", "offload": "auto", "can_fuse": True, "can_offload": True, "fuses_all": True}
-    return list(ladders(3, **(settings | changes)))
+    return list(ladders(layers, **(settings | changes)))
 
 
 @pytest.mark.parametrize("changes", [{}, {"offload": False}, {"offload": True}, {"can_fuse": False}])
 def test_no_step_down_takes_more_memory(llama_8b, changes):
     settings = {"asked": "auto", "offload": "auto", "can_fuse": True, "can_offload": True, "fuses_all": True}
-    steps = list(ladders(32, **(settings | changes)))
+    steps = list(ladders(llama_8b.layers, **(settings | changes)))
     for upper, lower in itertools.pairwise(steps):
         # But for the last layer's: its backward comes first, when all that the others keep is still there.
         if upper.keep[-1] == lower.keep[-1]:
@@ -41,6 +48,18 @@ def test_without_the_layer_kernel_there_are_two_rungs():
     steps = _ladders(can_fuse=False)
     assert {step.layers for step in steps} == {"op by op"}
     assert [step.keep.count("input") for step in steps] == [0, 1, 2, 3]
+
+
+def test_layers_that_the_layer_kernel_cannot_run_have_two_rungs_among_those_that_it_can():
+    steps = _ladders(layers=(LLAMA, GEMMA), offload=False)
+    assert [step.keep for step in steps] == [
+        ("all", "all"),
+        ("mixer", "all"),
+        ("mixer", "input"),
+        ("attention", "input"),
+        ("input", "input"),
+    ]
+    assert _ladders(layers=(LLAMA, GEMMA), asked="mixer", offload=False)[0].keep == ("mixer", "input")
 
 
 def test_no_gpu_no_offload():

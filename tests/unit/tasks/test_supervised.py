@@ -9,6 +9,9 @@ from stoker.tasks.supervised import SupervisedTask
 class Toy(nn.Module):
     """The interface of a decoder: hidden states from ids, and a head kept apart."""
 
+    logit_scale = 1.0
+    logit_softcap = None
+
     def __init__(self, *, bias=False):
         super().__init__()
         torch.manual_seed(0)

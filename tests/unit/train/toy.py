@@ -21,6 +21,8 @@ VOCABULARY, WIDTH, ROWS = 24, 64, 8
 
 class ToyModel(nn.Module):
     head_bias = None
+    logit_scale = 1.0
+    logit_softcap = None
 
     def __init__(self, *, dropout=0.0):
         super().__init__()

@@ -7,6 +7,8 @@ compute is refused. Checked against transformers 5.24: `configuration_llama.py`,
 from collections.abc import Mapping
 from typing import Any
 
+from stoker.arch.families.common import read_heads
+from stoker.arch.families.names import Names, entries
 from stoker.arch.families.reader import ConfigReader
 from stoker.arch.families.rope import read_rope
 from stoker.arch.families.stored import stored_quantization
@@ -36,7 +38,7 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     hidden_size = reader.size("hidden_size", 4096)
     max_positions = reader.size("max_position_embeddings")
     norm = NormSpec(epsilon=reader.positive("rms_norm_eps", 1e-6))
-    num_heads, num_kv_heads, head_dim = _heads(reader, hidden_size)
+    num_heads, num_kv_heads, head_dim = read_heads(reader, hidden_size)
     # Mistral's own code has neither of these biases, whatever its configuration says.
     attention_bias = is_llama and reader.flag("attention_bias", False)
     attention = AttentionSpec(
@@ -67,50 +69,7 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
 
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
     """Every parameter of a `Decoder` built from `spec`, with the Hugging Face tensors it holds."""
-    entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
-    for index, layer in enumerate(spec.layers):
-        entries += _layer_weights(layer, f"blocks.{index}", f"model.layers.{index}")
-    entries.append(WeightEntry("final_norm.weight", ("model.norm.weight",)))
-    if not spec.tied_head:
-        entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
-    return tuple(entries)
-
-
-def _layer_weights(layer: LayerSpec, ours: str, theirs: str) -> list[WeightEntry]:
-    linears = [
-        ("attention.qkv", "self_attn", ("q_proj", "k_proj", "v_proj"), layer.mixer.qkv_bias),
-        ("attention.out", "self_attn", ("o_proj",), layer.mixer.out_bias),
-        ("feed_forward.gate_up", "mlp", ("gate_proj", "up_proj"), layer.feed_forward.bias),
-        ("feed_forward.down", "mlp", ("down_proj",), layer.feed_forward.bias),
-    ]
-    entries = [
-        WeightEntry(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",)),
-        WeightEntry(f"{ours}.feed_forward_norm.weight", (f"{theirs}.post_attention_layernorm.weight",)),
-    ]
-    for name, group, parts, has_bias in linears:
-        for kind in ("weight", "bias") if has_bias else ("weight",):
-            entries.append(
-                WeightEntry(f"{ours}.{name}.{kind}", tuple(f"{theirs}.{group}.{part}.{kind}" for part in parts))
-            )
-    return entries
-
-
-def _heads(reader: ConfigReader, hidden_size: int) -> tuple[int, int, int]:
-    """Number of query heads, number of key/value heads, and channels of a head."""
-    num_heads = reader.size("num_attention_heads", 32)
-    num_kv_heads = reader.optional_size("num_key_value_heads") or num_heads
-    head_dim = reader.optional_size("head_dim")
-    if num_heads % num_kv_heads:
-        raise reader.error(
-            f"num_attention_heads = {num_heads} is not a multiple of num_key_value_heads = {num_kv_heads}."
-        )
-    if head_dim is None:
-        if hidden_size % num_heads:
-            raise reader.error(f"hidden_size = {hidden_size} is not a multiple of num_attention_heads = {num_heads}.")
-        head_dim = hidden_size // num_heads
-    if head_dim % 2:
-        raise reader.error(f"head_dim = {head_dim} is odd, and rotary embeddings turn pairs of channels.")
-    return num_heads, num_kv_heads, head_dim
+    return entries(spec, Names())
 
 
 def _window(reader: ConfigReader) -> int | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stoker.arch import arithmetic
 from stoker.arch.spec import ArchSpec, AttentionSpec
 
 if TYPE_CHECKING:
@@ -65,21 +66,17 @@ def work(spec: ArchSpec, *, tokens: int, trained_tokens: int, frozen: bool) -> W
     forward: Counter[Product] = Counter()
     needed: Counter[Product] = Counter()
     for layer in spec.layers:
-        for inner, columns in _linears(layer.mixer, spec.hidden_size, layer.feed_forward.intermediate_size):
-            forward[Product(tokens, inner, columns, frozen)] += 1
-            needed.update(_uses(tokens, inner, columns, fp8=frozen, weight_gradient=not frozen))
+        for linear in arithmetic.linears(layer, spec.hidden_size).values():
+            inner, columns, rows = linear.in_features, sum(linear.out_features), round(tokens * linear.used)
+            forward[Product(rows, inner, columns, frozen)] += 1
+            needed.update(_uses(rows, inner, columns, fp8=frozen, weight_gradient=not frozen))
     full, rest = divmod(trained_tokens, _HEAD_ROWS)
     for rows in (*[_HEAD_ROWS] * full, *([rest] if rest else [])):
         # Never in fp8: no engine rounds its logits to it.
         needed.update(_uses(rows, spec.hidden_size, spec.vocab_size, fp8=False, weight_gradient=not frozen))
-    return Work(needed, forward, Counter(layer.mixer for layer in spec.layers))
-
-
-def _linears(mixer: AttentionSpec, hidden: int, inner: int) -> list[tuple[int, int]]:
-    """(in, out) of a layer's products, with q, k, v and gate, up taken together."""
-    query = mixer.num_heads * mixer.head_dim
-    qkv = query + 2 * mixer.num_kv_heads * mixer.head_dim
-    return [(hidden, qkv), (query, hidden), (hidden, 2 * inner), (inner, hidden)]
+    mixers = [layer.mixer for layer in spec.layers]
+    # The scans of state spaces are left out: the floor is lower than theirs.
+    return Work(needed, forward, Counter(mixer for mixer in mixers if isinstance(mixer, AttentionSpec)))
 
 
 def _uses(rows: int, inner: int, columns: int, *, fp8: bool, weight_gradient: bool) -> list[Product]:

@@ -1,0 +1,46 @@
+"""Which layers are shaped as Llama's are, for which there is a kernel that runs a whole layer. No torch."""
+
+from functools import lru_cache
+
+from stoker.arch.spec import AttentionSpec, GatedSpec, LayerSpec, NormSpec
+
+
+@lru_cache(maxsize=1024)
+def why_not_llama(layer: LayerSpec) -> str:
+    """Returns what the layer has that the layer kernel does not compute ("" if nothing), to follow "the model has"."""
+    mixer, feed_forward = layer.mixer, layer.feed_forward
+    if not isinstance(mixer, AttentionSpec):
+        return "layers without ordinary attention"
+    if not isinstance(feed_forward, GatedSpec):
+        return "feed-forwards of another kind than SwiGLU"
+    return _of_layer(layer) or _of_attention(mixer) or _of_feed_forward(feed_forward)
+
+
+def _of_layer(layer: LayerSpec) -> str:
+    if layer.norm != NormSpec(epsilon=layer.norm.epsilon):
+        return "norms of another kind than plain RMS"
+    if layer.placement != "pre":
+        return f"norms or parts placed otherwise than one after the other ({layer.placement})"
+    return f"a residual scale of {layer.residual_scale:g}" if layer.residual_scale != 1.0 else ""
+
+
+def _of_attention(mixer: AttentionSpec) -> str:
+    rope = mixer.rope
+    if rope is None or rope.dim != mixer.head_dim or rope.interleaved:
+        return "positions other than a rotation of whole heads by halves"
+    found = {
+        "norms of queries and keys": mixer.qk_norm is not None,
+        "soft-capped scores": mixer.softcap is not None,
+        "attention sinks": mixer.sinks,
+        "a scale of scores of its own": mixer.scale is not None,
+        "clipped queries, keys and values": mixer.clip_qkv is not None,
+        "queries, keys and values stored by groups": mixer.qkv_layout != "blocks",
+    }
+    return next((what for what, there in found.items() if there), "")
+
+
+def _of_feed_forward(feed_forward: GatedSpec) -> str:
+    if feed_forward.activation != "silu":
+        return f"feed-forwards gated by {feed_forward.activation}"
+    scaled = (feed_forward.gate_scale, feed_forward.down_scale) != (1.0, 1.0)
+    return "scaled feed-forwards" if scaled else ""
