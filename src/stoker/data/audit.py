@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import median
 from typing import Any
 
 from stoker.errors import Problem
@@ -94,7 +93,21 @@ class Tally:
         self.formats: dict[str, str] = {}
         self.bad_row_examples: list[str] = []
         self.untrained_examples: list[str] = []
-        self.lengths: list[int] = []
+        self.lengths: Counter[int] = Counter()
+        """Documents by length."""
+
+    def merge(self, other: "Tally") -> None:
+        """Adds what was counted over later rows."""
+        self.counts.update(other.counts)
+        self.end_tokens.update(other.end_tokens)
+        self.roles.update(other.roles)
+        self.lengths.update(other.lengths)
+        self.formats.update(other.formats)
+        for mine, theirs in (
+            (self.bad_row_examples, other.bad_row_examples),
+            (self.untrained_examples, other.untrained_examples),
+        ):
+            mine.extend(theirs[: MAX_EXAMPLES - len(mine)])
 
     def bad_row(self, problem: str) -> None:
         """Counts a row that is left out because it is malformed."""
@@ -104,7 +117,7 @@ class Tally:
 
     def document(self, where: str, *, length: int, num_trained: int) -> None:
         """Counts a finished document."""
-        self.lengths.append(length)
+        self.lengths[length] += 1
         self.counts["tokens"] += length
         self.counts["trained_tokens"] += num_trained
         if not num_trained:
@@ -117,9 +130,9 @@ class Tally:
         counts: dict[str, Any] = dict(self.counts)
         return Audit(
             **counts,
-            documents=len(self.lengths),
+            documents=self.lengths.total(),
             longest=max(self.lengths, default=0),
-            median=int(median(self.lengths)) if self.lengths else 0,
+            median=_median(self.lengths),
             bad_row_examples=tuple(self.bad_row_examples),
             untrained_examples=tuple(self.untrained_examples),
             end_tokens=dict(self.end_tokens.most_common()),
@@ -197,6 +210,18 @@ def warnings(audit: Audit) -> list[Problem]:
     if audit.trained_tokens and audit.trained_share < LOW_TRAINED_SHARE:
         found.append(Problem(f"only {audit.trained_share:.2%} of the tokens are trained."))
     return found
+
+
+def _median(lengths: Counter[int]) -> int:
+    """The middle length, rounded down between two."""
+    total, seen, low = lengths.total(), 0, 0
+    for length in sorted(lengths):
+        if not low and 2 * (seen + lengths[length]) >= total:
+            low = length
+        seen += lengths[length]
+        if 2 * seen > total:
+            return (low + length) // 2
+    return 0
 
 
 def _nothing_trained(audit: Audit) -> Problem:
