@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from stoker.kernels import (
     adapted_glu_gradients,
+    dropout,
     fp8,
     glu,
     grouped_matmul,
@@ -107,6 +108,7 @@ CASES = [
         adapted_glu_gradients.TILE.warps,
         {},
     ),
+    (dropout._drop_kernel, {"LANES": 512, "ADDS": True}, 4, {"seed": "i64"}),
     (fp8._quantize_rows_kernel, {"BLOCK": 4096, "HAS_FACTOR": True}, 4, {"out_ptr": "*fp8e4nv"}),
     *(grouped(tile, transposed=t) for tile in (grouped_matmul.SMALL, grouped_matmul.WIDE) for t in (False, True)),
     grouped(grouped_matmul.SKINNY, transposed=False),

@@ -5,6 +5,7 @@ import torch
 
 from stoker.kernels.attention import attention
 from stoker.kernels.block import KEEP, BlockOptions, BlockWeights, block
+from stoker.kernels.dropout import drop
 from stoker.kernels.glu import swiglu_reference
 from stoker.kernels.projection import Projection
 from stoker.kernels.rms_norm import rms_norm_reference
@@ -14,19 +15,21 @@ HEADS, KV_HEADS, CHANNELS, WIDTH, INNER, RANK = 4, 2, 4, 12, 20, 3
 EPSILONS = (1e-5, 1e-6)
 
 
-def projection(draw, num_in, sizes, *, adapted, bias):
+def projection(draw, num_in, sizes, *, adapted, bias, rate):
     num_out = sum(sizes)
     ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
     slices = tuple(slice(end - size, end) for end, size in zip(ends, sizes, strict=True))
     a = draw(len(sizes) * RANK, num_in).float() if adapted else None
     b = draw(num_out, RANK).float() if adapted else None
     weight = draw(num_out, num_in, scale=0.3).float()
-    return Projection(weight, draw(num_out).float() if bias else None, a, b, 0.5, slices if adapted else ())
+    return Projection(
+        weight, draw(num_out).float() if bias else None, a, b, 0.5, slices if adapted else (), rate, num_in
+    )
 
 
-def layer(draw, *, adapted=True, bias=False):
+def layer(draw, *, adapted=True, bias=False, rate=0.0):
     head_sizes = (HEADS * CHANNELS, KV_HEADS * CHANNELS, KV_HEADS * CHANNELS)
-    options = {"adapted": adapted, "bias": bias}
+    options = {"adapted": adapted, "bias": bias, "rate": rate}
     return BlockWeights(
         draw(WIDTH).float(),
         draw(WIDTH).float(),
@@ -37,22 +40,25 @@ def layer(draw, *, adapted=True, bias=False):
     )
 
 
-def project(p, x):
+def project(p, x, implementation):
     y = torch.nn.functional.linear(x, p.weight, p.bias)
     if p.a is None:
         return y
+    mask = drop(torch.ones_like(x).flatten(0, 1), rate=p.rate, seed=p.seed, implementation=implementation)
+    x = x * mask.view_as(x)
     updates = [x @ a.T @ p.b[rows].T for a, rows in zip(p.a.split(RANK), p.slices, strict=True)]
     return y + p.scaling * torch.cat(updates, dim=-1)
 
 
-def op_by_op(x, cos, sin, weights, document_lengths, window):
-    qkv = project(weights.qkv, rms_norm_reference(x, weights.attention_norm, EPSILONS[0]))
+def op_by_op(x, cos, sin, weights, document_lengths, window, implementation):
+    qkv = project(weights.qkv, rms_norm_reference(x, weights.attention_norm, EPSILONS[0]), implementation)
     q, k, v = qkv.unflatten(-1, (-1, CHANNELS)).split((HEADS, KV_HEADS, KV_HEADS), dim=2)
     q, k = rotate_reference(q, cos, sin), rotate_reference(k, cos, sin)
     attended = attention(q, k, v, document_lengths=document_lengths, window=window)
-    mid = x + project(weights.out, attended.flatten(2))
+    mid = x + project(weights.out, attended.flatten(2), implementation)
     normed = rms_norm_reference(mid, weights.feed_forward_norm, EPSILONS[1])
-    return mid + project(weights.down, swiglu_reference(project(weights.gate_up, normed)))
+    activated = swiglu_reference(project(weights.gate_up, normed, implementation))
+    return mid + project(weights.down, activated, implementation)
 
 
 def leaves(weights, *, train_base):
@@ -73,20 +79,21 @@ def angles(draw):
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 @pytest.mark.parametrize("keep", KEEP)
 @pytest.mark.parametrize(
-    ("adapted", "train_base", "bias", "document_lengths", "window"),
+    ("adapted", "train_base", "bias", "rate", "document_lengths", "window"),
     [
-        (True, False, False, None, None),
-        (False, True, True, ((2, 3), (5,)), None),
-        (True, True, True, None, 2),
+        (True, False, False, 0.0, None, None),
+        (False, True, True, 0.0, ((2, 3), (5,)), None),
+        (True, True, True, 0.0, None, 2),
+        (True, False, True, 0.25, None, None),
     ],
 )
 def test_output_and_every_gradient_are_those_of_autograd(
-    adapted, train_base, bias, document_lengths, window, keep, implementation, draw, angles
+    adapted, train_base, bias, rate, document_lengths, window, keep, implementation, draw, angles
 ):
-    weights = layer(draw, adapted=adapted, bias=bias)
+    weights = layer(draw, adapted=adapted, bias=bias, rate=rate)
     x, grad = draw(2, 5, WIDTH).float().requires_grad_(), draw(2, 5, WIDTH).float()
     inputs = [x, *leaves(weights, train_base=train_base)]
-    expected = op_by_op(x, *angles, weights, document_lengths, window)
+    expected = op_by_op(x, *angles, weights, document_lengths, window, implementation)
     options = BlockOptions(HEADS, KV_HEADS, EPSILONS, window, implementation, keep)
     actual = block(x, *angles, weights=weights, options=options, document_lengths=document_lengths)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # float32, sums in another order
@@ -117,9 +124,9 @@ def test_every_rung_gives_the_same_bits(dtype, draw, angles, device):
 
 
 @pytest.mark.parametrize("keep", ["mixer", "attention", "input"])
-@pytest.mark.parametrize("train_base", [False, True])
-def test_feed_forward_in_tiles_changes_nothing(keep, train_base, draw, angles):
-    weights = layer(draw, bias=True)
+@pytest.mark.parametrize(("train_base", "rate"), [(False, 0.0), (True, 0.0), (False, 0.25)])
+def test_feed_forward_in_tiles_changes_nothing(keep, train_base, rate, draw, angles):
+    weights = layer(draw, bias=True, rate=rate)
     x, grad = draw(2, 5, WIDTH).float().requires_grad_(), draw(2, 5, WIDTH).float()
     inputs = [x, *leaves(weights, train_base=train_base)]
     runs = []

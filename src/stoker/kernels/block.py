@@ -31,7 +31,17 @@ from stoker.kernels import adapted_glu_gradients, glu, rms_norm, rope
 from stoker.kernels.attention import DocumentLengths, attention
 from stoker.kernels.feed_forward import KEEP, BlockOptions, feed_forward, joined, tiles
 from stoker.kernels.kept_attention import Attend, KeptAttention
-from stoker.kernels.projection import FrozenMatrix, Projection, grad_input, grad_product, project, project_onto
+from stoker.kernels.projection import (
+    FrozenMatrix,
+    Piece,
+    Projection,
+    grad_a,
+    grad_input,
+    grad_product,
+    product_of,
+    project,
+    project_onto,
+)
 from stoker.kernels.triton_support import as_rows
 
 __all__ = ["KEEP", "BlockOptions", "BlockWeights", "block"]
@@ -71,7 +81,11 @@ def block(
     # What autograd is given as arguments must not be held a second time.
     fixed = tuple(
         _Fixed(
-            None if isinstance(projection.weight, Tensor) else projection.weight, projection.scaling, projection.slices
+            None if isinstance(projection.weight, Tensor) else projection.weight,
+            projection.scaling,
+            projection.slices,
+            projection.rate,
+            projection.seed,
         )
         for projection in projections
     )
@@ -91,6 +105,8 @@ class _Fixed(NamedTuple):
     weight: FrozenMatrix | None
     scaling: float
     slices: tuple[slice, ...]
+    rate: float
+    seed: int
 
 
 class _Layout(NamedTuple):
@@ -109,7 +125,7 @@ def _projections(layout: _Layout, tensors: Sequence[Tensor | None], dtype: torch
         matrix = fixed.weight if weight is None else weight
         if matrix is None:
             raise ValueError("a projection has no weight")
-        result.append(Projection(matrix, bias, a, b, fixed.scaling, fixed.slices))
+        result.append(Projection(matrix, bias, a, b, *fixed[1:]))
     return result
 
 
@@ -176,7 +192,7 @@ class _Block(torch.autograd.Function):
             attended = KeptAttention(_attend(layout), heads, forget=forget, offload=options.offload)
             values = attended.values()
         out, values = projections[1], values.flatten(0, 1)
-        product_out = None if out.a is None else values @ out.a.t()
+        product_out = product_of(out, values, Piece(options.implementation))
         mid = project_onto(out, values, rows, product_out, implementation=options.implementation)
         if attended is not None:
             attended.put_away()
@@ -242,7 +258,7 @@ class _Backward:
         qkv, out, _, _ = self.projections
         rstd_x, rstd_mid = kept.rstds
         runs_qkv = options.keep in ("attention", "input")
-        normed_x = self._norm(rows, 0)[0] if runs_qkv or self.needs[0] else None
+        normed_x = self._norm(rows, 0)[0] if runs_qkv or self.needs[0] or qkv.rate > 0.0 else None
         heads: tuple[Tensor, ...] = ()
         if runs_qkv and normed_x is not None:
             heads, _ = _heads(qkv, normed_x, self.x.shape, self.tables, options)
@@ -254,7 +270,8 @@ class _Backward:
             del values
         else:
             mid = kept.mid
-        normed_mid = self._norm(mid, 1)[0] if kept.gate_up is None or self.needs[8] else None
+        needs_normed_mid = kept.gate_up is None or self.needs[8] or self.projections[2].rate > 0.0
+        normed_mid = self._norm(mid, 1)[0] if needs_normed_mid else None
         grad_rows = as_rows(grad)
         grad_normed = joined(
             [self._feed_forward(grad_rows, mid, normed_mid, kept, tile) for tile in tiles(rows.shape[0], options)]
@@ -267,10 +284,11 @@ class _Backward:
         grad_qkv = rope.split_and_rotate_backward(grad_heads, *self.tables, implementation=options.implementation)
         grad_qkv = grad_qkv.flatten(0, 1)
         grads = grad_product(qkv, grad_qkv, kept.products[0], implementation=options.implementation)
-        self._grads_after_norm(0, grad_qkv, grads, _Normed(rows, rstd_x, normed_x))
+        piece = Piece(options.implementation)
+        self._grads_after_norm(0, grad_qkv, grads, _Normed(rows, rstd_x, normed_x), piece)
         if not self.needs_x and not self.needs_norms[0]:
             return None
-        grad_normed = grad_input(qkv, grad_qkv, grads[0])
+        grad_normed = grad_input(qkv, grad_qkv, grads[0], piece)
         return self._norm_backward(0, grad_normed, rows, rstd_x, grad_mid).view_as(self.x)
 
     def _norm(self, rows: Tensor, index: int) -> tuple[Tensor, Tensor]:
@@ -294,19 +312,20 @@ class _Backward:
         _, _, gate_up, down = self.projections
         grad, normed = grad[tile], None if normed is None else normed[tile]
         implementation = self.layout.options.implementation
+        piece = Piece(implementation, tile.start)
         product, product_down = (None if x is None else x[tile] for x in kept.products[2:])
         values = kept.gate_up
         if values is None and normed is not None:
-            values, _ = project(gate_up, normed, product=product)
+            values, _ = project(gate_up, normed, piece, product=product)
         if values is None:
             raise RuntimeError("block: neither gate_up's output nor what makes it was kept")
         grad_down, grad_b = grad_product(down, grad, product_down, implementation=implementation)
         self._add(4 * 3 + 3, grad_b)
-        grad_activated = grad_input(down, grad, grad_down)
+        grad_activated = grad_input(down, grad, grad_down, piece)
         source = _Normed(mid[tile], kept.rstds[1][tile], normed)
         if product is None or grad_down is None or not self._sums_in_glu():
             grad_gate_up, activated = glu.swiglu_backward(values, grad_activated, implementation=implementation)
-            self._weight_grads(3, grad, activated, grad_down)
+            self._weight_grads(3, grad, activated, grad_down, piece)
             grads = grad_product(gate_up, grad_gate_up, product, implementation=implementation)
         else:
             assert gate_up.b is not None
@@ -319,50 +338,65 @@ class _Backward:
                 scaling=gate_up.scaling,
                 implementation=implementation,
             )
-            self._weight_grads(3, grad, None, None)
+            self._weight_grads(3, grad, None, None, piece)
             self._add(4 * 3 + 2, result.a_down)
             grad_gate_up, grads = result.gate_up, (result.product, result.b)
         del grad_activated
-        self._grads_after_norm(2, grad_gate_up, grads, source)
-        return grad_input(gate_up, grad_gate_up, grads[0])
+        self._grads_after_norm(2, grad_gate_up, grads, source, piece)
+        return grad_input(gate_up, grad_gate_up, grads[0], piece)
 
     def _sums_in_glu(self) -> bool:
-        """Whether swiglu's backward gives the adapters' gradients: gate, up and down have one, and down is frozen."""
+        """Whether swiglu's backward gives the adapters' gradients: gate, up and down have one, and down is frozen.
+
+        Dropout needs the activation itself.
+        """
         _, _, gate_up, down = self.projections
-        whole = len(gate_up.slices) == 2 and adapted_glu_gradients.takes(gate_up.b, down.a)
-        return self.layout.options.implementation == "triton" and whole and not self.needs[4 * 3]
+        if self.layout.options.implementation != "triton" or self.needs[4 * 3] or down.rate > 0.0:
+            return False
+        return len(gate_up.slices) == 2 and adapted_glu_gradients.takes(gate_up.b, down.a)
 
     def _grads_after_norm(
-        self, index: int, grad: Tensor, grads: tuple[Tensor | None, Tensor | None], source: _Normed
+        self,
+        index: int,
+        grad: Tensor,
+        grads: tuple[Tensor | None, Tensor | None],
+        source: _Normed,
+        piece: Piece,
     ) -> None:
-        """Adds the gradients of a projection of normed rows, which need not be there; `grads`: its dP and dB.
+        """Adds the gradients of a projection of normed rows, which without dropout need not be there.
+
+        `grads`: its dP and dB.
 
         With normed = r · x · w the gradient of A, dPᵀ normed, is ((r · dP)ᵀ x) · w: x itself is read, and the norm is
         not computed again.
         """
         grad_p, grad_b = grads
         self._add(4 * index + 3, grad_b)
-        self._weight_grads(index, grad, source.normed, None)
+        if self.projections[index].rate > 0.0:
+            self._weight_grads(index, grad, source.normed, grad_p, piece)
+            return
+        self._weight_grads(index, grad, source.normed, None, piece)
         if grad_p is not None:
             scaled = (grad_p * source.rstd[:, None]).to(grad_p.dtype)
             self._add(4 * index + 2, (scaled.t() @ source.rows) * self.norms[index // 2].float())
 
     def _projection(self, index: int, grad: Tensor, x: Tensor, product: Tensor | None) -> Tensor:
         """Gradient of a projection's input x [N, in], and the gradients of its tensors."""
-        projection = self.projections[index]
-        grad_x_a, grad_b = grad_product(projection, grad, product, implementation=self.layout.options.implementation)
+        projection, piece = self.projections[index], Piece(self.layout.options.implementation)
+        grad_p, grad_b = grad_product(projection, grad, product, implementation=piece.implementation)
         self._add(4 * index + 3, grad_b)
-        self._weight_grads(index, grad, x, grad_x_a)
-        return grad_input(projection, grad, grad_x_a)
+        self._weight_grads(index, grad, x, grad_p, piece)
+        return grad_input(projection, grad, grad_p, piece)
 
-    def _weight_grads(self, index: int, grad: Tensor, x: Tensor | None, grad_x_a: Tensor | None) -> None:
+    def _weight_grads(self, index: int, grad: Tensor, x: Tensor | None, grad_p: Tensor | None, piece: Piece) -> None:
+        """Adds the gradients of weight and bias that are needed, and that of A where dP and the input are given."""
         first = 4 * index
         if self.needs[first] and x is not None:
             self._add(first, grad.t() @ x)
         if self.needs[first + 1]:
             self._add(first + 1, grad.sum(0, dtype=torch.float32))
-        if grad_x_a is not None and x is not None:
-            self._add(first + 2, grad_x_a.t() @ x)
+        if grad_p is not None and x is not None:
+            self._add(first + 2, grad_a(self.projections[index], x, grad_p, piece))
 
     def _add(self, index: int, grad: Tensor | None) -> None:
         """Adds to the gradient of a tensor: once, or once a tile."""
@@ -397,7 +431,7 @@ def _heads(
     options: BlockOptions,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Rotated q, k and v [B, T, heads, E] of normed rows [B · T, D], and the adapters' product."""
-    qkv, product = project(projection, normed)
+    qkv, product = project(projection, normed, Piece(options.implementation))
     heads = rope.split_and_rotate(
         qkv.view(*shape[:2], -1),
         *tables,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stoker.kernels import glu
 from stoker.kernels.offload import HostOffload
-from stoker.kernels.projection import Projection, project, project_onto
+from stoker.kernels.projection import Piece, Projection, product_of, project, project_onto
 
 KEEP = ("all", "mixer", "attention", "input")
 
@@ -51,7 +51,8 @@ def feed_forward(
     products: tuple[list[Tensor], list[Tensor]] = ([], [])
     kept = None
     for tile in tiles(normed.shape[0], options):
-        output, gate_up, product_gate_up, product_down = _run_tile(projections, normed[tile], mid[tile], options)
+        piece = Piece(options.implementation, tile.start)
+        output, gate_up, product_gate_up, product_down = _run_tile(projections, normed[tile], mid[tile], piece)
         outputs.append(output)
         products[0].extend([] if product_gate_up is None else [product_gate_up])
         products[1].extend([] if product_down is None else [product_down])
@@ -62,15 +63,14 @@ def feed_forward(
 
 
 def _run_tile(
-    projections: Sequence[Projection], normed: Tensor, mid: Tensor, options: BlockOptions
+    projections: Sequence[Projection], normed: Tensor, mid: Tensor, piece: Piece
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(mid + output, gate_up, the adapters' products)."""
     _, _, gate_up, down = projections
-    implementation = options.implementation
-    values, product = project(gate_up, normed)
-    activated = glu.swiglu(values, implementation=implementation)
-    product_down = None if down.a is None else activated @ down.a.t()
-    output = project_onto(down, activated, mid, product_down, implementation=implementation)
+    values, product = project(gate_up, normed, piece)
+    activated = glu.swiglu(values, implementation=piece.implementation)
+    product_down = product_of(down, activated, piece)
+    output = project_onto(down, activated, mid, product_down, implementation=piece.implementation)
     return output, values, product, product_down
 
 

@@ -1,10 +1,10 @@
 """Linear layers with low-rank updates, as functions on rows, for kernels that write their own backward.
 
-    Y = X Wᵀ + bias,  Y_i += s (X A_iᵀ) B_iᵀ        dP_i = s dY_i B_i        dX = dY W + Σ_i dP_i A_i
-    dA_i = dP_iᵀ X        dB_i = s dY_iᵀ (X A_iᵀ)
+    Y = X Wᵀ + bias,  Y_i += s P_i B_iᵀ,  P_i = X' A_iᵀ        dP_i = s dY_i B_i        dX = dY W + drop(Σ_i dP_i A_i)
+    dA_i = dP_iᵀ X'        dB_i = s dY_iᵀ P_i
 
-for each adapted part i, a slice of the output's columns (LoRA, arXiv:2106.09685). `kernels/lora.py` is the same under
-autograd, for one layer on its own.
+for each adapted part i, a slice of the output's columns (LoRA, arXiv:2106.09685); X' = drop(X), whose mask is made
+again from its seed wherever it is needed. `kernels/lora.py` is the same under autograd, for one layer on its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stoker.kernels import low_rank
+from stoker.kernels.dropout import drop
 
 
 class FrozenMatrix(Protocol):
@@ -42,7 +43,8 @@ class FrozenMatrix(Protocol):
 class Projection(NamedTuple):
     """A linear layer `[in]` to `[out]`, with low-rank updates of the rows in `slices` when `a` is there.
 
-    `weight` `[out, in]`, `bias` `[out]` or None, `a` `[n r, in]`, `b` `[sum of the slices' sizes, r]`.
+    `weight` `[out, in]`, `bias` `[out]` or None, `a` `[n r, in]`, `b` `[sum of the slices' sizes, r]`; `rate` and
+    `seed` of the dropout on what the updates read.
     """
 
     weight: Tensor | FrozenMatrix
@@ -51,13 +53,48 @@ class Projection(NamedTuple):
     b: Tensor | None = None
     scaling: float = 1.0
     slices: tuple[slice, ...] = ()
+    rate: float = 0.0
+    seed: int = 0
 
 
-def project(projection: Projection, x: Tensor, *, product: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Returns (output [N, out], x Aᵀ [N, n r] or None without adapters) for x [N, in]; `product` is x Aᵀ if known."""
-    if projection.a is None or projection.b is None:
+class Piece(NamedTuple):
+    """Which implementation runs, and where the rows at hand begin in the whole that dropout's mask counts."""
+
+    implementation: str = "reference"
+    first_row: int = 0
+
+
+WHOLE = Piece()
+
+
+def product_of(projection: Projection, x: Tensor, piece: Piece = WHOLE) -> Tensor | None:
+    """Returns P = X' Aᵀ [N, n r] of x [N, in], or None without adapters."""
+    return None if projection.a is None else _dropped(projection, x, piece) @ projection.a.t()
+
+
+def grad_a(projection: Projection, x: Tensor, grad_product: Tensor, piece: Piece = WHOLE) -> Tensor:
+    """Returns dA [n r, in] from x [N, in] and dP [N, n r]."""
+    return grad_product.t() @ _dropped(projection, x, piece)
+
+
+def _dropped(projection: Projection, x: Tensor, piece: Piece, onto: Tensor | None = None) -> Tensor:
+    return drop(
+        x,
+        rate=projection.rate,
+        seed=projection.seed,
+        first_row=piece.first_row,
+        onto=onto,
+        implementation=piece.implementation,
+    )
+
+
+def project(
+    projection: Projection, x: Tensor, piece: Piece = WHOLE, *, product: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Returns (output [N, out], P [N, n r] or None without adapters) for x [N, in]; `product` is P if it is known."""
+    product = product_of(projection, x, piece) if product is None else product
+    if product is None:
         return project_base(projection, x), None
-    product = x @ projection.a.t() if product is None else product
     if not (_accumulates(projection) and _is_whole(projection)):
         return _add_updates(projection, project_base(projection, x), product), product
     # The updates first: the big product adds to them for less than a pass over its result.
@@ -74,7 +111,7 @@ def project(projection: Projection, x: Tensor, *, product: Tensor | None = None)
 def project_onto(
     projection: Projection, x: Tensor, residual: Tensor, product: Tensor | None, *, implementation: str = "reference"
 ) -> Tensor:
-    """Returns `residual` plus the layer's output [N, out], with `product` = x Aᵀ; for a layer of one part."""
+    """Returns `residual` plus the layer's output [N, out], with `product` = P; for a layer of one part."""
     if product is None or projection.b is None:
         return project_base(projection, x).add_(residual)
     b, scaling = projection.b, projection.scaling
@@ -139,15 +176,17 @@ def grad_product(
     )
 
 
-def grad_input(projection: Projection, grad: Tensor, grad_product: Tensor | None) -> Tensor:
+def grad_input(projection: Projection, grad: Tensor, grad_product: Tensor | None, piece: Piece = WHOLE) -> Tensor:
     """Returns the gradient [N, in] of a projection's input, from that of its output and dP."""
     weight = projection.weight
-    if grad_product is not None and projection.a is not None and _accumulates(projection):
-        grad_x = grad_product @ projection.a
-        return (
-            grad_x.addmm_(grad, weight) if isinstance(weight, Tensor) else weight.matmul_transposed(grad, onto=grad_x)
-        )
+    if grad_product is None or projection.a is None:
+        return grad @ weight if isinstance(weight, Tensor) else weight.matmul_transposed(grad)
+    if _accumulates(projection):
+        grad_x = _dropped(projection, grad_product @ projection.a, piece)
+        if isinstance(weight, Tensor):
+            return grad_x.addmm_(grad, weight)
+        return weight.matmul_transposed(grad, onto=grad_x)
     grad_x = grad @ weight if isinstance(weight, Tensor) else weight.matmul_transposed(grad)
-    if grad_product is not None and projection.a is not None:
-        grad_x.addmm_(grad_product, projection.a)
-    return grad_x
+    if projection.rate == 0.0:
+        return grad_x.addmm_(grad_product, projection.a)
+    return _dropped(projection, grad_product @ projection.a, piece, onto=grad_x)
