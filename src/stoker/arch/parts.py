@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from stoker.arch.spec import AttentionSpec, ExpertsSpec, GatedSpec, LayerSpec, NormSpec, PlainSpec
+from stoker.arch.spec import (
+    AttentionSpec,
+    ExpertsSpec,
+    GatedSpec,
+    LayerSpec,
+    Mamba1Spec,
+    Mamba2Spec,
+    NormSpec,
+    PlainSpec,
+    SideBySideSpec,
+)
 
 Shape = tuple[int, ...]
 
@@ -191,8 +201,87 @@ def _experts(spec: ExpertsSpec, hidden_size: int) -> Part:
     )
 
 
+def _mamba1(spec: Mamba1Spec, hidden_size: int) -> Part:
+    inner, rank, states = spec.inner_size, spec.time_step_rank, spec.state_size
+    parameters = _conv(inner, spec.conv_kernel, has_bias=spec.conv_bias)
+    if spec.parameter_norm is not None:
+        for name, size in (("dt", rank), ("b", states), ("c", states)):
+            parameters |= norm_parameters(f"{name}_norm", spec.parameter_norm, (size,))
+    parameters |= {"dt_weight": (inner, rank), "dt_bias": (inner,), "A_log": (inner, states), "D": (inner,)}
+    return Part(
+        linears={
+            "in_proj": Linear(hidden_size, (2 * inner,), spec.bias),
+            "x_proj": Linear(inner, (rank + 2 * states,)),
+            "out_proj": Linear(inner, (hidden_size,), spec.bias),
+        },
+        parameters=parameters,
+        # What the input's projection gives and what the output's reads; what lies between is computed again.
+        saved_values=3 * inner,
+        saved_statistics=0,
+        widest=_RECOMPUTED_TENSORS * inner,
+        # A multiply-add counts two: the convolution, the widening of the step sizes, and the recurrence of each state
+        # (algorithm 2 of arXiv:2312.00752): dt A, dt B x and C h one each, a h + b two, and the sum over states one.
+        flops=lambda sequence_length: 2.0 * inner * (spec.conv_kernel + rank) + 6.0 * inner * states,
+    )
+
+
+def _mamba2(spec: Mamba2Spec, hidden_size: int) -> Part:
+    inner, group = spec.num_heads * spec.head_dim, spec.num_groups * spec.state_size
+    convolved, heads = inner + 2 * group, spec.num_heads
+    parameters = _conv(convolved, spec.conv_kernel, has_bias=spec.conv_bias)
+    parameters |= {"dt_bias": (heads,), "A_log": (heads,), "D": (heads,)}
+    if spec.norm is not None:
+        parameters |= norm_parameters("norm", spec.norm, (inner,))
+
+    def flops(sequence_length: int) -> float:
+        # arXiv:2405.21060, section 6: scores C B and their products with x within a chunk, over the positions seen
+        # there; then what a position adds to its chunk's state and reads of the one before, and its passing on.
+        seen = mean_keys(min(sequence_length, spec.chunk_size), None)
+        states = inner * spec.state_size
+        within = 2.0 * seen * (group + inner)
+        return 2.0 * convolved * spec.conv_kernel + within + 4.0 * states + 2.0 * states / spec.chunk_size
+
+    projected = inner + convolved + heads
+    return Part(
+        linears={
+            "in_proj": Linear(hidden_size, (projected,), spec.bias),
+            "out_proj": Linear(inner, (hidden_size,), spec.bias),
+        },
+        parameters=parameters,
+        # What the input's projection gives and what the output's reads; what lies between is computed again.
+        saved_values=projected + inner,
+        saved_statistics=0,
+        widest=_RECOMPUTED_TENSORS * inner,
+        flops=flops,
+    )
+
+
+def _conv(channels: int, kernel_size: int, *, has_bias: bool) -> dict[str, Shape]:
+    weight: dict[str, Shape] = {"conv.weight": (channels, 1, kernel_size)}
+    return weight | {"conv.bias": (channels,)} if has_bias else weight
+
+
+def _side_by_side(spec: SideBySideSpec, hidden_size: int) -> Part:
+    named = {"attention": part(spec.attention, hidden_size), "state_space": part(spec.state_space, hidden_size)}
+    both = named.values()
+    return Part(
+        linears={f"{name}.{linear}": sizes for name, one in named.items() for linear, sizes in one.linears.items()},
+        parameters={f"{name}.{key}": shape for name, one in named.items() for key, shape in one.parameters.items()},
+        saved_values=sum(one.saved_values for one in both),
+        saved_statistics=sum(one.saved_statistics for one in both),
+        widest=max(one.widest for one in both),
+        flops=lambda sequence_length: sum(one.flops(sequence_length) for one in both),
+    )
+
+
+# Tensors of the inner size that a state space's backward holds at once: what it computes again, and their gradients.
+_RECOMPUTED_TENSORS = 8
+
 PARTS: dict[type, Callable[[Any, int], Part]] = {
     AttentionSpec: _attention,
+    Mamba1Spec: _mamba1,
+    Mamba2Spec: _mamba2,
+    SideBySideSpec: _side_by_side,
     GatedSpec: _gated,
     PlainSpec: _plain,
     ExpertsSpec: _experts,

@@ -4,7 +4,7 @@ A new type is one function and one line in `MIXERS` or `FEED_FORWARDS` (and one 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,14 +12,29 @@ from torch import nn
 
 from stoker.arch.families import weight_map
 from stoker.arch.parts import qk_norm_shapes
-from stoker.arch.spec import ArchSpec, AttentionSpec, ExpertsSpec, GatedSpec, LayerSpec, NormSpec, PlainSpec, RopeSpec
+from stoker.arch.spec import (
+    ArchSpec,
+    AttentionSpec,
+    ExpertsSpec,
+    GatedSpec,
+    LayerSpec,
+    Mamba1Spec,
+    Mamba2Spec,
+    NormSpec,
+    PlainSpec,
+    RopeSpec,
+    SideBySideSpec,
+)
 from stoker.nn.attention import Attention
 from stoker.nn.block import PLACEMENTS, Block
 from stoker.nn.decoder import Decoder
 from stoker.nn.feed_forward import GatedFeedForward, PlainFeedForward
+from stoker.nn.mamba1 import Mamba1
+from stoker.nn.mamba2 import GatedNorm, Mamba2
 from stoker.nn.moe import Experts, Router
 from stoker.nn.norm import HeadNorm, LayerNorm, Norm, RmsNorm
 from stoker.nn.rotary import Rotary
+from stoker.nn.side_by_side import SideBySide
 
 
 @dataclass(frozen=True)
@@ -220,7 +235,74 @@ def _experts(spec: ExpertsSpec, site: Site) -> Experts:
     )
 
 
-MIXERS: dict[type, Callable[[Any, Site], nn.Module]] = {AttentionSpec: attention}
+def _mamba1(spec: Mamba1Spec, site: Site) -> Mamba1:
+    norms = None
+    if spec.parameter_norm is not None:
+        sizes = (spec.time_step_rank, spec.state_size, spec.state_size)
+        dt, b, c = (norm(spec.parameter_norm, size, site.kernels) for size in sizes)
+        norms = dt, b, c
+    return Mamba1(
+        site.hidden_size,
+        inner_size=spec.inner_size,
+        state_size=spec.state_size,
+        conv_kernel=spec.conv_kernel,
+        time_step_rank=spec.time_step_rank,
+        in_names=site.names["in_proj"],
+        x_names=site.names["x_proj"],
+        out_names=site.names["out_proj"],
+        norms=norms,
+        conv_bias=spec.conv_bias,
+        bias=spec.bias,
+        kernels=site.kernels,
+    )
+
+
+def _mamba2(spec: Mamba2Spec, site: Site) -> Mamba2:
+    gated = None
+    if spec.norm is not None:
+        gated = GatedNorm(
+            spec.num_heads * spec.head_dim,
+            epsilon=spec.norm.epsilon,
+            groups=spec.norm_groups,
+            gate_first=spec.gate_before_norm,
+            kernels=site.kernels,
+        )
+    return Mamba2(
+        site.hidden_size,
+        num_heads=spec.num_heads,
+        head_dim=spec.head_dim,
+        state_size=spec.state_size,
+        num_groups=spec.num_groups,
+        conv_kernel=spec.conv_kernel,
+        in_names=site.names["in_proj"],
+        out_names=site.names["out_proj"],
+        norm=gated,
+        conv_bias=spec.conv_bias,
+        bias=spec.bias,
+        time_step_limit=spec.time_step_limit,
+        multipliers=spec.multipliers,
+        kernels=site.kernels,
+    )
+
+
+def _side_by_side(spec: SideBySideSpec, site: Site) -> SideBySide:
+    # Scores are linear in the keys, so that what multiplies the keys multiplies them.
+    scale = (spec.attention.scale or spec.attention.head_dim**-0.5) * spec.key_scale
+    attended = spec.attention if spec.key_scale == 1.0 else replace(spec.attention, scale=scale)
+    return SideBySide(
+        attention(attended, site.inner("attention")),
+        _mamba2(spec.state_space, site.inner("state_space")),
+        attention_scales=(spec.attention_in, spec.attention_out),
+        state_space_scales=(spec.state_space_in, spec.state_space_out),
+    )
+
+
+MIXERS: dict[type, Callable[[Any, Site], nn.Module]] = {
+    AttentionSpec: attention,
+    Mamba1Spec: _mamba1,
+    Mamba2Spec: _mamba2,
+    SideBySideSpec: _side_by_side,
+}
 """The builder of each type of mixer."""
 FEED_FORWARDS: dict[type, Callable[[Any, Site], nn.Module]] = {
     GatedSpec: _gated,

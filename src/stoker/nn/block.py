@@ -40,8 +40,8 @@ class Block(nn.Module):
         self.recompute = False
 
     @property
-    def mixer(self) -> Any:
-        """The mixer, or None."""
+    def mixing(self) -> Any:
+        """The mixer under whatever name, or None."""
         return self._modules.get(self.mixer_name)
 
     def forward(
@@ -56,9 +56,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [B, T, D] to [B, T, D]; the other arguments are those of the mixer, as in `Attention.forward`."""
         context = {"document_lengths": document_lengths, "cache": cache, "cache_length": cache_length}
-        if self.mixer is None:
+        if self.mixing is None:
             return x + self._scaled(self._part("feed_forward")(self._norm("feed_forward_norm")(x)))
-        mixed = self._scaled(self.mixer(self._norm(f"{self.mixer_name}_norm")(x), cos, sin, **context))
+        mixed = self._scaled(self.mixing(self._norm(f"{self.mixer_name}_norm")(x), cos, sin, **context))
         if not self.has_feed_forward:
             return x + mixed
         normed, x = self._norm("feed_forward_norm").add(mixed, x)
@@ -79,8 +79,8 @@ class PostNormBlock(Block):
 
     def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, **context: Any) -> Tensor:
         """The arguments and the result are those of `Block.forward`."""
-        if self.mixer is not None:
-            x = x + self._scaled(self._norm(f"{self.mixer_name}_post_norm")(self.mixer(x, cos, sin, **context)))
+        if self.mixing is not None:
+            x = x + self._scaled(self._norm(f"{self.mixer_name}_post_norm")(self.mixing(x, cos, sin, **context)))
         if self.has_feed_forward:
             x = x + self._scaled(self._norm("feed_forward_post_norm")(self._part("feed_forward")(x)))
         return x
@@ -92,8 +92,8 @@ class SandwichBlock(Block):
     def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, **context: Any) -> Tensor:
         """The arguments and the result are those of `Block.forward`."""
         name = self.mixer_name
-        if self.mixer is not None:
-            mixed = self.mixer(self._norm(f"{name}_norm")(x), cos, sin, **context)
+        if self.mixing is not None:
+            mixed = self.mixing(self._norm(f"{name}_norm")(x), cos, sin, **context)
             x = x + self._scaled(self._norm(f"{name}_post_norm")(mixed))
         if self.has_feed_forward:
             output = self._part("feed_forward")(self._norm("feed_forward_norm")(x))
@@ -107,7 +107,7 @@ class ParallelBlock(Block):
     def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, **context: Any) -> Tensor:
         """The arguments and the result are those of `Block.forward`."""
         normed = self._norm(f"{self.mixer_name}_norm")(x)
-        mixed = self.mixer(normed, cos, sin, **context)
+        mixed = self.mixing(normed, cos, sin, **context)
         if "feed_forward_norm" in self._modules:
             normed = self._norm("feed_forward_norm")(x)
         return x + self._scaled(mixed + self._part("feed_forward")(normed))

@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(vocab_size, hidden_size)
         self.position_embedding = nn.Embedding(learned_positions, hidden_size) if learned_positions else None
         self.blocks = nn.ModuleList(blocks)
-        self._rotaries: list[Rotary | None] = [getattr(block.mixer, "rotary", None) for block in blocks]
+        self._rotaries: list[Rotary | None] = [getattr(block.mixing, "rotary", None) for block in blocks]
         self.final_norm = final_norm
         self.head = None if tied_head else nn.Linear(hidden_size, vocab_size, bias=head_bias)
 
@@ -108,7 +108,7 @@ class Decoder(nn.Module):
         """An empty cache for `capacity` positions, on the model's device and in its dtype."""
         weight = self.embedding.weight
         options = {"batch_size": batch_size, "capacity": capacity, "dtype": weight.dtype, "device": weight.device}
-        mixers: list[Any] = [block.mixer for block in self.blocks]
+        mixers: list[Any] = [block.mixing for block in self.blocks]
         return KVCache([None if mixer is None else mixer.new_cache(**options) for mixer in mixers], capacity=capacity)
 
     def _embed(

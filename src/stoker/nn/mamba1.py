@@ -1,5 +1,7 @@
 """The mixer of Mamba: a gated selective state space behind a short convolution (arXiv:2312.00752, figure 3)."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -24,7 +26,7 @@ class Mamba1(nn.Module):
     a model of any dtype; the state is computed in fp32.
     """
 
-    fp32_parameters = ("A_log", "D", "dt_bias")
+    keeps_float32 = ("A_log", "D", "dt_bias")
 
     def __init__(
         self,
@@ -76,6 +78,13 @@ class Mamba1(nn.Module):
             # What lies between is several times as wide as the projection, and quick to compute again.
             return self.out_proj(checkpoint(self._mixed, projected, document_lengths, use_reentrant=False))
         return self.out_proj(self._mixed(projected, document_lengths))
+
+    def reset_parameters(self) -> None:
+        """Gives each channel rates of 1 to N (S4D-real, arXiv:2206.11893), a skip of one, step sizes of a hundredth."""
+        with torch.no_grad():
+            self.A_log.copy_(torch.arange(1.0, self.A_log.shape[1] + 1).log())
+        nn.init.ones_(self.D)
+        nn.init.constant_(self.dt_bias, math.log(math.expm1(0.01)))
 
     def new_cache(self, *, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device) -> StateCache:
         """An empty cache; `capacity` has no part in it, because a state has one size."""

@@ -40,6 +40,10 @@ class GatedNorm(nn.Module):
             implementation=self.kernels,
         )
 
+    def reset_parameters(self) -> None:
+        """Makes the norm multiply by one."""
+        nn.init.ones_(self.weight)
+
 
 class Mamba2(nn.Module):
     """A state space of `num_heads` heads of `head_dim` channels, each channel with `state_size` states.
@@ -51,7 +55,7 @@ class Mamba2(nn.Module):
     A_log, D and the step sizes' bias stay fp32 in a model of any dtype; the state is computed in fp32.
     """
 
-    fp32_parameters = ("A_log", "D", "dt_bias")
+    keeps_float32 = ("A_log", "D", "dt_bias")
 
     def __init__(
         self,
@@ -109,6 +113,13 @@ class Mamba2(nn.Module):
             inner = checkpoint(self._mixed, projected, document_lengths, use_reentrant=False, preserve_rng_state=False)
             return self.out_proj(inner)
         return self.out_proj(self._mixed(projected, document_lengths))
+
+    def reset_parameters(self) -> None:
+        """Gives the heads rates of 1 to H, a skip of one, and step sizes of a hundredth."""
+        with torch.no_grad():
+            self.A_log.copy_(torch.arange(1.0, self.A_log.shape[0] + 1).log())
+        nn.init.ones_(self.D)
+        nn.init.constant_(self.dt_bias, math.log(math.expm1(0.01)))
 
     def new_cache(self, *, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device) -> StateCache:
         """An empty cache; `capacity` has no part in it, because a state has one size."""

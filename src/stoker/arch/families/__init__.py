@@ -6,7 +6,7 @@ Adding a family is one file here, one line in `FAMILIES`, one parity test and on
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from stoker.arch.families import llama
+from stoker.arch.families import bamba, falcon_h1, granite_hybrid, jamba, llama, mamba, mamba2, nemotron_h
 from stoker.arch.spec import ArchSpec, WeightEntry
 from stoker.errors import ModelError
 
@@ -23,7 +23,18 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: dict[str, Family] = {"llama": llama, "mistral": llama}
+FAMILIES: dict[str, Family] = {
+    "llama": llama,
+    "mistral": llama,
+    "mamba": mamba,
+    "falcon_mamba": mamba,
+    "mamba2": mamba2,
+    "falcon_h1": falcon_h1,
+    "jamba": jamba,
+    "bamba": bamba,
+    "nemotron_h": nemotron_h,
+    "granitemoehybrid": granite_hybrid,
+}
 """The native `model_type`s and the module that reads each."""
 
 

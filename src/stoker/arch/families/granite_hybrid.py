@@ -1,0 +1,89 @@
+"""Granite 4 hybrids: Mamba-2 layers with attention layers among them, Granite's multipliers, a shared feed-forward.
+
+The feed-forward of a model without experts is what its code calls the shared one. Checked against transformers 5.24:
+`configuration_granitemoehybrid.py`, `modeling_granitemoehybrid.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from stoker.arch.families import state_space
+from stoker.arch.families.common import read_heads, refuse_dropout
+from stoker.arch.families.names import SEPARATE, Names, entries
+from stoker.arch.families.reader import ConfigReader
+from stoker.arch.families.rope import read_rope
+from stoker.arch.spec import ArchSpec, AttentionSpec, GatedSpec, LayerSpec, NormSpec, WeightEntry
+
+_NAMES = Names(
+    layers={
+        **SEPARATE,
+        "mixer_norm": "input_layernorm",
+        **state_space.mamba2_names(),
+        "feed_forward.gate_up": "shared_mlp.input_linear",
+        "feed_forward.down": "shared_mlp.output_linear",
+    }
+)
+
+
+def read(config: Mapping[str, Any], where: str) -> ArchSpec:
+    """The spec of a "granitemoehybrid" configuration; raises ModelError for what it does not compute."""
+    reader = ConfigReader(config, where, {})
+    reader.require("hidden_act", "silu", fix="Only silu is native.")
+    refuse_dropout(reader, "attention_dropout")
+    if reader.get("num_local_experts", 8):
+        raise reader.error(
+            f"num_local_experts = {reader.get('num_local_experts', 8)}: experts are not native for this model yet.",
+            fix="Granite 4 models without experts run, such as ibm-granite/granite-4.0-h-1b.",
+        )
+    hidden_size = reader.size("hidden_size", 4096)
+    max_positions = reader.size("max_position_embeddings", 2048)
+    norm = NormSpec(epsilon=reader.positive("rms_norm_eps", 1e-6))
+    mixers = {
+        "full_attention": _attention(reader, hidden_size, max_positions),
+        "linear_attention": state_space.mamba2(reader, hidden_size, norm=norm),
+    }
+    feed_forward = GatedSpec(intermediate_size=reader.size("shared_intermediate_size", 1024))
+    residual_scale = reader.positive("residual_multiplier", 1.0)
+    return ArchSpec(
+        family="granite_hybrid",
+        model_type=config["model_type"],
+        vocab_size=reader.size("vocab_size", 32000),
+        hidden_size=hidden_size,
+        max_positions=max_positions,
+        layers=tuple(
+            LayerSpec(mixer=mixers[kind], feed_forward=feed_forward, norm=norm, residual_scale=residual_scale)
+            for kind in _kinds(reader)
+        ),
+        final_norm=norm,
+        tied_head=reader.flag("tie_word_embeddings", False),
+        embedding_scale=reader.positive("embedding_multiplier", 1.0),
+        logit_scale=1 / reader.positive("logits_scaling", 1.0),
+    )
+
+
+def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
+    """Every parameter of a `Decoder` built from `spec`, with the Hugging Face tensors it holds."""
+    return entries(spec, _NAMES)
+
+
+def _kinds(reader: ConfigReader) -> list[str]:
+    num_layers = reader.size("num_hidden_layers", 32)
+    values = reader.get("layer_types", reader.get("layers_block_type")) or ["linear_attention"] * num_layers
+    kinds = state_space.layer_types(reader, values)
+    if len(kinds) != num_layers:
+        raise reader.error(f"layer_types has {len(kinds)} entries, but num_hidden_layers = {num_layers}.")
+    return kinds
+
+
+def _attention(reader: ConfigReader, hidden_size: int, max_positions: int) -> AttentionSpec:
+    rope = None
+    if reader.get("position_embedding_type") == "rope":
+        _, _, head_dim = read_heads(reader, hidden_size)
+        rope = read_rope(reader, head_dim=head_dim, max_positions=max_positions)
+    return state_space.attention(
+        reader,
+        hidden_size,
+        rope=rope,
+        bias=reader.flag("attention_bias", False),
+        scale=reader.positive("attention_multiplier", 1.0),
+    )

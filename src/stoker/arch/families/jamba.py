@@ -1,0 +1,86 @@
+"""Jamba: Mamba-1 layers with an attention layer every so many, dense and expert feed-forwards (arXiv:2403.19887).
+
+Attention has no positions. Checked against transformers 5.24: `configuration_jamba.py`, `modeling_jamba.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from stoker.arch.families import state_space
+from stoker.arch.families.common import refuse_dropout
+from stoker.arch.families.names import SEPARATE, Names, entries
+from stoker.arch.families.reader import ConfigReader
+from stoker.arch.spec import ArchSpec, GatedSpec, LayerSpec, Mamba1Spec, MixerSpec, NormSpec, WeightEntry
+
+_NAMES = Names(
+    layers={
+        **SEPARATE,
+        "mixer_norm": "input_layernorm",
+        **state_space.mamba1_names(),
+        "feed_forward_norm": "pre_ff_layernorm",
+        "feed_forward.gate_up": ("feed_forward.gate_proj", "feed_forward.up_proj"),
+        "feed_forward.down": "feed_forward.down_proj",
+    },
+    final_norm="model.final_layernorm",
+)
+
+
+def read(config: Mapping[str, Any], where: str) -> ArchSpec:
+    """The spec of a "jamba" configuration; raises ModelError for what it does not compute."""
+    reader = ConfigReader(config, where, {"num_key_value_heads": 8})
+    reader.require("hidden_act", "silu", fix="Only silu is native.")
+    refuse_dropout(reader, "attention_dropout")
+    hidden_size = reader.size("hidden_size", 4096)
+    norm = NormSpec(epsilon=reader.positive("rms_norm_eps", 1e-6))
+    return ArchSpec(
+        family="jamba",
+        model_type=config["model_type"],
+        vocab_size=reader.size("vocab_size", 65536),
+        hidden_size=hidden_size,
+        max_positions=reader.size("max_position_embeddings", 262144),
+        layers=_layers(reader, hidden_size, norm),
+        final_norm=norm,
+        tied_head=reader.flag("tie_word_embeddings", False),
+    )
+
+
+def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
+    """Every parameter of a `Decoder` built from `spec`, with the Hugging Face tensors it holds."""
+    return entries(spec, _NAMES)
+
+
+def _layers(reader: ConfigReader, hidden_size: int, norm: NormSpec) -> tuple[LayerSpec, ...]:
+    attention = state_space.attention(reader, hidden_size, rope=None)
+    state_space_mixer = _state_space(reader, hidden_size, norm)
+    dense = GatedSpec(intermediate_size=reader.size("intermediate_size", 14336))
+    layers = []
+    for index in range(reader.size("num_hidden_layers", 32)):
+        is_attention = _falls_on(reader, "attn_layer", index, period=8, offset=4)
+        if _falls_on(reader, "expert_layer", index, period=2, offset=1) and reader.size("num_experts", 16) > 1:
+            raise reader.error(
+                f"layer {index} has {reader.size('num_experts', 16)} experts, which are not native for this model yet.",
+                fix="Jamba models without experts run (num_experts: 1), such as Jamba2-3B or Jamba-Reasoning-3B.",
+            )
+        mixer: MixerSpec = attention if is_attention else state_space_mixer
+        layers.append(LayerSpec(mixer=mixer, feed_forward=dense, norm=norm))
+    return tuple(layers)
+
+
+def _state_space(reader: ConfigReader, hidden_size: int, norm: NormSpec) -> Mamba1Spec:
+    return Mamba1Spec(
+        inner_size=reader.size("mamba_expand", 2) * hidden_size,
+        state_size=reader.size("mamba_d_state", 16),
+        conv_kernel=reader.size("mamba_d_conv", 4),
+        time_step_rank=state_space.time_step_rank(reader, "mamba_dt_rank", hidden_size),
+        conv_bias=reader.flag("mamba_conv_bias", True),
+        bias=reader.flag("mamba_proj_bias", False),
+        parameter_norm=norm,
+    )
+
+
+def _falls_on(reader: ConfigReader, kind: str, index: int, *, period: int, offset: int) -> bool:
+    """Whether layer `index` is one of those that come every `period` layers, from `offset` on."""
+    found = reader.get(f"{kind}_offset", offset)
+    if not isinstance(found, int) or found < 0:
+        raise reader.error(f"{kind}_offset = {found!r} is not a whole number of at least 0.")
+    return index % reader.size(f"{kind}_period", period) == found

@@ -1,0 +1,56 @@
+"""Mamba and Falcon-Mamba: a stack of Mamba-1 mixers without feed-forwards (arXiv:2312.00752, arXiv:2410.05355).
+
+Falcon-Mamba norms B, C and the step sizes, without weights. Checked against transformers 5.24:
+`configuration_mamba.py`, `configuration_falcon_mamba.py`, and the modelling files beside them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from stoker.arch.families import state_space
+from stoker.arch.families.names import Names, entries
+from stoker.arch.families.reader import ConfigReader
+from stoker.arch.families.stored import stored_quantization
+from stoker.arch.spec import ArchSpec, LayerSpec, Mamba1Spec, NormSpec, WeightEntry
+
+NAMES = Names(
+    layers={"mixer_norm": "norm", **state_space.mamba1_names(theirs="mixer")},
+    layer="backbone.layers.{}",
+    embedding="backbone.embeddings",
+    final_norm="backbone.norm_f",
+)
+
+
+def read(config: Mapping[str, Any], where: str) -> ArchSpec:
+    """The spec of a "mamba" or "falcon_mamba" configuration; raises ModelError for what it does not compute."""
+    reader = ConfigReader(config, where, {})
+    reader.require("hidden_act", "silu", fix="Only silu is native.")
+    stored_quantization(config, where)
+    hidden_size = reader.size("hidden_size", 768)
+    is_falcon = config["model_type"] == "falcon_mamba"
+    mixer = Mamba1Spec(
+        # A configuration may carry an inner size that is not `expand` times the hidden size; it counts.
+        inner_size=reader.size("intermediate_size", reader.size("expand", 2) * hidden_size),
+        state_size=reader.size("state_size", 16),
+        conv_kernel=reader.size("conv_kernel", 4),
+        time_step_rank=state_space.time_step_rank(reader, "time_step_rank", hidden_size),
+        conv_bias=reader.flag("use_conv_bias", True),
+        bias=reader.flag("use_bias", False),
+        parameter_norm=NormSpec(epsilon=reader.positive("mixer_rms_eps", 1e-6), weight=False) if is_falcon else None,
+    )
+    norm = NormSpec(epsilon=reader.positive("layer_norm_epsilon", 1e-5))
+    return ArchSpec(
+        family="mamba",
+        model_type=config["model_type"],
+        vocab_size=reader.size("vocab_size", 50280),
+        hidden_size=hidden_size,
+        max_positions=state_space.UNBOUNDED_POSITIONS,
+        layers=(LayerSpec(mixer=mixer, feed_forward=None, norm=norm),) * reader.size("num_hidden_layers", 32),
+        final_norm=norm,
+        tied_head=reader.flag("tie_word_embeddings", True),
+    )
+
+
+def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
+    """Every parameter of a `Decoder` built from `spec`, with the Hugging Face tensors it holds."""
+    return entries(spec, NAMES)
