@@ -95,10 +95,17 @@ def _files(config: RunConfig) -> Iterator[tuple[ConfigPath, Problem]]:
     if tokenizer and not places.exists(tokenizer) and not places.may_be_model_id(tokenizer):
         what, fix = places.missing(tokenizer)
         yield ("model", "tokenizer"), Problem(f"model.tokenizer: {what}.", fix=fix)
-    if template and template not in shipped_templates() and not places.exists(template):
+    if template and not _is_template(template):
         known = ", ".join(shipped_templates())
         what = f"model.chat_template = {template} is neither a template that comes with Stoker nor a file."
         yield ("model", "chat_template"), Problem(what, fix=f"Use one of {known}, or name a Jinja file.")
+
+
+def _is_template(choice: str) -> bool:
+    """Whether a choice is a shipped template's name, the tokenizer's own, Jinja itself, or a file."""
+    name = choice.removeprefix("tokenizer_default_fallback_")
+    is_jinja = "{{" in choice or "{%" in choice
+    return choice == "tokenizer_default" or is_jinja or name in shipped_templates() or places.exists(choice)
 
 
 def shipped_templates() -> tuple[str, ...]:

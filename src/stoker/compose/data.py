@@ -13,6 +13,7 @@ from stoker.config.row_formats import expanded
 from stoker.config.schema import Pretrain, RunConfig, Source
 from stoker.data.audit import Audit, problems, warnings
 from stoker.data.loader import Documents, StepLoader
+from stoker.data.options import ChatOptions, PromptTexts
 from stoker.data.prepare import Prepared, SourceOptions, prepare, split
 from stoker.errors import DataError, Problem
 
@@ -104,7 +105,8 @@ def _prepare(
             tokenizer=tokenizer,
             sequence_length=data.sequence_length,
             train_on=data.train_on if isinstance(data.train_on, str) else tuple(data.train_on),
-            train_on_end_of_turn=data.train_on_end_of_turn not in ("none", False),
+            train_on_end_of_turn=data.train_on_end_of_turn,
+            end_of_turn_tokens=tuple(data.end_of_turn_tokens),
             template=config.model.chat_template,
             on_bad_row=data.on_bad_row,
             on_long="split" if isinstance(config.task, Pretrain) else data.on_long,
@@ -116,6 +118,8 @@ def _prepare(
 def _options(source: Source) -> SourceOptions:
     source = expanded(source)
     path = str(builtin.resolve_rows(source.path)) if builtin.is_builtin(source.path) else source.path
+    chat = source.chat.model_dump()
+    train_on = chat.pop("train_on")
     return SourceOptions(
         path=path,
         format=source.format,
@@ -124,6 +128,12 @@ def _options(source: Source) -> SourceOptions:
         name=source.name,
         limit=source.limit,
         file_type=source.file_type,
+        chat=ChatOptions(
+            **chat,
+            message_properties=source.fields.message_properties,
+            train_on=(train_on,) if isinstance(train_on, str) else None if train_on is None else tuple(train_on),
+        ),
+        prompt=PromptTexts(**source.prompt.model_dump()),
     )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from stoker.nn.decoder import Decoder
+    from stoker.models.open import Model
 
 Message = Mapping[str, str]
 
@@ -28,7 +28,7 @@ class Session:
     """A loaded model that answers; `dtype` is what its matrix products run in on `device`."""
 
     base: Base
-    decoder: "Decoder"
+    decoder: "Model"
     tokenizer: "PreTrainedTokenizerBase"
     device: str
     dtype: "torch.dtype"
@@ -92,13 +92,13 @@ class Session:
     def _end_of_turn(self) -> set[int]:
         """Returns the special token that the chat template writes right after an answer, if it writes one."""
         from stoker.data.template import resolve
-        from stoker.data.tokenize import Piece, Tokenizer, spans_to_train
+        from stoker.data.tokenize import Piece, Span, Tokenizer
 
         if not self.tokenizer.chat_template:
             return set()
         exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         rendered = resolve(self.tokenizer).render(exchange)
-        spans = spans_to_train(rendered, train_on=("assistant",), use_generated=False)
+        spans = tuple(Span(turn.start, turn.end) for turn in rendered.turns if turn.role == "assistant")
         (document,) = Tokenizer(self.tokenizer).documents([Piece(rendered.text, spans)])
         return {int(document.ids[end]) for _, end in document.turns if end >= 0}
 
@@ -110,19 +110,27 @@ class Session:
 
 
 def open_session(
-    name: str, *, base: str | None = None, device: str = "auto", quantization: str | None = None
+    name: str,
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    quantization: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Session:
     """Loads what `name` stands for: a run's folder, an adapter's folder, or a model.
 
     `quantization` is the format of the base's linear weights. None: the one that the run trained on, whose rounding
-    the adapter has learned to make up for; the model's own for anything but a run.
+    the adapter has learned to make up for; the model's own for anything but a run. `revision` is that of a Hub id;
+    `trust_remote_code` lets code that comes with the model run, as a run's configuration may.
 
     Raises:
         ModelError: it cannot be found or loaded.
         ConfigError: the device does not exist here.
     """
     found = artifact.find(name, base=base)
-    opened = open_base(found.base, revision=found.revision)
+    trusted = trust_remote_code or found.trust_remote_code
+    opened = open_base(found.base, revision=revision or found.revision, trust_remote_code=trusted)
     tokenizer = load_tokenizer(opened, override=found.tokenizer)
     chosen = choose_device(device)
     kind, dtype = chosen.kind, _decoding_dtype(chosen)
@@ -139,7 +147,7 @@ def _kernels(device: Device) -> str:
     return "triton" if device.kind == "cuda" and device.triton else "reference"
 
 
-def _load_adapter(decoder: "Decoder", folder: Path) -> Adapter:
+def _load_adapter(decoder: "Model", folder: Path) -> Adapter:
     """Puts a saved adapter on the model and returns its settings as a configuration would write them."""
     from stoker.adapters.lora import lora_layers
     from stoker.export import adapter

@@ -57,8 +57,10 @@ class Audit:
     """Source -> format and why it was taken for that."""
     template: str = "none"
     """Where the chat template comes from and how trained text is found in it."""
-    searched_rows: int = 0
-    """Rows whose contents had to be searched for in the rendered text."""
+    rows_by_turn: int = 0
+    """Rows in which trained text was told by what the template prints for each message."""
+    row_kind: str = "documents"
+    """What rows are: "documents" to learn, "pairs" of a better and a worse answer, or "labelled" documents."""
 
     @property
     def trained_share(self) -> float:
@@ -91,6 +93,8 @@ class Tally:
         self.end_tokens: Counter[str] = Counter()
         self.roles: Counter[str] = Counter()
         self.formats: dict[str, str] = {}
+        self.templates: dict[str, None] = {}
+        self.row_kind = "documents"
         self.bad_row_examples: list[str] = []
         self.untrained_examples: list[str] = []
         self.lengths: Counter[int] = Counter()
@@ -125,7 +129,7 @@ class Tally:
             if len(self.untrained_examples) < MAX_EXAMPLES:
                 self.untrained_examples.append(where)
 
-    def audit(self, *, template: str, train_on: Sequence[str], end_of_turn_wanted: bool) -> Audit:
+    def audit(self, *, train_on: Sequence[str], end_of_turn_wanted: bool) -> Audit:
         """Returns what was counted."""
         counts: dict[str, Any] = dict(self.counts)
         return Audit(
@@ -140,7 +144,8 @@ class Tally:
             roles=dict(self.roles.most_common()),
             train_on=tuple(train_on),
             formats=self.formats,
-            template=template,
+            template="; ".join(self.templates) or "none",
+            row_kind=self.row_kind,
         )
 
 
@@ -199,11 +204,11 @@ def warnings(audit: Audit) -> list[Problem]:
         found.append(
             Problem(f"{audit.special_in_content:,} rows hold the text of a special token, which is read as that token.")
         )
-    if audit.searched_rows:
+    if audit.rows_by_turn:
         found.append(
             Problem(
-                f"in {audit.searched_rows:,} rows trained text was found by searching, since the chat template changes "
-                "contents.",
+                f"in {audit.rows_by_turn:,} rows the chat template changes contents; what trains there is what it "
+                "prints for each message.",
                 fix="Look at some of them with `stoker inspect`.",
             )
         )

@@ -24,25 +24,30 @@ MARK = re.compile("([\U000f0000-\U0010ffff])")
 
 @dataclass(frozen=True)
 class Turn:
-    """The content of message number `message` stands at `text[start:end]`."""
+    """The content of message number `message` stands at `text[start:end]`.
+
+    `whole`: it is all that the template prints for the message after the prompt for an answer, its end included.
+    """
 
     message: int
     role: str
     start: int
     end: int
+    whole: bool = False
 
 
 @dataclass(frozen=True)
 class Rendered:
     """A conversation's text, where its contents are (in the text's order), and what `{% generation %}` encloses.
 
-    `searched`: the contents were searched for, because marking would have changed the text.
+    `by_turns`: positions come from what the template prints for each message, because marks in the contents would have
+    changed the text.
     """
 
     text: str
     turns: tuple[Turn, ...]
     generated: tuple[tuple[int, int], ...] = ()
-    searched: bool = False
+    by_turns: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,21 @@
 """From sources to tokenised, masked documents: read, convert, render, tokenise, count, keep."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stoker.data import cache, formats, sources, template
+from stoker.data import cache, formats, rows, sources
 from stoker.data.audit import Audit, Tally
-from stoker.data.formats import Conversation, Text
-from stoker.data.marks import Rendered
+from stoker.data.options import END_OF_TURN, ChatOptions, PromptTexts, Reading
 from stoker.data.pack import split_long
 from stoker.data.prepared import Prepared, Selection
 from stoker.data.readers import Row
-from stoker.data.template import ChatTemplate
-from stoker.data.tokenize import Document, Piece, Tokenizer, spans_to_train
+from stoker.data.rows import RowReader, Training
+from stoker.data.tokenize import Document, Tokenizer
 from stoker.errors import DataError
 
 __all__ = ["Prepared", "Selection", "SourceOptions", "prepare", "split"]
@@ -31,8 +30,9 @@ _SAMPLE_ROWS = 32
 class SourceOptions:
     """One source of rows: a file, folder, glob or Hub id in `path`, or the rows themselves in `rows`.
 
-    `format` is a name of `formats.FORMATS` or "auto"; `fields` maps our field names to the source's; `split`, `name`
-    (a configuration) apply to Hub ids; `limit` takes the first rows only; `file_type` overrides the file's suffix.
+    `format` is a name of `formats.FORMATS` or "auto"; `fields` maps our field names to the source's; `chat` and
+    `prompt` say how its conversations and prompts are read; `split`, `name` (a configuration) apply to Hub ids; `limit`
+    takes the first rows only; `file_type` overrides the file's suffix.
     """
 
     path: str | None = None
@@ -43,6 +43,13 @@ class SourceOptions:
     name: str | None = None
     limit: int | None = None
     file_type: str | None = None
+    chat: ChatOptions = field(default_factory=ChatOptions)
+    prompt: PromptTexts = field(default_factory=PromptTexts)
+
+    @property
+    def reading(self) -> Reading:
+        """How its rows are read."""
+        return Reading(self.fields, self.chat, self.prompt)
 
 
 def prepare(
@@ -51,7 +58,8 @@ def prepare(
     tokenizer: Any,
     sequence_length: int,
     train_on: str | Sequence[str] = "assistant",
-    train_on_end_of_turn: bool = True,
+    train_on_end_of_turn: bool | str = True,
+    end_of_turn_tokens: Sequence[str] = (),
     template: str | None = None,
     on_bad_row: str = "stop",
     on_long: str = "truncate",
@@ -60,8 +68,10 @@ def prepare(
 ) -> Prepared:
     """Returns the sources as masked documents of at most `sequence_length` tokens.
 
-    - `train_on`: "assistant", "all" or roles; `train_on_end_of_turn`: whether the token that ends such a turn trains.
-    - `template`: None for the tokenizer's own, a name of `template.NAMED` or a Jinja file.
+    - `train_on`: "assistant", "all" or roles.
+    - `train_on_end_of_turn`: whose end-of-turn token trains: "turn" (or True) of such turns, "all", "last", "none" (or
+      False); `end_of_turn_tokens`: what may end a turn, unless the first special token after it.
+    - `template`: None for the tokenizer's own, a name of `template.NAMED`, a Jinja file or Jinja itself.
     - `on_bad_row`: "stop" or "skip"; `on_long`: "truncate", "drop", "stop" or "split" (into pieces).
     - `cache_folder`: where prepared data is kept by content; None keeps it in memory only.
     - `progress`: called with the number of rows done so far.
@@ -71,16 +81,19 @@ def prepare(
     """
     if on_bad_row not in ON_BAD_ROW or on_long not in ON_LONG:
         raise ValueError(f"on_bad_row is one of {ON_BAD_ROW}, on_long one of {ON_LONG}")
+    end_of_turn = {True: "turn", False: "none"}.get(train_on_end_of_turn, train_on_end_of_turn)  # type: ignore[arg-type]
+    if end_of_turn not in END_OF_TURN:
+        raise ValueError(f"train_on_end_of_turn is true, false or one of {END_OF_TURN}")
     if sequence_length < 2:
         raise ValueError(f"sequence_length must be at least 2, got {sequence_length}")
     job = _Job(
         sources=[_Opened.find(options) for options in sources],
-        tokenizer=Tokenizer(tokenizer, train_on_end_of_turn=train_on_end_of_turn),
+        tokenizer=Tokenizer(tokenizer, end_of_turn_tokens=end_of_turn_tokens),
         hf_tokenizer=tokenizer,
         template_choice=template,
         sequence_length=sequence_length,
-        train_on=(train_on,) if isinstance(train_on, str) else tuple(train_on),
-        train_on_end_of_turn=train_on_end_of_turn,
+        training=Training((train_on,) if isinstance(train_on, str) else tuple(train_on), end_of_turn),
+        end_of_turn_tokens=tuple(end_of_turn_tokens),
         on_bad_row=on_bad_row,
         on_long=on_long,
         progress=progress,
@@ -145,7 +158,7 @@ class _Opened:
     def identity(self) -> dict[str, Any]:
         options = self.options
         content = self.source.fingerprint() if self.source else sources.fingerprint_of_list(options.rows or ())
-        return {"content": content, "format": options.format, "fields": dict(options.fields), "limit": options.limit}
+        return {"content": content, "limit": options.limit}
 
 
 @dataclass
@@ -157,36 +170,37 @@ class _Job:
     hf_tokenizer: Any
     template_choice: str | None
     sequence_length: int
-    train_on: tuple[str, ...]
-    train_on_end_of_turn: bool
+    training: Training
+    end_of_turn_tokens: tuple[str, ...]
     on_bad_row: str
     on_long: str
     progress: Callable[[int], None] | None
     tally: Tally = field(default_factory=Tally)
-    template: ChatTemplate | None = None
 
     def identity(self) -> dict[str, Any]:
         """Everything that shapes the result."""
         return {
-            "sources": [source.identity() for source in self.sources],
+            "sources": [source.identity() | self._reading_identity(source.options) for source in self.sources],
             "tokenizer": cache.tokenizer_fingerprint(self.hf_tokenizer),
-            "template": template.source_of(self.hf_tokenizer, self.template_choice),
             "sequence_length": self.sequence_length,
-            "train_on": self.train_on,
-            "train_on_end_of_turn": self.train_on_end_of_turn,
+            "training": asdict(self.training),
+            "end_of_turn_tokens": self.end_of_turn_tokens,
             "on_bad_row": self.on_bad_row,
             "on_long": self.on_long,
             "libraries": cache.library_versions(),
         }
+
+    def _reading_identity(self, options: SourceOptions) -> dict[str, Any]:
+        return rows.identity(options.format, options.reading, self.hf_tokenizer, self.template_choice)
 
     def run(self, folder: Path | None = None, notices: tuple[str, ...] = ()) -> Prepared:
         """Prepares all rows, into `folder` or into memory."""
         done = 0
         with cache.MemoryWriter() if folder is None else cache.FolderWriter(folder) as writer:
             for source in self.sources:
-                form, rows = self._opened(source)
-                while chunk := list(islice(rows, _CHUNK_ROWS)):
-                    self._chunk(chunk, form, source.options.fields, writer)
+                reader, found = self._opened(source)
+                while chunk := list(islice(found, _CHUNK_ROWS)):
+                    self._chunk(chunk, reader, writer)
                     done += len(chunk)
                     if self.progress:
                         self.progress(done)
@@ -194,13 +208,13 @@ class _Job:
         return Prepared(prepared.ids, prepared.trained, prepared.offsets, prepared.audit, notices)
 
     def _audit(self) -> Audit:
-        used = "none" if self.template is None else f"{self.template.origin}, by {self.template.method}"
-        return self.tally.audit(template=used, train_on=self.train_on, end_of_turn_wanted=self.train_on_end_of_turn)
+        wanted = self.training.end_of_turn != "none"
+        return self.tally.audit(train_on=self.training.train_on, end_of_turn_wanted=wanted)
 
-    def _opened(self, source: _Opened) -> tuple[formats.Format, Iterator[Row]]:
-        """Returns the source's format, detected on its first rows if not declared, and its rows."""
-        rows = source.rows()
-        sample = list(islice(rows, _SAMPLE_ROWS))
+    def _opened(self, source: _Opened) -> tuple[RowReader, Iterator[Row]]:
+        """Returns the reader for the source's format, detected on its first rows if not declared, and its rows."""
+        found = source.rows()
+        sample = list(islice(found, _SAMPLE_ROWS))
         if not sample:
             raise DataError(
                 "the source holds no rows.", where=source.label, fix="Check the file, or remove the source."
@@ -215,23 +229,45 @@ class _Job:
         else:
             form, reason = formats.declared(options.format), "declared"
         formats.check_fields(form, options.fields, source.label)
+        self._one_kind(form, source.label)
         self.tally.formats[source.label] = f"{form.name} ({reason})"
-        if form.is_chat and self.template is None:
-            self.template = template.resolve(self.hf_tokenizer, self.template_choice)
-        return form, chain(sample, rows)
+        reader = RowReader(
+            form,
+            options.reading,
+            training=self.training,
+            tokenizer=self.hf_tokenizer,
+            template_choice=self.template_choice,
+            tally=self.tally,
+        )
+        reader.ready(good)
+        return reader, chain(sample, found)
 
-    def _chunk(self, rows: list[Row], form: formats.Format, fields: Mapping[str, str], writer: cache.Writer) -> None:
-        places, pieces = [], []
-        for row in rows:
+    def _one_kind(self, form: formats.Format, label: str) -> None:
+        """Documents, pairs and labelled rows are trained on in different ways, so they do not mix."""
+        if self.tally.formats and form.kind != self.tally.row_kind:
+            raise DataError(
+                f"its rows are {form.kind} ({form.name}), those of the sources before it {self.tally.row_kind}.",
+                where=label,
+                fix="Prepare them in runs of their own.",
+            )
+        self.tally.row_kind = form.kind
+
+    def _chunk(self, found: list[Row], reader: RowReader, writer: cache.Writer) -> None:
+        places, counts, pieces = [], [], []
+        for row in found:
             try:
                 if row.error is not None:
                     raise DataError(row.error)
-                pieces.append(self._piece(formats.convert(form, row.value, fields)))
-                places.append(row.where)
+                of_row = reader.pieces(row.value)
             except DataError as error:
                 self._bad_row(row, error)
-        for where, document in zip(places, self.tokenizer.documents(pieces), strict=True):
-            self._keep(where, document, writer)
+                continue
+            pieces.extend(of_row)
+            counts.append(len(of_row))
+            places.append(row.where)
+        documents = iter(self.tokenizer.documents(pieces))
+        for where, count in zip(places, counts, strict=True):
+            self._keep(where, list(islice(documents, count)), writer)
 
     def _bad_row(self, row: Row, error: DataError) -> None:
         problem = error.problems[0]
@@ -240,66 +276,37 @@ class _Job:
             raise DataError(problem.what, where=row.where, fix=f"{fix}(data.on_bad_row: skip leaves such rows out.)")
         self.tally.bad_row(f"{row.where}: {problem.what}")
 
-    def _piece(self, converted: Conversation | Text) -> Piece:
-        if isinstance(converted, Text):
-            return Piece(converted.text)
-        assert self.template is not None
-        by_tags = self.template.has_generation_tags and self.train_on == ("assistant",)
-        if not by_tags:
-            self._refuse_tool_calls(converted)
-        roles = None if "all" in self.train_on else self.train_on
-        rendered = self.template.render(converted.messages, tools=converted.tools, roles=roles)
-        self._count_roles(converted, rendered)
-        spans = spans_to_train(rendered, train_on=self.train_on, use_generated=by_tags)
-        return Piece(rendered.text, spans, tuple((turn.start, turn.end) for turn in rendered.turns))
-
-    def _refuse_tool_calls(self, conversation: Conversation) -> None:
-        for index, message in enumerate(conversation.messages):
-            if message.get("tool_calls") and self._trains(message["role"]):
-                raise DataError(
-                    f"message {index} ({message['role']}) calls tools, and the chat template does not say which of its "
-                    "text the model writes.",
-                    fix="Use a chat template with {% generation %} tags and data.train_on: assistant.",
-                )
-
-    def _trains(self, role: str) -> bool:
-        return "all" in self.train_on or role in self.train_on
-
-    def _count_roles(self, conversation: Conversation, rendered: Rendered) -> None:
-        self.tally.counts["searched_rows"] += rendered.searched
-        shown = {turn.message for turn in rendered.turns}
-        for index, message in enumerate(conversation.messages):
-            self.tally.roles[message["role"]] += 1
-            if self._trains(message["role"]) and index not in shown and message.get("content"):
-                self.tally.counts["turns_not_rendered"] += 1
-
-    def _keep(self, where: str, document: Document, writer: cache.Writer) -> None:
-        """Applies the limit of length, counts, and writes."""
-        counts, limit, length = self.tally.counts, self.sequence_length, len(document.ids)
-        pieces = [(document.ids, document.trained)]
+    def _keep(self, where: str, documents: list[Document], writer: cache.Writer) -> None:
+        """Applies the limit of length to a row's documents, counts, and writes. The two of a pair go the same way."""
+        counts, limit = self.tally.counts, self.sequence_length
+        length = max(len(document.ids) for document in documents)
+        on_long = "truncate" if self.on_long == "split" and len(documents) > 1 else self.on_long
         if length > limit:
-            if self.on_long == "stop":
+            if on_long == "stop":
                 raise DataError(
                     f"the row has {length:,} tokens, more than data.sequence_length = {limit:,}.",
                     where=where,
                     fix="Raise data.sequence_length, or set data.on_long to truncate or drop.",
                 )
-            counts[_LONG_COUNTS[self.on_long]] += 1
-            if self.on_long == "drop":
+            counts[_LONG_COUNTS[on_long]] += 1
+            if on_long == "drop":
                 return
-            if self.on_long == "truncate":
+        counts["rows"] += 1
+        for document in documents:
+            length = len(document.ids)
+            pieces = [(document.ids, document.trained)]
+            if length > limit and on_long == "truncate":
                 counts["truncated_tokens"] += length - limit
                 pieces = [(document.ids[:limit], document.trained[:limit])]
-            else:
+            elif length > limit:
                 pieces = split_long(document.ids, document.trained, limit)
-        self._count_turns(document, length if self.on_long == "split" else limit)
-        for ids, trained in pieces:
-            self.tally.document(where, length=len(ids), num_trained=int(np.count_nonzero(trained)))
-            writer.add(ids, trained)
+            self._count_turns(document, length if on_long == "split" else limit)
+            for ids, trained in pieces:
+                self.tally.document(where, length=len(ids), num_trained=int(np.count_nonzero(trained)))
+                writer.add(ids, trained)
 
     def _count_turns(self, document: Document, limit: int) -> None:
         counts = self.tally.counts
-        counts["rows"] += 1
         counts["doubled_bos"] += document.doubled_bos
         counts["special_in_content"] += document.special_in_content
         for first, end in document.turns:

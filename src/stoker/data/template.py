@@ -9,10 +9,12 @@ text and every position, in time linear in the conversation.
 Marks change what a template sees, so a template that looks into contents (`startswith`, `split`, ...) could render
 otherwise. The text that Transformers renders from the unmarked messages is the truth: the first rows of a dataset are
 compared with it, and every row if the template does more with contents than print and trim them. Where the two
-differ, only the contents that train are marked, and if that does not help, contents are searched for, in order, in
-Transformers' text.
+differ, only the contents that train are marked. If that does not help, or if a message calls tools, whose text no
+content tells, the template says which text each turn of its loop over the messages prints
+(`stoker.data.template_turns`). What cannot be placed with certainty is an error that names the message.
 """
 
+import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -23,25 +25,38 @@ from typing import Any
 import jinja2
 
 from stoker.data import marks
-from stoker.data.marks import Rendered, Slot, Turn
+from stoker.data.marks import Rendered, Slot
 from stoker.data.template_engine import only_prints_contents, parse
+from stoker.data.template_turns import Turns
 from stoker.errors import DataError
 
-NAMED = ("alpaca", "chatml", "llama2", "llama3", "mistral")
+NAMED = tuple(
+    sorted(
+        entry.name.removesuffix(".jinja")
+        for entry in resources.files("stoker.data").joinpath("templates").iterdir()
+        if entry.name.endswith(".jinja")
+    )
+)
+"""Templates that come with Stoker."""
+DEFAULT = "tokenizer_default"
+"""The tokenizer's own; with `_fallback_NAME` behind it, that named template if the tokenizer has none."""
+_FALLBACK = f"{DEFAULT}_fallback_"
 CHECKED_ROWS = 32
 
 
 class ChatTemplate:
     """A compiled chat template of one tokenizer; `render` is its use.
 
-    `source` is Jinja text, `origin` says where it comes from. Raises DataError if it does not compile.
+    `source` is Jinja text, `origin` says where it comes from, `variables` are further ones that it reads. Raises
+    DataError if it does not compile.
     """
 
-    def __init__(self, source: str, *, origin: str, tokenizer: Any) -> None:
+    def __init__(self, source: str, *, origin: str, tokenizer: Any, variables: Mapping[str, Any] | None = None) -> None:
         self.source = source
         self.origin = origin
         self._tokenizer = tokenizer
-        self._variables = _template_variables(tokenizer)
+        self._extra = dict(variables or {})
+        self._variables = _template_variables(tokenizer) | self._extra
         try:
             self._template, tree = parse(source)
         except jinja2.TemplateSyntaxError as error:
@@ -52,6 +67,7 @@ class ChatTemplate:
         self._checks_all_rows = not only_prints_contents(tree)
         self._mentions_tools = "tools" in source
         self._looks_like_marks = marks.MARK.search(source) is not None
+        self._turns: Turns | None = None
         self._rows_seen = 0
 
     @property
@@ -67,12 +83,16 @@ class ChatTemplate:
         *,
         tools: Sequence[Any] | None = None,
         roles: Collection[str] | None = None,
+        by_tags: bool = False,
     ) -> Rendered:
         """Returns the conversation's text and positions.
 
         Messages are mappings with `role` and `content`; other keys go to the template as they are. `roles` are those
-        whose positions matter most (None: all): if a template trips over marks in other messages, it is tried without.
-        Raises DataError (without a place) if the template refuses the conversation or does not print it faithfully.
+        whose positions matter (None: all): if a template trips over marks in other messages, it is tried without.
+        `by_tags`: only what `{% generation %}` encloses matters.
+
+        Raises DataError (without a place) if the template refuses the conversation, or if it cannot be told where one
+        of these messages stands.
         """
         if tools and not self._mentions_tools:
             raise DataError(
@@ -81,17 +101,45 @@ class ChatTemplate:
             )
         plain = [_plain(message) for message in messages]
         self._rows_seen += 1
+        calls = () if by_tags else _calls(plain, roles)
         stand_ins = marks.stand_ins(plain)
         if self._looks_like_marks or stand_ins is None or not marks.can_be_marked(plain, tools):
-            return _search(self._render_plain(plain, tools), plain)
+            return self._by_turns(plain, tools, roles, by_tags=by_tags)
         rendered, slots = self._render_marked(plain, tools, stand_ins, None)
-        is_sure = not self._checks_all_rows and self._rows_seen > CHECKED_ROWS
+        is_sure = not self._checks_all_rows and self._rows_seen > CHECKED_ROWS and not calls
         if is_sure and not stand_ins and all(slot.core for slot in slots):
             return rendered
         truth = self._render_plain(plain, tools)
         if rendered.text != truth and roles is not None:
             rendered, _ = self._render_marked(plain, tools, stand_ins, roles)
-        return rendered if rendered.text == truth else _search(truth, plain)
+        if rendered.text != truth and by_tags:
+            rendered, _ = self._render_marked(plain, tools, stand_ins, ())
+        if rendered.text != truth:
+            return self._by_turns(plain, tools, roles, by_tags=by_tags)
+        return self.turns.with_calls(rendered, plain, tools, calls) if calls else rendered
+
+    @property
+    def turns(self) -> Turns:
+        """The template as it tells turns apart, compiled when it is first needed."""
+        if self._turns is None:
+            self._turns = Turns(self.source, self._variables, self._tokenizer, self._render_plain)
+        return self._turns
+
+    def _by_turns(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[Any] | None,
+        roles: Collection[str] | None,
+        *,
+        by_tags: bool,
+    ) -> Rendered:
+        if by_tags:
+            raise DataError(
+                "the chat template's {% generation %} tags cannot be followed through this row: private-use characters "
+                "in it look like theirs.",
+                fix="Remove private-use characters (U+F0000 and above) from the row or the template.",
+            )
+        return self.turns.render(messages, tools, roles, self._render_plain(messages, tools))
 
     def _render_marked(
         self,
@@ -112,19 +160,27 @@ class ChatTemplate:
             rendered = replace(rendered, text=rendered.text.translate(back))
         return rendered, slots
 
-    def _render_plain(self, messages: list[dict[str, Any]], tools: Sequence[Any] | None) -> str:
+    def _render_plain(
+        self, messages: list[dict[str, Any]], tools: Sequence[Any] | None, *, prompt: bool = False
+    ) -> str:
         try:
             return self._tokenizer.apply_chat_template(
-                messages, tools=list(tools) if tools else None, chat_template=self.source, tokenize=False
+                messages,
+                tools=list(tools) if tools else None,
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **self._extra,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise _refused(error) from error
 
 
-def resolve(tokenizer: Any, template: str | None = None) -> ChatTemplate:
-    """Returns the tokenizer's own template (None), a named one, or the one in a Jinja file.
+def resolve(tokenizer: Any, template: str | None = None, *, variables: Mapping[str, Any] | None = None) -> ChatTemplate:
+    """Returns the template that a choice names: the tokenizer's own (None or `tokenizer_default`), that or a named one
+    (`tokenizer_default_fallback_NAME`), a named one, a Jinja file, or Jinja itself.
 
-    Raises DataError if the tokenizer has none, or if `template` is neither a name of `NAMED` nor a file.
+    Raises DataError if the tokenizer has none, or if `template` is none of these.
     """
     source = source_of(tokenizer, template)
     if source is None:
@@ -132,22 +188,39 @@ def resolve(tokenizer: Any, template: str | None = None) -> ChatTemplate:
             "the tokenizer has no chat template, and the data is a chat.",
             fix=f"Set model.chat_template to one of {', '.join(NAMED)}, or to a Jinja file.",
         )
-    return ChatTemplate(source, origin=template or "the tokenizer's own", tokenizer=tokenizer)
+    return ChatTemplate(source, origin=_origin(tokenizer, template), tokenizer=tokenizer, variables=variables)
 
 
 def source_of(tokenizer: Any, template: str | None = None) -> str | None:
     """Returns the Jinja text of what `resolve` would compile; None if the tokenizer has no template of its own."""
-    if template is None:
+    if template is None or template == DEFAULT:
         return _own_source(tokenizer)
+    if template.startswith(_FALLBACK):
+        return _own_source(tokenizer) or source_of(tokenizer, template.removeprefix(_FALLBACK))
     if template in NAMED:
         return resources.files("stoker.data").joinpath("templates", f"{template}.jinja").read_text(encoding="utf-8")
+    if is_jinja(template):
+        return template
     path = Path(template).expanduser()
     if not path.is_file():
+        close = difflib.get_close_matches(template, NAMED, 1, 0.6)
+        hint = f"Did you mean {close[0]}? " if close else ""
         raise DataError(
             f"model.chat_template = {template!r} is neither a named template nor a file.",
-            fix=f"Use one of {', '.join(NAMED)}, or the path of a Jinja file.",
+            fix=f"{hint}Use one of {', '.join(NAMED)}, or the path of a Jinja file.",
         )
     return path.read_text(encoding="utf-8")
+
+
+def is_jinja(template: str) -> bool:
+    """Whether a choice is a template itself, and no name."""
+    return "{{" in template or "{%" in template
+
+
+def _origin(tokenizer: Any, template: str | None) -> str:
+    if template is None or template == DEFAULT or (template.startswith(_FALLBACK) and _own_source(tokenizer)):
+        return "the tokenizer's own"
+    return "given as Jinja" if is_jinja(template) else template.removeprefix(_FALLBACK)
 
 
 def _own_source(tokenizer: Any) -> str | None:
@@ -176,28 +249,14 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
 
+def _calls(messages: Sequence[Mapping[str, Any]], roles: Collection[str] | None) -> tuple[int, ...]:
+    """Returns the messages of those roles that call tools."""
+    return tuple(
+        index
+        for index, message in enumerate(messages)
+        if message.get("tool_calls") and (roles is None or message.get("role") in roles)
+    )
+
+
 def _refused(error: Exception) -> DataError:
     return DataError(f"the chat template refuses this conversation: {error}")
-
-
-def _search(text: str, messages: list[dict[str, Any]]) -> Rendered:
-    """Finds the contents in their order in a text rendered without marks."""
-    turns: list[Turn] = []
-    position = 0
-    for index, message in enumerate(messages):
-        content = message.get("content")
-        if not isinstance(content, str) or not content.strip():
-            continue
-        core = content.strip()
-        start = text.find(core, position)
-        if start < 0:
-            raise DataError(
-                f"the chat template changes the content of message {index} ({message.get('role')}), so what to train "
-                "in the rendered text is not certain.",
-                fix="Use a template with {% generation %} tags, or change the content.",
-            )
-        trail = content[content.find(core) + len(core) :]
-        position = start + len(core)
-        position += len(trail) if text.startswith(trail, position) else 0
-        turns.append(Turn(index, str(message.get("role")), start, position))
-    return Rendered(text, tuple(turns), searched=True)

@@ -60,7 +60,7 @@ def test_end_of_turn_is_no_problem_when_not_wanted():
         ({"turns_not_rendered": 1}, "leaves out 1 turns"),
         ({"turns_with_end": 7}, "3 of 10 trained turns end without a trained end"),
         ({"special_in_content": 1}, "text of a special token"),
-        ({"searched_rows": 5}, "in 5 rows trained text was found by searching"),
+        ({"rows_by_turn": 5}, "in 5 rows the chat template changes contents"),
         ({"trained_tokens": 1, "tokens": 1000}, "only 0.10% of the tokens are trained"),
     ],
 )

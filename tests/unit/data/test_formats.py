@@ -3,7 +3,8 @@ import json
 import pytest
 
 from stoker.data import formats
-from stoker.data.formats import Conversation, Text
+from stoker.data.formats import Conversation, Texts
+from stoker.data.options import ChatOptions, Reading
 from stoker.errors import DataError
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
@@ -13,9 +14,9 @@ TEXT = {"text": "hi ho"}
 HI_HO = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"})
 
 
-def converted(row, name=None, fields=None):
+def converted(row, name=None, fields=None, **chat):
     form = formats.declared(name) if name else formats.detect([row], "rows", fields=fields).format
-    return formats.convert(form, row, fields or {})
+    return formats.convert(form, row, Reading(fields or {}, ChatOptions(**chat)))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_chat_like_rows_become_the_same_messages(row):
 
 
 def test_completion_is_its_text():
-    assert converted(TEXT) == Text("hi ho")
+    assert converted(TEXT) == Texts((("hi ho", True),))
 
 
 def test_fields_rename_columns_and_keys_of_messages():
@@ -67,7 +68,7 @@ def test_fields_rename_columns_and_keys_of_messages():
     fields = {"messages": "dialog", "role": "speaker", "content": "words"}
     assert converted(row, fields=fields) == Conversation(HI_HO)
     assert converted({"q": "hi", "a": "ho"}, fields={"instruction": "q", "output": "a"}) == Conversation(HI_HO)
-    assert converted({"body": "x"}, fields={"text": "body"}) == Text("x")
+    assert converted({"body": "x"}, fields={"text": "body"}) == Texts((("x", True),))
 
 
 def test_mapping_a_field_that_the_format_lacks_is_refused():
@@ -94,7 +95,8 @@ def test_tools_and_calls_without_content_pass_through():
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     conversation = converted({"messages": [HI_HO[0], call], "tools": '[{"name": "f"}]'})
     assert conversation.tools == ({"name": "f"},)
-    assert conversation.messages[1] == {"role": "assistant", "tool_calls": [{"name": "f"}]}
+    called = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    assert conversation.messages[1] == {"role": "assistant", "tool_calls": called}
 
 
 @pytest.mark.parametrize(
@@ -102,8 +104,8 @@ def test_tools_and_calls_without_content_pass_through():
     [
         ({"text": "a"}, "field 'messages' (or 'conversations') is missing or null; the row has: text."),
         ({"messages": []}, "field 'messages' is empty."),
-        ({"messages": "hello"}, "field 'messages' is str, not a list."),
-        ({"messages": ["hello"]}, "messages[0] is str, not an object with role and content."),
+        ({"messages": "hello"}, "field 'messages' is text, not a list."),
+        ({"messages": ["hello"]}, "messages[0] is text, not an object with role and content."),
         ({"messages": [{"content": "a"}]}, "messages[0] has no 'role'; it has: content."),
         (
             {"messages": [{"role": "user", "text": "a"}]},
@@ -136,5 +138,5 @@ def test_malformed_flat_rows_say_what_is_wrong():
 
 
 def test_unknown_format_names_those_that_exist():
-    with pytest.raises(DataError, match="Use auto or one of chat, alpaca, completion"):
+    with pytest.raises(DataError, match="Use auto or one of preference, stepwise"):
         formats.declared("sharegpt")

@@ -152,7 +152,7 @@ def test_turns_that_the_template_leaves_out_are_counted(make_tokenizer):
     assert (audit.turns_not_rendered, audit.trained_tokens) == (1, 0)
 
 
-def test_calls_of_tools_train_only_with_generation_tags(make_tokenizer, trained_texts):
+def test_calls_of_tools_train_whether_or_not_the_template_tags_them(make_tokenizer, trained_texts):
     body = "{{ m.content if m.content is defined else (m.tool_calls | tojson) }}{{ eos_token }}"
     plain = "{% for m in messages %}" + body + "{% endfor %}"
     tagged = (
@@ -161,11 +161,10 @@ def test_calls_of_tools_train_only_with_generation_tags(make_tokenizer, trained_
     )
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     rows = [{"messages": [{"role": "user", "content": "hot?"}, call]}]
-    with pytest.raises(DataError, match=r"row 1: message 1 \(assistant\) calls tools"):
-        prepared(make_tokenizer(plain), rows)
-    tokenizer = make_tokenizer(tagged)
-    ids, trained = prepared(tokenizer, rows).document(0)
-    assert trained_texts(tokenizer, ids, trained) == ['[{"name": "f"}]</s>']
+    for tokenizer in (make_tokenizer(plain), make_tokenizer(tagged)):
+        ids, trained = prepared(tokenizer, rows).document(0)
+        call = '[{"type": "function", "function": {"name": "f", "arguments": {}}}]'
+        assert trained_texts(tokenizer, ids, trained) == [call + "</s>"]
 
 
 def test_tools_that_the_template_does_not_know_are_refused(chatml):

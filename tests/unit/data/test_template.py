@@ -117,13 +117,13 @@ def test_absent_tools_look_as_they_do_in_transformers(make_tokenizer):
     for _ in range(CHECKED_ROWS + 1):  # the last is not compared with Transformers' text any more
         rendered = template.render(MESSAGES)
     assert rendered.text == tokenizer.apply_chat_template(MESSAGES, tokenize=False)
-    assert not rendered.searched
+    assert not rendered.by_turns
 
 
 def test_content_that_the_template_changes_is_searched_or_refused(make_tokenizer):
     cutting = resolve(make_tokenizer("{% for m in messages %}{{ m.content[:3] }};{% endfor %}"))
     rendered = cutting.render([{"role": "user", "content": "yes"}, {"role": "assistant", "content": "yes"}])
-    assert rendered.searched
+    assert rendered.by_turns
     assert [(turn.start, turn.end) for turn in rendered.turns] == [(0, 3), (4, 7)]
     with pytest.raises(DataError, match=r"changes the content of message 0 \(user\)"):
         cutting.render([{"role": "user", "content": "longer"}])
@@ -133,20 +133,20 @@ def test_content_that_the_template_rewrites_keeps_its_place(make_tokenizer):
     template = resolve(make_tokenizer("{% for m in messages %}{{ m.content.replace('e', 'xx') | upper }};{% endfor %}"))
     rendered = template.render(MESSAGES)
     assert [rendered.text[turn.start : turn.end] for turn in rendered.turns] == ["HOT?", "YXXS"]
-    assert not rendered.searched
+    assert not rendered.by_turns
 
 
 def test_template_with_private_use_characters_is_searched(make_tokenizer):
     template = resolve(make_tokenizer("\U000f0000" + LOOP))
     rendered = template.render(MESSAGES)
-    assert rendered.searched
+    assert rendered.by_turns
     assert [rendered.text[turn.start : turn.end] for turn in rendered.turns] == ["hot?", "yes"]
 
 
 def test_private_use_characters_outside_contents_are_searched(make_tokenizer):
     template = resolve(make_tokenizer("{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}"))
     rendered = template.render([{"role": "user", "name": "\U000f0000", "content": "hot?"}])
-    assert rendered.searched
+    assert rendered.by_turns
     assert rendered.text == "\U000f0000hot?"
 
 

@@ -57,7 +57,7 @@ def test_mask_equals_generation_tags_of_transformers(name, kind, template_case):
         expected = tagged.apply_chat_template(messages, return_assistant_tokens_mask=True)
         ids, trained, audit = masked(tokenizer, messages)
         assert ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"] == expected["input_ids"]
-        assert audit.searched_rows == 0
+        assert audit.rows_by_turn == 0
         assert trained.tolist() == [bool(flag) for flag in expected["assistant_masks"]]
 
     check()
@@ -129,12 +129,12 @@ def test_thought_and_answer_are_trained_as_one_turn(template_case, trained_texts
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": thought}]
     ids, trained, audit = masked(tokenizer, messages)
     assert trained_texts(tokenizer, ids, trained) == [thought + "<|im_end|>"]
-    assert audit.searched_rows == 0
+    assert audit.rows_by_turn == 0
     for name in ("reasoning_content", "thinking", "reasoning"):
         apart = [{"role": "user", "content": "a"}, {"role": "assistant", name: "hot?", "content": "It is."}]
         ids, trained, audit = masked(tokenizer, apart)
         assert trained_texts(tokenizer, ids, trained) == ["<think>\nhot?\n</think>\n\nIt is.<|im_end|>"]
-        assert audit.searched_rows == 0
+        assert audit.rows_by_turn == 0
 
 
 def test_thought_that_the_template_drops_is_not_trained(template_case, trained_texts):
@@ -158,7 +158,7 @@ def test_marks_on_users_that_change_the_render_are_left_out(template_case, train
         {"role": "assistant", "content": "assistant"},
     ]
     ids, trained, audit = masked(tokenizer, messages)
-    assert audit.searched_rows == 0
+    assert audit.rows_by_turn == 0
     assert trained_texts(tokenizer, ids, trained) == ["<think>\nt\n</think>\n\nb<|im_end|>", "assistant<|im_end|>"]
 
 
@@ -226,7 +226,7 @@ def test_adjacent_contents_keep_their_own_white_space(make_tokenizer):
     messages = [{"role": "user", "content": " a  "}, {"role": "assistant", "content": "\n\nb "}]
     ids, trained, audit = masked(tokenizer, messages, train_on="all")
     assert tokenizer.decode(ids) == "a\n\nb "
-    assert audit.searched_rows == 0
+    assert audit.rows_by_turn == 0
     assert trained.tolist() == [False] + [True] * (len(ids) - 1)
 
 
@@ -258,4 +258,4 @@ def test_characters_that_look_like_marks_survive(chatml, trained_texts):
     ids, trained, audit = masked(chatml, messages)
     assert chatml.decode(ids) == chatml.apply_chat_template(messages, tokenize=False)
     assert trained_texts(chatml, ids, trained) == [f"{icons} yes<|im_end|>"]
-    assert audit.searched_rows == 0
+    assert audit.rows_by_turn == 0
