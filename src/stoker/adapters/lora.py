@@ -69,6 +69,11 @@ class LoraLinear(nn.Module):
         self.magnitude = nn.Parameter(self._row_norms()) if settings.dora else None
 
     @property
+    def weight(self) -> Tensor:
+        """The base's weight, without the updates: classes of Transformers ask a linear layer for its weight's dtype."""
+        return self.base.weight
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Hugging Face names of the adapted parts."""
         return tuple(self.base.names[part] for part in self.parts)

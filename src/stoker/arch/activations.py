@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stoker.arch import arithmetic
+from stoker.arch.borrowed import AnySpec
 from stoker.arch.parts import parts
 from stoker.arch.shape import why_not_llama
-from stoker.arch.spec import ArchSpec, AttentionSpec, GatedSpec, LayerSpec
+from stoker.arch.spec import AttentionSpec, GatedSpec, LayerSpec
 
 Keep = Literal["all", "mixer", "attention", "input"]
 LADDER: tuple[Keep, ...] = ("all", "mixer", "attention", "input")
@@ -128,7 +129,7 @@ def peak(layers: Sequence[Held]) -> int:
     return highest
 
 
-def recomputed_flops_per_token(spec: ArchSpec, sequence_length: int, keep: Sequence[Keep], *, is_fused: bool) -> float:
+def recomputed_flops_per_token(spec: AnySpec, sequence_length: int, keep: Sequence[Keep], *, is_fused: bool) -> float:
     """Returns the FLOPs that backward runs again, a token; `keep` names the rung of each layer.
 
     The layer kernel never runs `down` again, autograd's checkpoint runs the whole layer.

@@ -8,6 +8,7 @@ manner of Korthikanti et al., arXiv:2205.05198.
 import math
 from collections.abc import Collection
 
+from stoker.arch.borrowed import AnySpec, BorrowedSpec
 from stoker.arch.families import weight_map
 from stoker.arch.parts import Linear, layer_parameters, norm_parameters, parts
 from stoker.arch.spec import ArchSpec, ExpertsSpec, LayerSpec, RopeSpec, WeightEntry
@@ -32,8 +33,10 @@ def parameters_by_part(spec: ArchSpec) -> dict[str, int]:
     return counts
 
 
-def num_parameters(spec: ArchSpec) -> int:
+def num_parameters(spec: AnySpec) -> int:
     """Number of parameters of the whole model, a tied head counted once."""
+    if isinstance(spec, BorrowedSpec):
+        return spec.num_parameters
     return sum(parameters_by_part(spec).values())
 
 
@@ -46,8 +49,10 @@ def linears(layer: LayerSpec, hidden_size: int) -> dict[str, Linear]:
     }
 
 
-def linear_shapes(spec: ArchSpec) -> dict[str, tuple[int, int]]:
+def linear_shapes(spec: AnySpec) -> dict[str, tuple[int, int]]:
     """(in, out) features of every linear layer of the blocks, by its Hugging Face module name, in file order."""
+    if isinstance(spec, BorrowedSpec):
+        return spec.linear_shapes()
     shapes = {}
     names = {entry.ours: adapted_names(entry) for entry in weight_map(spec)}
     for index, layer in enumerate(spec.layers):
@@ -60,14 +65,15 @@ def linear_shapes(spec: ArchSpec) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def lora_parameters(spec: ArchSpec, rank: int, names: Collection[str] | None = None) -> int:
+def lora_parameters(spec: AnySpec, rank: int, names: Collection[str] | None = None) -> int:
     """Number of parameters of adapters of `rank`: A [rank, in] and B [out, rank] for each linear layer.
 
     `names`: full Hugging Face module names or their endings, such as "q_proj"; None: every linear layer of the blocks.
     """
-    experts = {
-        adapted_names(entry)[0]: _num_experts(spec, entry) for entry in weight_map(spec) if entry.parameter is not None
-    }
+    experts = {}
+    if not isinstance(spec, BorrowedSpec):
+        three_d = (entry for entry in weight_map(spec) if entry.parameter is not None)
+        experts = {adapted_names(entry)[0]: _num_experts(spec, entry) for entry in three_d}
     return sum(
         rank * (in_features + out_features) * experts.get(module, 1)
         for module, (in_features, out_features) in linear_shapes(spec).items()
@@ -85,7 +91,7 @@ def _num_experts(spec: ArchSpec, entry: WeightEntry) -> int:
     return feed_forward.num_experts if isinstance(feed_forward, ExpertsSpec) else 1
 
 
-def flops_per_token(spec: ArchSpec, sequence_length: int) -> float:
+def flops_per_token(spec: AnySpec, sequence_length: int) -> float:
     """FLOPs of a forward per token of a document of `sequence_length` tokens, averaged over its positions.
 
     Two for each weight of a matmul, the head's included, and what mixers compute besides: in attention four for each
@@ -95,7 +101,7 @@ def flops_per_token(spec: ArchSpec, sequence_length: int) -> float:
     return 2 * spec.vocab_size * spec.hidden_size + layers
 
 
-def training_flops_per_token(spec: ArchSpec, sequence_length: int, *, frozen_base: bool) -> float:
+def training_flops_per_token(spec: AnySpec, sequence_length: int, *, frozen_base: bool) -> float:
     """FLOPs of forward and backward per token, without those of adapters and of what is computed again.
 
     A backward costs twice its forward: once for the gradient of what comes in, once for that of the weights. A frozen
@@ -114,7 +120,7 @@ def layer_flops_per_token(layer: LayerSpec, hidden_size: int, sequence_length: i
     return flops | {name: part.flops(sequence_length) for name, part in parts(layer, hidden_size).items()}
 
 
-def saved_activation_bytes(spec: ArchSpec, tokens: int, bytes_per_value: int) -> int:
+def saved_activation_bytes(spec: AnySpec, tokens: int, bytes_per_value: int) -> int:
     """Bytes that layers which run op by op hold for backward after a forward over `tokens` tokens of a micro-batch.
 
     Adapters' own products (rank values a token and layer group) and the loss are not counted.

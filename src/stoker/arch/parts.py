@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from stoker.arch.borrowed import BorrowedMixer
 from stoker.arch.spec import (
     AttentionSpec,
     ExpertsSpec,
@@ -277,7 +278,32 @@ def _side_by_side(spec: SideBySideSpec, hidden_size: int) -> Part:
 # Tensors of the inner size that a state space's backward holds at once: what it computes again, and their gradients.
 _RECOMPUTED_TENSORS = 8
 
-PARTS: dict[type, Callable[[Any, int], Part]] = {
+med = {layer.mixer_name: layer.mixer, "feed_forward": layer.feed_forward}
+    return {name: part(spec, hidden_size) for name, spec in named.items() if spec is not None}
+
+
+def part(spec: Any, hidden_size: int) -> Part:
+    """The parts of a mixer's or a feed-forward's spec; raises TypeError for a type that nobody has described."""
+    if type(spec) not in PARTS:
+        raise TypeError(f"arch/parts.py does not say what a {type(spec).__name__} consists of")
+    return PARTS[type(spec)](spec, hidden_size)
+
+
+def layer_parameters(layer: LayerSpec, hidden_size: int) -> dict[str, Shape]:
+    """Shapes of all the layer's parameters by our names in the block, norms first."""
+    shapes: dict[str, Shape] = {}
+    for name in layer.norm_names:
+        shapes |= norm_parameters(name, layer.norm, (hidden_size,))
+    for name, one in parts(layer, hidden_size).items():
+        for linear, sizes in one.linears.items():
+            shapes |= {f"{name}.{linear}.{kind}": shape for kind, shape in sizes.shapes.items()}
+        shapes |= {f"{name}.{parameter}": shape for parameter, shape in one.parameters.items()}
+    return shapes
+
+
+def norm_parameters(name: str, norm: NormSpec, shape: Shape) -> dict[str, Shape]:
+    """Shapes of a norm's parameters over channels of `shape`."""
+    kinds = [kind for kind, there in (("weight", norm.weight), ("biaPARTS: dict[type, Callable[[Any, int], Part]] = {
     AttentionSpec: _attention,
     Mamba1Spec: _mamba1,
     Mamba2Spec: _mamba2,
@@ -285,5 +311,6 @@ PARTS: dict[type, Callable[[Any, int], Part]] = {
     GatedSpec: _gated,
     PlainSpec: _plain,
     ExpertsSpec: _experts,
+    BorrowedMixer: _borrowed,
 }
 """What each type of mixer and feed-forward consists of, from its spec and the hidden size."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from stoker.compose.run_folder import RunFolder
 from stoker.config.load import load
+from stoker.config.schema import Model
 from stoker.errors import ConfigError, ModelError
 
 
@@ -14,6 +15,7 @@ class Artifact:
 
     `tokenizer` is the folder whose tokenizer goes with it, or None for the base's own. `quantization` is the format of
     the base that a run's adapter was trained on; None where no run's configuration lies beside the adapter.
+    `trust_remote_code`: the run that made it was allowed to run the model's own code.
     """
 
     base: str
@@ -21,6 +23,7 @@ class Artifact:
     adapter: Path | None = None
     tokenizer: Path | None = None
     quantization: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def description(self) -> str:
@@ -52,7 +55,7 @@ def find(name: str, *, base: str | None = None) -> Artifact:
         name = str(folder)
     if base is not None:
         raise ModelError(f"{name} is not an adapter, so it has no base.", fix="Leave out --base.")
-    return Artifact(base=name)
+    return Artifact(base=name, trust_remote_code=_trusts(run) if folder == run.model else False)
 
 
 def _adapter(folder: Path, base: str | None) -> Artifact:
@@ -66,14 +69,26 @@ def _adapter(folder: Path, base: str | None) -> Artifact:
         adapter=folder,
         tokenizer=folder if has_tokenizer else None,
         quantization=_quantization(RunFolder(folder.parent)),
+        trust_remote_code=_trusts(RunFolder(folder.parent)),
     )
 
 
 def _quantization(run: RunFolder) -> str | None:
     """Returns the format of the base in a run's configuration; None when there is none that can be read."""
+    model = _model_of(run)
+    return None if model is None else model.quantization
+
+
+def _trusts(run: RunFolder) -> bool:
+    model = _model_of(run)
+    return model is not None and model.trust_remote_code
+
+
+def _model_of(run: RunFolder) -> Model | None:
+    """Returns the section `model` of a run's configuration; None when there is none that can be read."""
     if not run.config.is_file():
         return None
     try:
-        return load(run.config).model.quantization
+        return load(run.config).model
     except ConfigError:  # of a version whose settings were others
         return None

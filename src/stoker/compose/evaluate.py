@@ -13,6 +13,7 @@ from stoker.compose.hardware import probe
 from stoker.compose.model import Base, load_decoder, load_tokenizer, open_base, pad_id
 from stoker.compose.run_folder import RunFolder
 from stoker.compose.trainer import compute_dtype
+from stoker.compose.vocabulary import Tokens
 from stoker.config.schema import RunConfig
 from stoker.plan import limits
 from stoker.plan.choose import Statistics, choose
@@ -36,10 +37,15 @@ def evaluate(
     console = console or Console()
     quiet = Console(stderr=True)
     found = artifact.find(model or str(RunFolder.of(config.output.folder).path))
-    base = open_base(found.base, revision=found.revision)
+    trusted = config.model.trust_remote_code or found.trust_remote_code
+    base = open_base(found.base, revision=found.revision, trust_remote_code=trusted)
     config = limits.fitted(_with_base_of(config, found, base), base.spec)
     template = None if found.tokenizer else config.model.chat_template
-    tokenizer = load_tokenizer(base, override=found.tokenizer or config.model.tokenizer, chat_template=template)
+    # A tokenizer that was saved with a run has its tokens already.
+    tokens = None if found.tokenizer else Tokens.of(config.model, may_grow=False)
+    tokenizer = load_tokenizer(
+        base, override=found.tokenizer or config.model.tokenizer, chat_template=template, tokens=tokens
+    )
     data = prepare_data(config, tokenizer, console=quiet)
     refuse_faults(data.audits)
     split = "train" if data.validation is None else "validation"

@@ -1,20 +1,20 @@
 """Puts the plan's ladder, offload and memory limit into effect on a loaded model."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stoker.plan.memory import GIB
 from stoker.plan.plan import Plan
 
 if TYPE_CHECKING:
     from stoker.kernels.offload import HostOffload
-    from stoker.nn.decoder import Decoder
+    from stoker.models.open import Model
     from stoker.nn.linear import FusedLinear
 
 # Layers that a notice names one by one.
 _NAMED = 8
 
 
-def set_up_layers(decoder: "Decoder", plan: Plan) -> "HostOffload | None":
+def set_up_layers(decoder: "Model", plan: Plan) -> "HostOffload | None":
     """Lets each layer run and keep what the plan says; returns where kept tensors wait, if they do.
 
     What an earlier run in this process set is undone first, so that a notebook can train a model again.
@@ -38,19 +38,20 @@ def set_up_layers(decoder: "Decoder", plan: Plan) -> "HostOffload | None":
     return None
 
 
-def take_apart(decoder: "Decoder") -> None:
+def take_apart(decoder: "Model") -> None:
     """Lets every layer run op by op again and keep all, with the same submodules and parameters."""
     from stoker.adapters.fused_block import FusedBlock
     from stoker.nn.block import Block
 
     for index, block in enumerate(decoder.blocks):
         if isinstance(block, FusedBlock):
-            norms = {"attention_norm": block.attention_norm, "feed_forward_norm": block.feed_forward_norm}
-            decoder.blocks[index] = Block(block.attention, block.feed_forward, **norms).train(block.training)
+            parts: list[Any] = [block.attention, block.feed_forward]
+            norms: dict[str, Any] = {name: getattr(block, name) for name in ("attention_norm", "feed_forward_norm")}
+            decoder.blocks[index] = Block(*parts, **norms).train(block.training)
         block.recompute = False  # type: ignore[assignment]
 
 
-def set_up_weights(decoder: "Decoder", plan: Plan) -> None:
+def set_up_weights(decoder: "Model", plan: Plan) -> None:
     """Keeps transposed copies of fp8 weights if the plan says so, and lets go of those of an earlier run if not."""
     from stoker.quant.fp8 import Fp8Weight
 
@@ -59,7 +60,7 @@ def set_up_weights(decoder: "Decoder", plan: Plan) -> None:
             module.set_transposed(kept=plan.keep_transposed is True)
 
 
-def layers_not_in_fp8(decoder: "Decoder", plan: Plan) -> list[str]:
+def layers_not_in_fp8(decoder: "Model", plan: Plan) -> list[str]:
     """Returns the names of the blocks' linear layers that an fp8 base keeps in the compute type; none for others."""
     from stoker.nn.frozen_linear import FrozenLinear
 
@@ -68,13 +69,13 @@ def layers_not_in_fp8(decoder: "Decoder", plan: Plan) -> list[str]:
     return [_short(layer.names) for layer in _linear_layers(decoder) if not isinstance(layer, FrozenLinear)]
 
 
-def _linear_layers(decoder: "Decoder") -> "list[FusedLinear]":
+def _linear_layers(decoder: "Model") -> "list[FusedLinear]":
     from stoker.nn.linear import FusedLinear
 
     return [module for module in decoder.blocks.modules() if isinstance(module, FusedLinear)]
 
 
-def fp8_notice(decoder: "Decoder", plan: Plan) -> str:
+def fp8_notice(decoder: "Model", plan: Plan) -> str:
     """Returns the sentence that says which layers stay in the compute type, or ""."""
     from stoker.quant.fp8 import MAX_RELATIVE_ERROR
 

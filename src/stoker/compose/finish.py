@@ -22,23 +22,23 @@ from stoker.train.loop import TrainingResult
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stoker.nn.decoder import Decoder
+    from stoker.models.open import Model
 
 _ANSWER_TOKENS = 128
 
 
 def save_weights(
-    base: Base, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", target: Path, *, is_adapter: bool
+    base: Base, decoder: "Model", tokenizer: "PreTrainedTokenizerBase", target: Path, *, is_adapter: bool
 ) -> Path:
     """Writes the adapter in PEFT's format, or the model in Transformers', and the tokenizer; returns `target`."""
     from stoker.export import adapter
-    from stoker.models import native
+    from stoker.models import open as models
 
     with _whole_disk_named(target):
         if is_adapter:
             adapter.save(decoder, target, base_name=_portable_name(base), revision=base.revision)
         else:
-            native.save(decoder, base.spec, target, config=base.config)
+            models.save(decoder, base.spec, target, config=base.config, source=base.folder)
         tokenizer.save_pretrained(str(target))
     return target
 

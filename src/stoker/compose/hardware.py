@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from stoker.plan.hardware import Device, Hardware
 
 if TYPE_CHECKING:
-    from stoker.nn.decoder import Decoder
+    from stoker.models.open import Model
 
 
 def probe() -> Hardware:
@@ -27,7 +27,7 @@ def probe() -> Hardware:
     return Hardware(tuple(devices), num_threads=threads)
 
 
-def with_loaded(hardware: Hardware, decoder: "Decoder") -> Hardware:
+def with_loaded(hardware: Hardware, decoder: "Model") -> Hardware:
     """Returns the hardware as if a model that is loaded already were not: the plan of its run counts its weights."""
     held: dict[str, int] = {}
     for tensor in (*decoder.parameters(), *decoder.buffers()):

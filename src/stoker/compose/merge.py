@@ -26,8 +26,14 @@ def merge(name: str, output: Path, *, base: str | None = None, dtype: str = "aut
     from stoker.export import merged
 
     chosen = _DTYPES[dtype]
-    folder = open_base(found.base, revision=found.revision).folder
-    report = merged.merge(folder, found.adapter, output, dtype=getattr(torch, chosen) if chosen else None)
+    opened = open_base(found.base, revision=found.revision, trust_remote_code=found.trust_remote_code)
+    report = merged.merge(
+        opened.folder,
+        found.adapter,
+        output,
+        dtype=getattr(torch, chosen) if chosen else None,
+        trust_remote_code=found.trust_remote_code,
+    )
     written = str(report.dtype).removeprefix("torch.")
     return (
         f"merged {report.num_layers} layers of {found.adapter} into {found.base}, in {written}\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stoker import builtin
-from stoker.arch import families
+from stoker.arch.borrowed import BorrowedSpec
 from stoker.arch.families.stored import stored_quantization
 from stoker.arch.spec import ArchSpec
 from stoker.config.schema import RunConfig
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from stoker.nn.decoder import Decoder
+    from stoker.models.open import Model
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Base:
     revision: str | None
     folder: Path
     config: dict[str, Any]
-    spec: ArchSpec
+    spec: ArchSpec | BorrowedSpec
 
     @property
     def stored_quantization(self) -> str:
@@ -48,17 +48,30 @@ class Base:
         )
 
 
-def open_base(name: str, *, revision: str | None = None) -> Base:
+def open_base(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Base:
     """Finds (and for a Hub id fetches, for a builtin makes) a model, and reads its architecture.
 
+    `trust_remote_code`: code that comes with the model may run, where neither Stoker nor Transformers has its class.
+
     Raises:
-        ModelError: it is not there, its configuration is broken, or its architecture is not native.
+        ModelError: it is not there, its configuration is broken, or neither path can take its architecture.
+        ConfigError: code from the Hub is to run whose commit is not pinned.
     """
     from stoker.models import folder as folders
+    from stoker.models import open as models
 
-    folder = builtin.resolve_model(name) if builtin.is_builtin(name) else folders.resolve(name, revision=revision)
+    is_local = builtin.is_builtin(name) or Path(name).expanduser().is_dir()
+    if trust_remote_code and not is_local and not models.is_commit(revision):
+        raise ConfigError(
+            f"the code that comes with {name} may be changed by others under revision {revision or 'main'}.",
+            fix="Name the commit (40 hexadecimal digits) whose code you read as the revision.",
+        )
+    if builtin.is_builtin(name):
+        folder = builtin.resolve_model(name)
+    else:
+        folder = folders.resolve(name, revision=revision, with_code=trust_remote_code)
     config = folders.read_config(folder)
-    return Base(name, revision, folder, config, families.read(config, str(folder / "config.json")))
+    return Base(name, revision, folder, config, models.read(folder, config, trust_remote_code=trust_remote_code))
 
 
 def load_tokenizer(
@@ -106,11 +119,11 @@ def load_decoder(
     dtype: "torch.dtype",
     kernels: str,
     quantization: str = "none",
-) -> "Decoder":
+) -> "Model":
     """Streams the base's weights on to `device` as `dtype`, its layers' linear weights in the format asked for."""
-    from stoker.models import native
+    from stoker.models import open as models
 
-    return native.load(
+    return models.load(
         base.folder,
         base.spec,
         device=device,

@@ -20,6 +20,7 @@ from stoker.compose.model import Base, fitted, load_decoder, load_tokenizer, ope
 from stoker.compose.run_folder import Journal, RunFolder, now, versions
 from stoker.compose.session import Session
 from stoker.compose.trainer import Engine, add_adapter, compute_dtype, describe, make_engine, make_trainer
+from stoker.compose.vocabulary import Tokens, grow
 from stoker.config import show
 from stoker.config.load import Loaded
 from stoker.config.schema import RunConfig
@@ -33,7 +34,7 @@ from stoker.plan.plan import Plan
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stoker.nn.decoder import Decoder
+    from stoker.models.open import Model as LoadedModel
 
 # What of a plan is its ladder.
 _LADDER = ("layers", "recompute", "tile_tokens", "offload_activations")
@@ -65,7 +66,7 @@ class Model:
 
     base: Base
     tokenizer: "PreTrainedTokenizerBase"
-    decoder: "Decoder | None" = None
+    decoder: "LoadedModel | None" = None
 
     def session(self, plan: Plan, description: str) -> Session:
         """Returns the loaded model ready to answer, on the device it is trained on."""
@@ -102,6 +103,7 @@ def train(
     """
     console = console or Console()
     config, folder = loaded.config, RunFolder.of(loaded.config.output.folder)
+    resume_run = resume_run or (config.output.resume and folder.config.exists() and not overwrite)
     folder.check(resume=resume_run, overwrite=overwrite)
     _say(console, f"stoker {stoker.__version__}  {describe(config)}", style="bold")
     model = model or _open(config)
@@ -138,8 +140,12 @@ def train(
 
 def _open(config: RunConfig) -> Model:
     chosen = config.model
-    base = open_base(chosen.base, revision=chosen.revision)
-    return Model(base, load_tokenizer(base, override=chosen.tokenizer, chat_template=chosen.chat_template))
+    base = open_base(chosen.base, revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
+    tokens = Tokens.of(chosen, may_grow=config.adapter is None)
+    tokenizer = load_tokenizer(
+        base, override=chosen.tokenizer, chat_template=chosen.chat_template, tokens=tokens
+    )
+    return Model(base, tokenizer)
 
 
 def _choose(config: RunConfig, base: Base, data: Data, hardware: Hardware, resumed: RunFolder | None) -> Plan:
@@ -214,6 +220,7 @@ def _make_engine(config: RunConfig, plan: Plan, model: Model, data: Data, consol
     import torch
 
     torch.set_num_threads(plan.num_threads)
+    torch.set_float32_matmul_precision("high" if config.engine.tf32 else "highest")
     torch.manual_seed(config.train.seed)
     if model.decoder is None:
         dtype = compute_dtype(plan) if config.adapter is not None else torch.float32
@@ -221,6 +228,10 @@ def _make_engine(config: RunConfig, plan: Plan, model: Model, data: Data, consol
             model.decoder = load_decoder(
                 model.base, device=plan.device, dtype=dtype, kernels=plan.kernels, quantization=plan.quantization
             )
+        if len(model.tokenizer) > model.base.spec.vocab_size:
+            grow(model.decoder, len(model.tokenizer))
+        if config.model.new_tokens or config.model.special_tokens.model_fields_set:
+            model.base = model.base.with_tokens(model.tokenizer)
         if config.adapter is not None:
             add_adapter(model.decoder, config.adapter, seed=config.train.seed)
     return make_engine(config, plan, model.decoder, data, pad_id=pad_id(model.tokenizer))
@@ -232,7 +243,7 @@ def _observers(config: RunConfig, folder: RunFolder, journal: Journal, console: 
     names = config.output.trackers
     if names == "auto":
         names = ["tensorboard"] if trackers.is_installed("tensorboard") else []
-    watching = trackers.build(names, folder.path, run_name=folder.path.name, config=config.model_dump())
+    watching = trackers.build(names, folder.path, run_name=folder.path.name, config=config.model_dump(), wandb=config.output.wandb.model_dump())
     observers: list[Observer] = [journal, MetricsFile(folder.metrics), *watching, progress.build(console)]
     try:
         yield observers

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from stoker.data.batch import Batch
     from stoker.distributed.single import SingleDevice
-    from stoker.nn.decoder import Decoder
+    from stoker.models.open import Model
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def compute_dtype(plan: Plan) -> "torch.dtype":
     return PRECISIONS[plan.precision] or torch.float32
 
 
-def add_adapter(decoder: "Decoder", adapter: Adapter, *, seed: int) -> None:
+def add_adapter(decoder: "Model", adapter: Adapter, *, seed: int) -> None:
     """Puts a new adapter on the model and freezes the rest."""
     from stoker.adapters.lora import add_lora
 
@@ -63,7 +63,7 @@ def add_adapter(decoder: "Decoder", adapter: Adapter, *, seed: int) -> None:
     )
 
 
-def make_engine(config: RunConfig, plan: Plan, decoder: "Decoder", data: Data, *, pad_id: int) -> Engine:
+def make_engine(config: RunConfig, plan: Plan, decoder: "Model", data: Data, *, pad_id: int) -> Engine:
     """Wraps the model in its task, prepares the strategy and cuts the documents into steps."""
     from stoker.compose.execution import limit_memory, set_up_layers, set_up_weights
     from stoker.distributed.single import SingleDevice

@@ -63,6 +63,7 @@ SAME_THING: dict[str, str] = {
     "early_stopping_patience": "train.early_stopping.patience",
     "min_delta": "train.early_stopping.min_improvement",
     "micro_batch": "engine.micro_batch_size",
+    "trust_remote_code": "model.trust_remote_code",
     "quantization": "model.quantization",
     "load_in_4bit": "model.quantization",
     "load_in_8bit": "model.quantization",
@@ -90,7 +91,6 @@ _FOLLOWS = "It follows from train.batch_size and the micro-batch; set train.batc
 NOT_A_SETTING: dict[str, str] = {
     "gradient_accumulation_steps": _FOLLOWS,
     "gradient_accumulation": _FOLLOWS,
-    "trust_remote_code": "Stoker runs no code that comes with a model; remove it.",
     "flash_attention": "The plan chooses how attention runs; remove it.",
     "attn_implementation": "The plan chooses how attention runs; remove it.",
     "deepspeed": _ONE_DEVICE,

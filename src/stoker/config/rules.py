@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path as FilePath
 
 from stoker.config import row_formats
 from stoker.config.document import Path, dotted
@@ -155,6 +156,18 @@ def only_a_frozen_base_is_quantized(config: RunConfig) -> Iterator[Finding]:
         yield Finding(("model", "quantization"), what, "Add an adapter (adapter: {kind: lora}), or use none.")
 
 
+def remote_code_is_pinned(config: RunConfig) -> Iterator[Finding]:
+    """Code from the Hub may change under a branch or a tag; a folder on this disk changes only by its owner's hand."""
+    model = config.model
+    is_local = FilePath(model.base).expanduser().is_dir() or model.base.startswith("builtin:")
+    if model.trust_remote_code and not is_local and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
+        what = (
+            f"model.trust_remote_code = true with model.revision = {model.revision or 'null'}: what that names can be "
+            "changed by others at any time, and with it the code that would run here."
+        )
+        yield Finding(("model", "revision"), what, "Set it to the commit (40 hexadecimal digits) whose code you read.")
+
+
 def offloading_needs_a_gpu(config: RunConfig) -> Iterator[Finding]:
     """Activations leave a GPU's memory for the host's; elsewhere there is no other memory to go to."""
     if config.engine.offload_activations is True and config.engine.device in ("cpu", "mps"):
@@ -177,4 +190,5 @@ RULES = (
     half_precision_needs_a_gpu,
     only_a_frozen_base_is_quantized,
     offloading_needs_a_gpu,
+    remote_code_is_pinned,
 )

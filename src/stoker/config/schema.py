@@ -57,6 +57,9 @@ class Model(Section):
     """Hub id (`meta-llama/Llama-3.2-1B`), local folder, or `builtin:tiny-llama` (made on the spot, no download)."""
     revision: Text | None = None
     """Branch, tag or commit of the Hub repository; its main branch unless set."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model, if neither Stoker nor Transformers has its class. Such code can do on this
+    machine whatever you can: read it first, and for a Hub id set `revision` to the commit (40 digits) that you read."""
     tokenizer: Text | None = None
     """Hub id or folder of another tokenizer; the model's own unless set."""
     chat_template: Text | None = None

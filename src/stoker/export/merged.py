@@ -12,11 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stoker.adapters.merge import merge_into
-from stoker.arch.families import read
-from stoker.arch.spec import ArchSpec
 from stoker.errors import ModelError, OutputError, StokerError
 from stoker.export import adapter, peft_config
-from stoker.models import native
+from stoker.models import open as models
 from stoker.models.folder import read_config, weight_files
 
 # Largest allowed difference of a logit, as a share of the largest one. fp32: sums in another order. bf16 and fp16
@@ -46,25 +44,33 @@ class MergeReport:
     adapter_effect: float
 
 
-def merge(base: Path, adapter_folder: Path, out: Path, *, dtype: torch.dtype | None = None) -> MergeReport:
+def merge(
+    base: Path,
+    adapter_folder: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> MergeReport:
     """Writes the model in `base` with the adapter merged into its weights to `out`, with its tokenizer's files.
 
     Weights keep the dtype they have in `base`, or get `dtype`; sums are in fp32, so memory must hold the model in fp32.
     Checked, by logits of a few rows of random tokens: merging in fp32 changes nothing, the written folder read again
     gives what was in memory, and rounding to the dtype stays within a tolerance and does not drown the adapter. Only
-    then does `out` appear. A tokenizer beside the adapter goes before that of the base.
+    then does `out` appear. A tokenizer beside the adapter goes before that of the base. `trust_remote_code` lets code
+    that comes with the base run.
     Raises OutputError when `out` holds anything or cannot be written, ModelError when base or adapter cannot be used
     or the dtype is too coarse for the adapter, and StokerError when another check fails.
     """
     _refuse_occupied(out)
     config = read_config(base)
-    spec = read(config, str(base / "config.json"))
+    spec = models.read(base, config, trust_remote_code=trust_remote_code)
     dtype = dtype or _stored_dtype(base)
     if dtype not in _TOLERANCE:
         allowed = ", ".join(map(_name, _TOLERANCE))
         raise ModelError(f"weights in {_name(dtype)} cannot be written.", where=str(base), fix=f"Use one of {allowed}.")
     tokens = _random_tokens(spec)
-    model = native.load(base, spec).eval()
+    model = models.load(base, spec).eval()
     plain = _logits(model, tokens)
     adapter.load(model, adapter_folder)
     adapted = _logits(model.eval(), tokens)
@@ -74,11 +80,11 @@ def merge(base: Path, adapter_folder: Path, out: Path, *, dtype: torch.dtype | N
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
             written = Path(aside) / "model"
-            native.save(model.to(dtype), spec, written, config=_of_plain_weights(config))
+            models.save(model.to(dtype), spec, written, config=_of_plain_weights(config), source=base)
             _copy_files(base, adapter_folder, written)
             rounded = _logits(model.float(), tokens)
             del model  # before the second is loaded
-            read_again = _logits(native.load(written, spec).eval(), tokens)
+            read_again = _logits(models.load(written, spec).eval(), tokens)
             _check_equal(read_again, rounded, what="what was written is not what was merged", out=out)
             report = _judge_rounding(plain, adapted, read_again, dtype=dtype, out=out, num_layers=num_layers)
             written.replace(out)
@@ -143,13 +149,13 @@ def _stored_dtype(base: Path) -> torch.dtype:
     return found[0] if len(found) == 1 else torch.float32
 
 
-def _random_tokens(spec: ArchSpec) -> Tensor:
+def _random_tokens(spec: models.Spec) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(spec.vocab_size, (_NUM_ROWS, min(_NUM_TOKENS, spec.max_positions)), generator=generator)
 
 
 @torch.no_grad()
-def _logits(model: native.Decoder, tokens: Tensor) -> Tensor:
+def _logits(model: models.Model, tokens: Tensor) -> Tensor:
     return model.logits(model(tokens))
 
 

@@ -21,6 +21,7 @@ _INFORMATIVE = frozenset(
         "base_model_name_or_path",
         "eva_config",
         "exclude_modules",
+        "fan_in_fan_out",  # how the base stores its weight
         "inference_mode",
         "layers_pattern",
         "layers_to_transform",

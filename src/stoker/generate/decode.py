@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 
 from stoker.generate.sample import Sampling, next_token
-from stoker.nn.decoder import Decoder
+from stoker.nn.language_model import LanguageModel
 
 
 def generate(
-    model: Decoder,
+    model: LanguageModel,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
@@ -42,7 +42,7 @@ def generate(
 
 @torch.no_grad()
 def _decode(
-    model: Decoder,
+    model: LanguageModel,
     ids: list[int],
     max_new_tokens: int,
     sampling: Sampling,
@@ -52,7 +52,7 @@ def _decode(
 ) -> Iterator[int]:
     was_training = model.training
     model.eval()
-    device = model.embedding.weight.device
+    device = next(model.parameters()).device
     # The last token is never fed back, so its keys need no room.
     cache = model.new_cache(capacity=len(ids) + max(0, max_new_tokens - 1))
     fresh, seen = ids, set(ids)

@@ -30,11 +30,11 @@ class WeightIndex:
     files: Mapping[str, Path]
 
 
-def resolve(name: str | Path, *, revision: str | None = None) -> Path:
+def resolve(name: str | Path, *, revision: str | None = None, with_code: bool = False) -> Path:
     """The local folder of a model: `name` itself when it is one, else the Hub id's files, fetched unless cached.
 
-    Pickled weights are never fetched. `revision`: a branch, tag or commit of the Hub id. Under `HF_HUB_OFFLINE=1` only
-    the cache is looked at. Raises ModelError for a folder or id that is not there.
+    Pickled weights are never fetched, and code only `with_code`. `revision`: a branch, tag or commit of the Hub id.
+    Under `HF_HUB_OFFLINE=1` only the cache is looked at. Raises ModelError for a folder or id that is not there.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -43,15 +43,15 @@ def resolve(name: str | Path, *, revision: str | None = None) -> Path:
         raise ModelError("this is a file, not a model's folder.", where=str(name), fix="Name the folder that holds it.")
     if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError("there is no such folder.", where=str(name), fix="Check model.base: a folder, or a Hub id.")
-    return _from_hub(name, revision)
+    return _from_hub(name, revision, [*_WANTED, *(["*.py"] if with_code else [])])
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, wanted: list[str]) -> Path:
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     except hub.HFValidationError as error:
         raise ModelError("this is neither a folder nor a Hub id.", where=name, fix="A Hub id is owner/name.") from error
     except hub.GatedRepoError as error:

@@ -4,14 +4,14 @@ import difflib
 import re
 
 from stoker.arch import arithmetic
-from stoker.arch.spec import ArchSpec
+from stoker.arch.borrowed import AnySpec
 from stoker.config.schema import Adapter
 from stoker.errors import Problem
 
 _ALL = "all-linear"
 
 
-def targeted(spec: ArchSpec, targets: str | list[str]) -> list[str]:
+def targeted(spec: AnySpec, targets: str | list[str]) -> list[str]:
     """Returns the full Hugging Face names of the linear layers that `targets` means, as PEFT reads them."""
     names = list(arithmetic.linear_shapes(spec))
     if isinstance(targets, list):
@@ -19,7 +19,7 @@ def targeted(spec: ArchSpec, targets: str | list[str]) -> list[str]:
     return names if targets == _ALL else [name for name in names if re.fullmatch(targets, name)]
 
 
-def targets_problem(spec: ArchSpec, targets: str | list[str]) -> Problem | None:
+def targets_problem(spec: AnySpec, targets: str | list[str]) -> Problem | None:
     """Returns what is wrong with `adapter.targets` for this model, or None."""
     names = list(arithmetic.linear_shapes(spec))
     last = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
@@ -36,7 +36,7 @@ def targets_problem(spec: ArchSpec, targets: str | list[str]) -> Problem | None:
     return Problem(f"adapter.targets: this model has no layer called {', '.join(unknown)}.", fix=fix)
 
 
-def adapter_parameters(spec: ArchSpec, adapter: Adapter) -> int:
+def adapter_parameters(spec: AnySpec, adapter: Adapter) -> int:
     """Returns how many parameters the adapter trains: two matrices a layer, and DoRA's magnitude of each output row."""
     names = targeted(spec, adapter.targets)
     count = arithmetic.lora_parameters(spec, adapter.rank, names)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from stoker.arch import activations, arithmetic
 from stoker.arch.activations import Micro
-from stoker.arch.spec import ArchSpec
+from stoker.arch.borrowed import AnySpec
 from stoker.config.schema import RunConfig
 from stoker.plan import execution
 from stoker.plan.adapter import adapter_parameters, targeted
@@ -40,7 +40,7 @@ class Job:
     """What is to be run, on rows of so many tokens, and what follows from it; `given` is the only ladder to try."""
 
     config: RunConfig
-    spec: ArchSpec
+    spec: AnySpec
     machine: Machine
     row_tokens: int
     given: Ladder | None = None

@@ -6,7 +6,7 @@ ranked by the time of a step. What the user set is obeyed, or refused with the n
 
 from dataclasses import dataclass, replace
 
-from stoker.arch.spec import ArchSpec
+from stoker.arch.borrowed import AnySpec
 from stoker.config.schema import RunConfig
 from stoker.errors import PlanError
 from stoker.plan import execution, limits
@@ -33,7 +33,7 @@ class Statistics:
 
 def choose(
     config: RunConfig,
-    spec: ArchSpec,
+    spec: AnySpec,
     hardware: Hardware,
     *,
     statistics: Statistics | None = None,

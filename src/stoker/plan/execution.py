@@ -2,8 +2,8 @@
 
 from typing import Literal
 
+from stoker.arch.borrowed import AnySpec, BorrowedSpec
 from stoker.arch.shape import why_not_llama
-from stoker.arch.spec import ArchSpec
 from stoker.config.schema import Adapter, RunConfig
 from stoker.errors import PlanError
 from stoker.plan.hardware import Device
@@ -66,7 +66,7 @@ def quantization(config: RunConfig, device: Device) -> tuple[str, str]:
     return kind, f"{_FORMATS[kind]}, and products in fp8, which {device.name} has"
 
 
-def why_op_by_op(adapter: Adapter | None, spec: ArchSpec) -> str:
+def why_op_by_op(adapter: Adapter | None, spec: AnySpec) -> str:
     """Returns what keeps every layer from the layer kernel, or "" (see `adapters.fused_block.why_not_fused`)."""
     return _why_not_adapter(adapter) or _why_not_layers(spec)
 
@@ -79,13 +79,15 @@ def _why_not_adapter(adapter: Adapter | None) -> str:
     return f"adapter.dropout is {adapter.dropout}" if adapter.dropout > 0.0 else ""
 
 
-def _why_not_layers(spec: ArchSpec) -> str:
+def _why_not_layers(spec: AnySpec) -> str:
     """Returns why none of the model's layers can go through the layer kernel, or ""."""
+    if isinstance(spec, BorrowedSpec):
+        return f"they are {spec.origin}"
     reasons = [why_not_llama(layer) for layer in spec.layers]
     return f"this model has {reasons[0]}" if reasons and all(reasons) else ""
 
 
-def refuse_unknown_rungs(config: RunConfig, spec: ArchSpec, device: Device) -> None:
+def refuse_unknown_rungs(config: RunConfig, spec: AnySpec, device: Device) -> None:
     """Raises PlanError for a rung of the ladder, or an offload, that does not exist for this model or device."""
     engine, why = config.engine, why_op_by_op(config.adapter, spec)
     otherwise = "; or adapter.dropout: 0.0 and kind: lora" if _why_not_adapter(config.adapter) else ""
@@ -106,8 +108,11 @@ def refuse_unknown_rungs(config: RunConfig, spec: ArchSpec, device: Device) -> N
         )
 
 
-def layers_reason(config: RunConfig, spec: ArchSpec, layers: str, *, uses_triton: bool) -> str:
+def layers_reason(config: RunConfig, spec: AnySpec, layers: str, *, uses_triton: bool) -> str:
     """Returns why the layers run as they do."""
+    if isinstance(spec, BorrowedSpec):
+        why = spec.why.rstrip(".")
+        return f"through {spec.origin}, as {why}; memory is a coarser estimate than for native models"
     if layers == "fused":
         reasons = [reason for layer in spec.layers if (reason := why_not_llama(layer))]
         if not reasons:

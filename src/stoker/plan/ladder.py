@@ -11,8 +11,9 @@ from typing import Literal
 
 from stoker.arch import activations
 from stoker.arch.activations import LADDER, OP_BY_OP_LADDER, Held, Keep, Micro
+from stoker.arch.borrowed import AnySpec
 from stoker.arch.shape import why_not_llama
-from stoker.arch.spec import ArchSpec, LayerSpec
+from stoker.arch.spec import LayerSpec
 
 Layers = Literal["fused", "op by op"]
 TILE_TOKENS = 8192
@@ -31,22 +32,22 @@ class Ladder:
     layers: Layers
     tile_tokens: int | None = None
 
-    def tiled(self, spec: ArchSpec, micro: Micro) -> "Ladder":
+    def tiled(self, spec: AnySpec, micro: Micro) -> "Ladder":
         """Returns the same with the feed-forward in tiles if that lowers the peak, and without if not."""
         whole, tiles = replace(self, tile_tokens=None), replace(self, tile_tokens=TILE_TOKENS)
         if self.layers != "fused" or set(self.keep) <= {"all"} or micro.tokens <= TILE_TOKENS:
             return whole
         return tiles if tiles.device_bytes(spec, micro) < whole.device_bytes(spec, micro) else whole
 
-    def device_bytes(self, spec: ArchSpec, micro: Micro) -> int:
+    def device_bytes(self, spec: AnySpec, micro: Micro) -> int:
         """Returns the bytes of all layers on the device at the backward's peak."""
         return activations.peak(self._held(spec, micro))
 
-    def host_bytes(self, spec: ArchSpec, micro: Micro) -> int:
+    def host_bytes(self, spec: AnySpec, micro: Micro) -> int:
         """Returns the bytes that wait in pinned host memory."""
         return sum(held.host for held in self._held(spec, micro))
 
-    def _held(self, spec: ArchSpec, micro: Micro) -> list[Held]:
+    def _held(self, spec: AnySpec, micro: Micro) -> list[Held]:
         known: dict[tuple[int, Keep], Held] = {}  # layers are alike, most of them one and the same object
         result = []
         for layer, rung in zip(spec.layers, self.keep, strict=True):

@@ -1,19 +1,24 @@
 """What a model's architecture allows, whatever the hardware."""
 
+from typing import Any
+
 from stoker.arch import arithmetic
-from stoker.arch.spec import ArchSpec, DynamicScaling, LinearScaling
+from stoker.arch.borrowed import AnySpec, BorrowedSpec
+from stoker.arch.spec import DynamicScaling, LinearScaling
 from stoker.config.document import Path
 from stoker.config.schema import RunConfig
 from stoker.errors import Problem
 from stoker.plan.adapter import targets_problem
 
 
-def max_sequence_length(spec: ArchSpec) -> int:
+def max_sequence_length(spec: AnySpec) -> int:
     """Returns the longest sequence, in tokens, that the model's positions were made for.
 
     Linear and dynamic scaling stretch `max_position_embeddings` by their factor; with the other scalings it is the
     stretched length itself.
     """
+    if isinstance(spec, BorrowedSpec):
+        return spec.max_positions
     lengths = [spec.learned_positions - spec.position_offset] if spec.learned_positions else []
     for rope in arithmetic.ropes(spec):
         scaling = rope.scaling
@@ -22,19 +27,23 @@ def max_sequence_length(spec: ArchSpec) -> int:
     return min(lengths, default=spec.max_positions)
 
 
-def fitted(config: RunConfig, spec: ArchSpec) -> RunConfig:
-    """Returns the configuration with a data.sequence_length that the model can take, unless the user set one."""
-    if "sequence_length" in config.data.model_fields_set:
-        return config
-    length = min(config.data.sequence_length, max_sequence_length(spec))
+def fitted(config: RunConfig, spec: AnySpec) -> RunConfig:
+    """Returns the configuration with what the model decides of data.sequence_length and packing, unless they are set.
+
+    Sequences are no longer than the model can take. Rows are not packed where its class cannot keep documents apart:
+    each would run by itself all the same.
+    """
+    changes: dict[str, Any] = {}
+    if "sequence_length" not in config.data.model_fields_set:
+        changes["sequence_length"] = min(config.data.sequence_length, max_sequence_length(spec))
+    if "packing" not in config.data.model_fields_set and isinstance(spec, BorrowedSpec) and not spec.packs:
+        changes["packing"] = False
     # Not counted as set by the user, so that fitting it again gives the same.
-    data = type(config.data).model_construct(
-        config.data.model_fields_set, **{**dict(config.data), "sequence_length": length}
-    )
+    data = type(config.data).model_construct(config.data.model_fields_set, **{**dict(config.data), **changes})
     return config.model_copy(update={"data": data})
 
 
-def problems(config: RunConfig, spec: ArchSpec) -> list[tuple[Path, Problem]]:
+def problems(config: RunConfig, spec: AnySpec) -> list[tuple[Path, Problem]]:
     """Returns what this model cannot do of what the configuration asks, each with the path of the setting."""
     found: list[tuple[Path, Problem | None]] = [
         (("data", "sequence_length"), _length_problem(fitted(config, spec), spec))
@@ -44,7 +53,7 @@ def problems(config: RunConfig, spec: ArchSpec) -> list[tuple[Path, Problem]]:
     return [(path, problem) for path, problem in found if problem is not None]
 
 
-def _length_problem(config: RunConfig, spec: ArchSpec) -> Problem | None:
+def _length_problem(config: RunConfig, spec: AnySpec) -> Problem | None:
     asked, allowed = config.data.sequence_length, max_sequence_length(spec)
     if asked <= allowed:
         return None

@@ -8,7 +8,8 @@ the compute type or a quantised one. These are estimates for choosing; a run pri
 from dataclasses import asdict, dataclass, replace
 
 from stoker.arch import arithmetic
-from stoker.arch.spec import ArchSpec, LayerSpec
+from stoker.arch.borrowed import AnySpec
+from stoker.arch.spec import LayerSpec
 from stoker.config.schema import Optimizer
 
 GIB = 2**30
@@ -57,7 +58,7 @@ class Memory:
 
 
 def estimate(
-    spec: ArchSpec,
+    spec: AnySpec,
     *,
     trained: int,
     frozen: int,
@@ -87,7 +88,7 @@ def estimate(
     return Memory(weights, gradients, state, 0, logits, scratch, 0, reserve)
 
 
-def frozen_weight_bytes(spec: ArchSpec, quantization: str, value_bytes: int) -> int:
+def frozen_weight_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> int:
     """Returns the bytes of a frozen base: its layers' linear weights quantised, the rest in the compute type."""
     shapes = arithmetic.linear_shapes(spec).values()
     values, rows = sum(into * out for into, out in shapes), sum(out for _, out in shapes)
@@ -99,12 +100,12 @@ def frozen_weight_bytes(spec: ArchSpec, quantization: str, value_bytes: int) -> 
     return rest + values * value_bytes
 
 
-def transposed_bytes(spec: ArchSpec) -> int:
+def transposed_bytes(spec: AnySpec) -> int:
     """Returns the bytes of a transposed copy of every fp8 weight, a byte a value."""
     return sum(into * out for into, out in arithmetic.linear_shapes(spec).values())
 
 
-def scratch_bytes(spec: ArchSpec, quantization: str, value_bytes: int) -> int:
+def scratch_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> int:
     """Returns the bytes of the buffer that holds one dequantised weight, the largest; fp8's holds a transposed one."""
     if quantization == "none":
         return 0
@@ -112,12 +113,12 @@ def scratch_bytes(spec: ArchSpec, quantization: str, value_bytes: int) -> int:
     return largest if quantization == "fp8" else largest * value_bytes
 
 
-def _fused_sizes(spec: ArchSpec, layer: LayerSpec) -> list[int]:
+def _fused_sizes(spec: AnySpec, layer: LayerSpec) -> list[int]:
     """Values of a layer's weights, those of one input kept as one."""
     return [linear.weights for linear in arithmetic.linears(layer, spec.hidden_size).values()]
 
 
-def _largest_layer(spec: ArchSpec) -> int:
+def _largest_layer(spec: AnySpec) -> int:
     return max((sum(_fused_sizes(spec, layer)) for layer in set(spec.layers)), default=0)
 
 

@@ -11,7 +11,7 @@ from stoker.adapters.merge import merge_into
 from stoker.errors import ModelError, OutputError, StokerError
 from stoker.export import adapter
 from stoker.export.merged import merge
-from stoker.models import native
+from stoker.models import open as models
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -79,7 +79,7 @@ def test_a_merge_that_answers_otherwise_is_not_kept(make_base, make_adapter, tmp
 def test_a_written_model_that_answers_otherwise_is_not_kept(make_base, make_adapter, tmp_path, monkeypatch):
     base = make_base()
     adapter_folder = make_adapter(base)
-    save = native.save
+    save = models.save
 
     def save_wrongly(decoder, *args, **options):
         weight = decoder.blocks[1].feed_forward.down.weight
@@ -87,7 +87,7 @@ def test_a_written_model_that_answers_otherwise_is_not_kept(make_base, make_adap
         save(decoder, *args, **options)
         weight[3, 4] -= 1.0
 
-    monkeypatch.setattr("stoker.export.merged.native.save", torch.no_grad()(save_wrongly))
+    monkeypatch.setattr("stoker.export.merged.models.save", torch.no_grad()(save_wrongly))
     with pytest.raises(StokerError, match=r"what was written is not what was merged.*not kept"):
         merge(base, adapter_folder, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}

@@ -1,0 +1,192 @@
+"""What a loaded model is asked before anything of it is replaced for good: the answers must stay the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stoker.errors import ModelError
+from stoker.models.borrowed.attention import NAME, Call, register
+from stoker.models.borrowed.find import takes_attention
+from stoker.models.borrowed.head import fit
+from stoker.models.borrowed.model import BorrowedModel
+from stoker.models.borrowed.swaps import put_plain
+from stoker.nn.linear import FusedLinear
+
+_NUM_TOKENS = 12
+_CUT = 5
+# Largest allowed difference as a share of the largest value. fp32: sums in another order. Half precision: two
+# implementations of attention round differently in every layer.
+_TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
+# What classes raise for arguments or shapes that they do not know; UnsupportedError and NotImplementedError among them.
+_REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
+
+
+@torch.no_grad()
+def check(model: BorrowedModel) -> None:
+    """Finds out what this instance can do, sets it up for that, and notes what it cannot; in evaluation mode.
+
+    Raises ModelError for a model whose predictions depend on later tokens.
+    """
+    ids = probe_ids(model)
+    if names := _leave_what_is_not_called(model, ids):
+        listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        model.notices.append(f"{listed} cannot have an adapter, because the class reads their weights past the layer")
+    expected = model.class_logits(ids)
+    _refuse_what_looks_ahead(model, ids, expected)
+    _set_up_head(model, ids)
+    why = _why_not_our_attention(model, ids, expected)
+    why = why or _why_not_packed(model, ids)
+    if why:
+        model.notices.append(f"packed rows run document by document, because {why}")
+
+
+def probe_ids(model: BorrowedModel) -> Tensor:
+    """A row of random tokens, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.vocab_size, (1, _NUM_TOKENS), generator=generator).to(model.device)
+
+
+def agrees(one: Tensor, other: Tensor) -> bool:
+    """Whether two results are equal within the rounding of their dtype."""
+    tolerance = max(_TOLERANCES.get(tensor.dtype, 1e-4) for tensor in (one, other))
+    one, other = one.float(), other.float()
+    return one.shape == other.shape and bool((one - other).abs().max() <= tolerance * other.abs().max())
+
+
+def _leave_what_is_not_called(model: BorrowedModel, ids: Tensor) -> list[str]:
+    """Makes plain layers again of those whose weight the class uses without calling them; returns their names.
+
+    Layers of one name are looked at together: a few tokens do not pass every expert.
+    """
+    layers = {name: layer for name, layer in model.model.named_modules() if isinstance(layer, FusedLinear)}
+    called: set[str] = set()
+
+    def note(layer: FusedLinear, *_: Any) -> None:
+        called.update(name.rpartition(".")[2] for name in layer.names)
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers.values()]
+    try:
+        model.class_logits(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    left = []
+    for path, layer in layers.items():
+        if called.isdisjoint(name.rpartition(".")[2] for name in layer.names):
+            put_plain(model.model, path, layer, is_transposed=layer.names[0] in model.transposed)
+            left.append(path)
+    return left
+
+
+def _refuse_what_looks_ahead(model: BorrowedModel, ids: Tensor, expected: Tensor) -> None:
+    changed = ids.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % model.vocab_size
+    if not agrees(model.class_logits(changed)[:, :-1], expected[:, :-1]):
+        raise ModelError(
+            f"{type(model.model).__name__} lets predictions depend on later tokens, so it is no causal language model.",
+            fix="Use a decoder; an encoder's config.json may need is_decoder: true.",
+        )
+
+
+def _set_up_head(model: BorrowedModel, ids: Tensor) -> None:
+    try:
+        found = fit(model.tap, lambda: model.class_logits(ids), model.config)
+        if found is not None:
+            model.run(ids)  # what the class does to logits must bear hidden states
+    except _REFUSALS:
+        found = None
+    model.head = found
+    if found is None:
+        name = type(model.model).__name__
+        model.notices.append(f"{name} makes its logits in a way of its own, so they are held whole for the loss")
+
+
+def _why_not_our_attention(model: BorrowedModel, ids: Tensor, expected: Tensor) -> str:
+    """Gives the model our attention if its answers stay the same, and else says why not."""
+    name, inner = type(model.model).__name__, model.model
+    if not takes_attention(inner):
+        return f"{name} computes attention, or what it has instead of it, by itself"
+    own = model.config._attn_implementation
+    register()
+    _set_attention(inner, NAME)
+    call = Call(kernels=model.kernels)
+    why = ""
+    try:
+        if not agrees(model.class_logits(ids, call=call), expected):
+            why = f"{name} gives other answers with attention from outside"
+    except _REFUSALS as error:
+        why = f"{name} does not take attention from outside ({error})"
+    if not why and not call.windows:
+        why = f"{name} computes attention by itself"
+    if not why and (windows := _unknown_windows(model.config, call)):
+        why = f"{name} does not say where its window of {windows[0]} tokens applies"
+    if why:
+        _set_attention(inner, own)
+    return why
+
+
+def _set_attention(model: Any, name: str) -> None:
+    model.set_attn_implementation(name)
+
+
+def _unknown_windows(config: Any, call: Call) -> list[int]:
+    """Windows of the configuration that no layer told our attention: the probe is too short to see what they do."""
+    text = config.get_text_config()
+    types = getattr(text, "layer_types", None)
+    if types is not None and set(types) <= {"full_attention"}:
+        return []
+    keys = ("window", "chunk")
+    windows = [v for k, v in text.to_dict().items() if any(key in k for key in keys) and isinstance(v, int) and v > 0]
+    return [window for window in windows if window not in call.windows and not isinstance(window, bool)]
+
+
+def _why_not_packed(model: BorrowedModel, ids: Tensor) -> str:
+    """Lets packed rows run at once if documents stay apart, and else says why not."""
+    if kind := _rope_by_length(model.config):
+        return f"its {kind} rope depends on the length of the whole row"
+    documents = ((_CUT, _NUM_TOKENS - _CUT),)
+    apart = torch.cat([model.run(part) for part in ids.split(list(documents[0]), dim=1)], dim=1)
+    try:
+        together = model.run(ids, call=Call(documents, model.kernels))
+    except _REFUSALS as error:
+        return f"{type(model.model).__name__} does not take packed rows ({error})"
+    model.packs = agrees(together, apart)
+    return "" if model.packs else f"{type(model.model).__name__} does not keep packed documents apart"
+
+
+def _rope_by_length(config: Any) -> str:
+    """The type of a rope whose frequencies change with the length, which the probe is too short to see."""
+    text = config.get_text_config()
+    found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = (found.get("rope_type"), found.get("type")) if isinstance(found, dict) else ()
+    return next((kind for kind in kinds if kind in ("dynamic", "longrope")), "")
+
+
+@torch.no_grad()
+def decodes_from_its_state(model: BorrowedModel) -> bool:
+    """Whether decoding step by step from the class's own state gives what one forward gives."""
+    was_training = model.training
+    model.eval()
+    ids = probe_ids(model)
+    try:
+        return _same(lambda: _in_steps(model, ids), model.run(ids))
+    finally:
+        model.caches = None
+        model.train(was_training)
+
+
+def _same(make: Callable[[], Tensor], expected: Tensor) -> bool:
+    try:
+        return agrees(make(), expected)
+    except _REFUSALS:
+        return False
+
+
+def _in_steps(model: BorrowedModel, ids: Tensor) -> Tensor:
+    from stoker.models.borrowed.model import BorrowedCache
+
+    model.caches, cache = True, BorrowedCache()
+    steps = ids.split([_CUT, *[1] * (_NUM_TOKENS - _CUT)], dim=1)
+    return torch.cat([model(step, cache=cache) for step in steps], dim=1)
