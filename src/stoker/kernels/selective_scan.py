@@ -14,12 +14,16 @@ another. No factor exceeds one, whatever δ.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stoker.kernels.documents import DocumentLengths, document_ids, starts
+from stoker.kernels.recurrent import contiguous_channels
+from stoker.kernels.selective_scan_triton import inputs_of, launch_backward, launch_forward
 from stoker.kernels.triton_support import check_implementation
 
 
@@ -91,8 +95,8 @@ def selective_scan(
     to T.
     """
     documents = document_ids(document_lengths, x.shape[0], x.shape[1], x.device)
-    if check_implementation(implementation):
-        raise NotImplementedError
+    if check_implementation(implementation) and x.numel():
+        return _SelectiveScanTriton.apply(x, dt, A, B, C, D, z, dt_bias, initial_state, documents)
     return selective_scan_reference(
         x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, documents=documents, initial_state=initial_state
     )
@@ -130,3 +134,48 @@ def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> 
     if D is not None:
         y = y + D.to(y.dtype) * x.to(y.dtype)
     return (y if z is None else y * F.silu(z.to(y.dtype))).to(x.dtype)
+
+
+class _SelectiveScanTriton(torch.autograd.Function):
+    """Saves the inputs alone."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes positions
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        initial_state: Tensor | None,
+        documents: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """x: [B, T, E]; the others as `selective_scan` has them."""
+        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_state, documents)
+        ctx.set_materialize_grads(False)
+        return launch_forward(inputs_of(x, dt, A, B, C, D, z, dt_bias, initial_state, documents))
+
+    @staticmethod
+    @once_differentiable
+    # The decorator's type hides the name of `ctx`.
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        """Gradients of all tensors; those of A, D and the bias only where one of them is asked for."""
+        saved = ctx.saved_tensors
+        grad, grad_end = grads
+        if grad is None:
+            grad = torch.zeros_like(saved[0])
+        needs = ctx.needs_input_grad
+        results = launch_backward(
+            inputs_of(*saved),
+            contiguous_channels(grad),
+            grad_end,
+            parameters=needs[2] or needs[5] or needs[7],
+        )
+        typed = (
+            result.to(source.dtype) if need and result is not None else None
+            for result, source, need in zip(results, saved[:9], needs[:9], strict=True)
+        )
+        return (*typed, None)

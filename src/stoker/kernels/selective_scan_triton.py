@@ -1,0 +1,613 @@
+"""Kernels of Mamba-1's selective scan; `kernels.selective_scan` has the formulas.
+
+A chunk's last state, if it began with zero, is a plain sum over its positions: one launch computes those of all chunks,
+one carries the state from chunk to chunk, and a third scans within chunks from the right state. A program holds all
+positions of a chunk for some channels and goes through the states of a channel one after the other: nothing of the size
+[T, E, N] is ever stored, and a scan runs within a thread.
+
+Backward the same from the last chunk to the first. A program's shares of the gradients of B and C (summed over its
+channels) and of A, D and the bias (over its positions) are added in a fixed order, without atomics, so that two runs
+agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stoker.kernels.recurrent import contiguous_channels, or_empty, sigmoid, softplus
+from stoker.kernels.triton_support import jit, next_power_of_2, tl
+
+# Positions a chunk and channels a program, of which a thread has NEIGHBOURS next to each other: with as many channels
+# as a warp has threads times NEIGHBOURS, all positions of a channel are in one thread. The backward holds six tiles of
+# float32 throughout and as many for a moment, in 255 registers a thread.
+CHUNK = 16
+CHANNELS = 32
+NEIGHBOURS = 1
+WARPS = 1
+
+
+@jit
+def _compose(first_factor: tl.tensor, first_term: tl.tensor, factor: tl.tensor, term: tl.tensor) -> tl.tensor:
+    """Two steps h -> factor * h + term as one."""
+    return first_factor * factor, first_term * factor + term
+
+
+@jit
+def _compose_back(  # noqa: PLR0917
+    later_decay: tl.tensor,
+    later_product: tl.tensor,
+    later_grad: tl.tensor,
+    decay: tl.tensor,
+    product: tl.tensor,
+    grad: tl.tensor,
+) -> tl.tensor:
+    """A stretch of positions and the one after it as one, for gradients, which take the decay of the next position.
+
+    Of each: the decay into its first position, the product of those after that, the gradient of its first state.
+    """
+    through = product * later_decay
+    return decay, through * later_product, through * later_grad + grad
+
+
+@jit
+def _load_tile(  # noqa: PLR0917
+    pointer: tl.tensor,
+    batch_stride: tl.tensor,
+    token_stride: tl.tensor,
+    batch: tl.tensor,
+    token: tl.tensor,
+    channel: tl.tensor,
+    mask: tl.tensor,
+) -> tl.tensor:
+    """Positions and channels [T, E] of a tensor [B, T, E], widened to float32; zeros outside the mask."""
+    offset = batch * batch_stride + token[:, None].to(tl.int64) * token_stride + channel[None, :]
+    return tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _load_ids(documents_ptr: tl.tensor, batch: tl.tensor, token: tl.tensor, length: tl.tensor) -> tl.tensor:
+    """Documents of positions; those before the row's first and after its last are of the nearest one's."""
+    return tl.load(documents_ptr + batch * length + tl.minimum(tl.maximum(token, 0), length - 1))
+
+
+@jit
+def _chunk_states_kernel(  # noqa: PLR0917
+    values_ptr: tl.tensor,
+    gate_ptr: tl.tensor,
+    dt_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    A_ptr: tl.tensor,
+    keys_ptr: tl.tensor,
+    documents_ptr: tl.tensor,
+    states_ptr: tl.tensor,
+    totals_ptr: tl.tensor,
+    values_batch: tl.tensor,
+    values_token: tl.tensor,
+    gate_batch: tl.tensor,
+    gate_token: tl.tensor,
+    dt_batch: tl.tensor,
+    dt_token: tl.tensor,
+    length: tl.tensor,
+    num_chunks: tl.tensor,
+    num_channels: tl.tensor,
+    num_states: tl.tensor,
+    CHUNK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    PACKED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+) -> None:
+    # Forward, values are x and keys are B: what a chunk adds to the state at its end. Backward, values are dout and
+    # keys are C: what it adds to the gradient of the state before it.
+    program = tl.program_id(1).to(tl.int64)
+    batch, chunk = program // num_chunks, (program % num_chunks).to(tl.int32)
+    channel = tl.max_contiguous(tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), NEIGHBOURS)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    columns = channel < num_channels
+    mask = (token[:, None] < length) & columns[None, :]
+    step = _load_tile(dt_ptr, dt_batch, dt_token, batch, token, channel, mask)
+    if HAS_BIAS:
+        step += tl.load(bias_ptr + channel, mask=columns, other=0.0).to(tl.float32)[None, :]
+    # Past the row's end nothing decays and nothing is added.
+    step = tl.where(mask, softplus(step), 0.0)
+    values = _load_tile(values_ptr, values_batch, values_token, batch, token, channel, mask)
+    sums = tl.cumsum(step, axis=0)
+    total = tl.sum(step, axis=0)
+    if BACKWARD:
+        if HAS_GATE:
+            gate = _load_tile(gate_ptr, gate_batch, gate_token, batch, token, channel, mask)
+            values *= gate * sigmoid(gate)
+    else:
+        values *= step
+        sums = total[None, :] - sums
+        tl.store(totals_ptr + program * num_channels + channel, total, mask=columns)
+    if PACKED:
+        edge = chunk * CHUNK - 1 if BACKWARD else chunk * CHUNK + CHUNK - 1
+        same = _load_ids(documents_ptr, batch, token, length) == _load_ids(documents_ptr, batch, edge, length)
+        values = tl.where(same[:, None], values, 0.0)
+    keys = keys_ptr + batch * num_states * num_chunks * CHUNK + token
+    for state_index in range(num_states):
+        A = tl.load(A_ptr + state_index * num_channels + channel, mask=columns, other=0.0)
+        key = tl.load(keys + state_index * num_chunks * CHUNK)
+        state = tl.sum(tl.exp(sums * A[None, :]) * values * key[:, None], axis=0)
+        tl.store(states_ptr + (program * num_states + state_index) * num_channels + channel, state, mask=columns)
+
+
+@jit
+def _carry_kernel(  # noqa: PLR0917
+    states_ptr: tl.tensor,
+    totals_ptr: tl.tensor,
+    A_ptr: tl.tensor,
+    documents_ptr: tl.tensor,
+    begin_ptr: tl.tensor,
+    end_ptr: tl.tensor,
+    length: tl.tensor,
+    num_chunks: tl.tensor,
+    num_channels: tl.tensor,
+    size: tl.tensor,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_BEGIN: tl.constexpr,
+    PACKED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    # Replaces what each chunk adds by the state before it (backward: the gradient of the state after it).
+    batch = tl.program_id(1).to(tl.int64)
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < size
+    channel = element % num_channels
+    A = tl.load(A_ptr + element, mask=mask, other=0.0)
+    state = tl.zeros((BLOCK,), dtype=tl.float32)
+    if HAS_BEGIN:
+        state += tl.load(begin_ptr + batch * size + element, mask=mask, other=0.0)
+    for index in tl.range(0, num_chunks, num_stages=STAGES):
+        chunk = num_chunks - 1 - index if BACKWARD else index
+        place = states_ptr + (batch * num_chunks + chunk) * size + element
+        added = tl.load(place, mask=mask, other=0.0)
+        total = tl.load(totals_ptr + (batch * num_chunks + chunk) * num_channels + channel, mask=mask, other=0.0)
+        across = tl.exp(total * A)
+        if PACKED:
+            before = _load_ids(documents_ptr, batch, chunk * CHUNK - 1, length)
+            last = _load_ids(documents_ptr, batch, chunk * CHUNK + CHUNK - 1, length)
+            across = tl.where(before == last, across, 0.0)
+        tl.store(place, state, mask=mask)
+        state = across * state + added
+    tl.store(end_ptr + batch * size + element, state, mask=mask)
+
+
+@jit
+def _output_kernel(  # noqa: PLR0917
+    x_ptr: tl.tensor,
+    gate_ptr: tl.tensor,
+    dt_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    A_ptr: tl.tensor,
+    B_ptr: tl.tensor,
+    C_ptr: tl.tensor,
+    D_ptr: tl.tensor,
+    documents_ptr: tl.tensor,
+    states_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    x_batch: tl.tensor,
+    x_token: tl.tensor,
+    gate_batch: tl.tensor,
+    gate_token: tl.tensor,
+    dt_batch: tl.tensor,
+    dt_token: tl.tensor,
+    length: tl.tensor,
+    num_chunks: tl.tensor,
+    num_channels: tl.tensor,
+    num_states: tl.tensor,
+    CHUNK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    PACKED: tl.constexpr,
+) -> None:
+    program = tl.program_id(1).to(tl.int64)
+    batch, chunk = program // num_chunks, (program % num_chunks).to(tl.int32)
+    channel = tl.max_contiguous(tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), NEIGHBOURS)
+    row = tl.arange(0, CHUNK)
+    token = chunk * CHUNK + row
+    columns, rows = channel < num_channels, token < length
+    mask = rows[:, None] & columns[None, :]
+    x = _load_tile(x_ptr, x_batch, x_token, batch, token, channel, mask)
+    step = _load_tile(dt_ptr, dt_batch, dt_token, batch, token, channel, mask)
+    if HAS_BIAS:
+        step += tl.load(bias_ptr + channel, mask=columns, other=0.0).to(tl.float32)[None, :]
+    step = tl.where(mask, softplus(step), 0.0)
+    scaled = step * x
+    y = tl.zeros((CHUNK, CHANNELS), dtype=tl.float32)
+    if HAS_D:
+        y += tl.load(D_ptr + channel, mask=columns, other=0.0).to(tl.float32)[None, :] * x
+    carries = rows[:, None]
+    if PACKED:
+        ids = _load_ids(documents_ptr, batch, token, length)
+        carries = (ids == _load_ids(documents_ptr, batch, token - 1, length))[:, None]
+    keys = batch * num_states * num_chunks * CHUNK + token
+    for state_index in range(num_states):
+        A = tl.load(A_ptr + state_index * num_channels + channel, mask=columns, other=0.0)
+        before = tl.load(
+            states_ptr + (program * num_states + state_index) * num_channels + channel, mask=columns, other=0.0
+        )
+        B_n = tl.load(B_ptr + keys + state_index * num_chunks * CHUNK)
+        C_n = tl.load(C_ptr + keys + state_index * num_chunks * CHUNK)
+        decay = tl.exp(step * A[None, :])
+        if PACKED:
+            decay = tl.where(carries, decay, 0.0)
+        added = scaled * B_n[:, None] + tl.where(row[:, None] == 0, decay * before[None, :], 0.0)
+        _, state = tl.associative_scan((decay, added), 0, _compose)
+        y += state * C_n[:, None]
+    if HAS_GATE:
+        gate = _load_tile(gate_ptr, gate_batch, gate_token, batch, token, channel, mask)
+        y *= gate * sigmoid(gate)
+    out = (batch * length + token[:, None]) * num_channels + channel[None, :]
+    tl.store(out_ptr + out, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _backward_kernel(  # noqa: PLR0915, PLR0917
+    grad_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    gate_ptr: tl.tensor,
+    dt_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    A_ptr: tl.tensor,
+    B_ptr: tl.tensor,
+    C_ptr: tl.tensor,
+    D_ptr: tl.tensor,
+    documents_ptr: tl.tensor,
+    states_ptr: tl.tensor,
+    grad_states_ptr: tl.tensor,
+    grad_x_ptr: tl.tensor,
+    grad_gate_ptr: tl.tensor,
+    grad_dt_ptr: tl.tensor,
+    grad_B_ptr: tl.tensor,
+    grad_C_ptr: tl.tensor,
+    grad_A_ptr: tl.tensor,
+    grad_D_ptr: tl.tensor,
+    grad_bias_ptr: tl.tensor,
+    grad_batch: tl.tensor,
+    grad_token: tl.tensor,
+    x_batch: tl.tensor,
+    x_token: tl.tensor,
+    gate_batch: tl.tensor,
+    gate_token: tl.tensor,
+    dt_batch: tl.tensor,
+    dt_token: tl.tensor,
+    length: tl.tensor,
+    num_batches: tl.tensor,
+    num_chunks: tl.tensor,
+    num_channels: tl.tensor,
+    num_states: tl.tensor,
+    CHUNK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PARAMETER_GRADS: tl.constexpr,
+) -> None:
+    program = tl.program_id(1).to(tl.int64)
+    batch, chunk = program // num_chunks, (program % num_chunks).to(tl.int32)
+    block = tl.program_id(0).to(tl.int64)
+    channel = tl.max_contiguous(tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), NEIGHBOURS)
+    row = tl.arange(0, CHUNK)
+    token = chunk * CHUNK + row
+    columns, rows = channel < num_channels, token < length
+    mask = rows[:, None] & columns[None, :]
+    raw = _load_tile(dt_ptr, dt_batch, dt_token, batch, token, channel, mask)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + channel, mask=columns, other=0.0).to(tl.float32)[None, :]
+    step = tl.where(mask, softplus(raw), 0.0)
+    x = _load_tile(x_ptr, x_batch, x_token, batch, token, channel, mask)
+    grad_y = _load_tile(grad_ptr, grad_batch, grad_token, batch, token, channel, mask)
+    if HAS_GATE:
+        gate = _load_tile(gate_ptr, gate_batch, gate_token, batch, token, channel, mask)
+        grad_y *= gate * sigmoid(gate)
+    scaled = step * x
+    y = tl.zeros((CHUNK, CHANNELS), dtype=tl.float32)
+    grad_scaled = tl.zeros((CHUNK, CHANNELS), dtype=tl.float32)
+    grad_step = tl.zeros((CHUNK, CHANNELS), dtype=tl.float32)
+    carries = rows[:, None]
+    if PACKED:
+        ids = _load_ids(documents_ptr, batch, token, length)
+        carries = (ids == _load_ids(documents_ptr, batch, token - 1, length))[:, None]
+    keys = batch * num_states * num_chunks * CHUNK + token
+    one = tl.full((CHUNK, CHANNELS), 1.0, dtype=tl.float32)
+    shares = block * num_batches * num_states * num_chunks * CHUNK + keys
+    for state_index in range(num_states):
+        A = tl.load(A_ptr + state_index * num_channels + channel, mask=columns, other=0.0)
+        place = (program * num_states + state_index) * num_channels + channel
+        before = tl.load(states_ptr + place, mask=columns, other=0.0)
+        grad_after = tl.load(grad_states_ptr + place, mask=columns, other=0.0)
+        B_n = tl.load(B_ptr + keys + state_index * num_chunks * CHUNK)
+        C_n = tl.load(C_ptr + keys + state_index * num_chunks * CHUNK)
+        decay = tl.exp(step * A[None, :])
+        if PACKED:
+            decay = tl.where(carries, decay, 0.0)
+        added = scaled * B_n[:, None]
+        carried = tl.where(row[:, None] == 0, decay * before[None, :], 0.0)
+        _, state = tl.associative_scan((decay, added + carried), 0, _compose)
+        direct = grad_y * C_n[:, None] + tl.where(row[:, None] == CHUNK - 1, grad_after[None, :], 0.0)
+        _, _, grad_state = tl.associative_scan((decay, one, direct), 0, _compose_back, reverse=True)
+        y += state * C_n[:, None]
+        grad_scaled += grad_state * B_n[:, None]
+        through_decay = grad_state * (state - added)
+        grad_step += through_decay * A[None, :]
+        tl.store(grad_B_ptr + shares + state_index * num_chunks * CHUNK, tl.sum(grad_state * scaled, axis=1))
+        tl.store(grad_C_ptr + shares + state_index * num_chunks * CHUNK, tl.sum(state * grad_y, axis=1))
+        if PARAMETER_GRADS:
+            tl.store(grad_A_ptr + place, tl.sum(through_decay * step, axis=0), mask=columns)
+    # Read again: held across the loop they would cost registers.
+    x = _load_tile(x_ptr, x_batch, x_token, batch, token, channel, mask)
+    raw = _load_tile(dt_ptr, dt_batch, dt_token, batch, token, channel, mask)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + channel, mask=columns, other=0.0).to(tl.float32)[None, :]
+    out = (batch * length + token[:, None]) * num_channels + channel[None, :]
+    grad_x = grad_scaled * step
+    if HAS_D:
+        D = tl.load(D_ptr + channel, mask=columns, other=0.0).to(tl.float32)[None, :]
+        y += D * x
+        grad_x += D * grad_y
+    tl.store(grad_x_ptr + out, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+    grad_dt = tl.where(mask, (grad_step + grad_scaled * x) * sigmoid(raw), 0.0)
+    tl.store(grad_dt_ptr + out, grad_dt.to(grad_dt_ptr.dtype.element_ty), mask=mask)
+    if HAS_GATE:
+        gate = _load_tile(gate_ptr, gate_batch, gate_token, batch, token, channel, mask)
+        grad = _load_tile(grad_ptr, grad_batch, grad_token, batch, token, channel, mask)
+        open_ = sigmoid(gate)
+        grad_gate = grad * y * open_ * (1.0 + gate * (1.0 - open_))
+        tl.store(grad_gate_ptr + out, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=mask)
+    if PARAMETER_GRADS:
+        place = program * num_channels + channel
+        tl.store(grad_D_ptr + place, tl.sum(grad_y * x, axis=0), mask=columns)
+        tl.store(grad_bias_ptr + place, tl.sum(grad_dt, axis=0), mask=columns)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of `selective_scan` as kernels read them.
+
+    Channels are contiguous; A is [N, E], B and C are [B, N, T'] with T' whole chunks, all fp32.
+    """
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    begin: Tensor | None
+    documents: Tensor | None
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks a row."""
+        return -(-self.x.shape[1] // CHUNK)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Length, chunks, channels and states, as kernels take them."""
+        return self.x.shape[1], self.num_chunks, self.x.shape[2], self.A.shape[0]
+
+    @property
+    def channels(self) -> int:
+        """Channels a program."""
+        return min(CHANNELS, next_power_of_2(self.x.shape[2]))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Programs of the kernels that take chunks."""
+        return -(-self.x.shape[2] // self.channels), self.x.shape[0] * self.num_chunks
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Compile-time values of the kernels that take chunks."""
+        return {
+            "CHUNK": CHUNK,
+            "CHANNELS": self.channels,
+            "NEIGHBOURS": NEIGHBOURS,
+            "HAS_BIAS": self.dt_bias is not None,
+            "HAS_GATE": self.z is not None,
+            "PACKED": self.documents is not None,
+            "num_warps": WARPS,
+        }
+
+    @property
+    def gate(self) -> Tensor:
+        """The gate, or what a kernel does not read."""
+        return or_empty(self.z, self.x)
+
+    @property
+    def step_pointers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """dt, its bias and A."""
+        return self.dt, or_empty(self.dt_bias, self.A), self.A
+
+    @property
+    def ids(self) -> Tensor:
+        """The documents, or what a kernel does not read."""
+        return or_empty(self.documents, self.A)
+
+
+def inputs_of(  # noqa: PLR0917 - the order of `selective_scan`
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    documents: Tensor | None,
+) -> Inputs:
+    """Returns the arguments of `selective_scan` as kernels read them."""
+    x, dt = contiguous_channels(x), contiguous_channels(dt)
+    D, dt_bias = (None if v is None else v.contiguous() for v in (D, dt_bias))
+    return Inputs(
+        x,
+        dt,
+        A.t().float().contiguous(),
+        _over_time(B),
+        _over_time(C),
+        D,
+        None if z is None else contiguous_channels(z),
+        dt_bias,
+        _states_first(initial_state),
+        documents,
+    )
+
+
+def _over_time(keys: Tensor) -> Tensor:
+    """[B, T, N] as [B, N, T'], fp32, zeros past the end: a thread reads the positions of one state at fixed offsets."""
+    batch, length, states = keys.shape
+    padded = -(-length // CHUNK) * CHUNK
+    create = torch.empty if padded == length else torch.zeros
+    out = create((batch, states, padded), dtype=torch.float32, device=keys.device)
+    out[:, :, :length].copy_(keys.transpose(1, 2))
+    return out
+
+
+def _states_first(state: Tensor | None) -> Tensor | None:
+    """[B, E, N] as [B, N, E] in fp32, contiguous."""
+    return None if state is None else state.transpose(1, 2).float().contiguous()
+
+
+def _launch_states(
+    inputs: Inputs, values: Tensor, keys: Tensor, totals: Tensor, begin: Tensor | None, *, backward: bool
+) -> tuple[Tensor, Tensor]:
+    """The states before (or gradients of those after) each chunk [B, chunks, N, E], and the last [B, E, N]."""
+    length, num_chunks, channels, states = inputs.sizes
+    batch = inputs.x.shape[0]
+    all_states = torch.empty((batch, num_chunks, states, channels), dtype=torch.float32, device=values.device)
+    end = torch.empty((batch, states, channels), dtype=torch.float32, device=values.device)
+    _chunk_states_kernel[inputs.grid](
+        values,
+        inputs.gate,
+        *inputs.step_pointers,
+        keys,
+        inputs.ids,
+        all_states,
+        totals,
+        *values.stride()[:2],
+        *inputs.gate.stride()[:2],
+        *inputs.dt.stride()[:2],
+        *inputs.sizes,
+        **inputs.constants,
+        BACKWARD=backward,
+    )
+    size = channels * states
+    block = min(128, next_power_of_2(size))
+    _carry_kernel[(-(-size // block), batch)](
+        all_states,
+        totals,
+        inputs.A,
+        inputs.ids,
+        or_empty(begin, totals),
+        end,
+        length,
+        num_chunks,
+        channels,
+        size,
+        CHUNK=CHUNK,
+        BLOCK=block,
+        HAS_BEGIN=begin is not None,
+        PACKED=inputs.documents is not None,
+        BACKWARD=backward,
+        STAGES=4,
+        num_warps=1,
+    )
+    return all_states, end.transpose(1, 2)
+
+
+def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Returns the outputs [B, T, E] and the state after the last position [B, E, N], fp32."""
+    x, B, C = inputs.x, inputs.B, inputs.C
+    totals = torch.empty((x.shape[0], inputs.num_chunks, x.shape[2]), dtype=torch.float32, device=x.device)
+    states, end = _launch_states(inputs, x, B, totals, inputs.begin, backward=False)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _output_kernel[inputs.grid](
+        x,
+        inputs.gate,
+        *inputs.step_pointers,
+        B,
+        C,
+        or_empty(inputs.D, x),
+        inputs.ids,
+        states,
+        out,
+        *x.stride()[:2],
+        *inputs.gate.stride()[:2],
+        *inputs.dt.stride()[:2],
+        *inputs.sizes,
+        **inputs.constants,
+        HAS_D=inputs.D is not None,
+    )
+    return out, end
+
+
+def launch_backward(
+    inputs: Inputs, grad: Tensor, grad_end: Tensor | None, *, parameters: bool
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of x, dt, A, B, C, D, z, the bias and the initial state; A's, D's and the bias' are None
+    unless `parameters`."""
+    x, B, C = inputs.x, inputs.B, inputs.C
+    batch, (length, num_chunks, channels, states) = x.shape[0], inputs.sizes
+    options = {"dtype": torch.float32, "device": x.device}
+    totals = torch.empty((batch, num_chunks, channels), **options)
+    before, _ = _launch_states(inputs, x, B, totals, inputs.begin, backward=False)
+    after, grad_begin = _launch_states(inputs, grad, C, totals, _states_first(grad_end), backward=True)
+    grad_x, grad_dt = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, inputs.dt))
+    grad_z = None if inputs.z is None else torch.empty(x.shape, dtype=inputs.z.dtype, device=x.device)
+    grad_B, grad_C = (torch.empty((inputs.grid[0], *B.shape), **options) for _ in range(2))
+    programs = batch * num_chunks
+    shares = [torch.empty((programs, *rest, channels), **options) for rest in ((states,), (), ()) if parameters]
+    _backward_kernel[inputs.grid](
+        grad,
+        x,
+        inputs.gate,
+        *inputs.step_pointers,
+        B,
+        C,
+        or_empty(inputs.D, x),
+        inputs.ids,
+        before,
+        after,
+        grad_x,
+        or_empty(grad_z, x),
+        grad_dt,
+        grad_B,
+        grad_C,
+        *(shares or (totals, totals, totals)),
+        *grad.stride()[:2],
+        *x.stride()[:2],
+        *inputs.gate.stride()[:2],
+        *inputs.dt.stride()[:2],
+        length,
+        batch,
+        num_chunks,
+        channels,
+        states,
+        **inputs.constants,
+        HAS_D=inputs.D is not None,
+        PARAMETER_GRADS=parameters,
+    )
+    grad_B, grad_C = (v.sum(0)[:, :, :length].transpose(1, 2) for v in (grad_B, grad_C))
+    grad_A = grad_D = grad_bias = None
+    if parameters:
+        grad_A, grad_D, grad_bias = (share.sum(0) for share in shares)
+        grad_A = grad_A.t()
+    return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_begin
