@@ -219,13 +219,19 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLinear]:
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns the weight shape `(out, in)` of each Hugging Face linear layer that can have an adapter, by its name."""
-    layers = [module for module in model.modules() if isinstance(module, FusedLinear)]
-    return {
-        name: (size, layer.in_features)
-        for layer in layers
-        for name, size in zip(layer.names, layer.out_features, strict=True)
-    }
+    """Returns the weight shape `(out, in)` of each Hugging Face linear layer that can have an adapter, by its name.
+
+    Of experts: the shape of one of them, by the name of the parameter that holds them all.
+    """
+    shapes: dict[str, tuple[int, int]] = {}
+    for layer in model.modules():
+        if isinstance(layer, ExpertLinear):
+            shapes[layer.name] = (layer.out_features, layer.in_features)
+        elif isinstance(layer, FusedLinear):
+            shapes |= {
+                name: (size, layer.in_features) for name, size in zip(layer.names, layer.out_features, strict=True)
+            }
+    return shapes
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

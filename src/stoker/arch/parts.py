@@ -174,8 +174,8 @@ def _experts(spec: ExpertsSpec, hidden_size: int) -> Part:
     inner, experts, used = spec.intermediate_size, spec.num_experts, float(spec.top_k)
     linears = {
         # Gate and up of an expert are one 3-D parameter in Transformers, and so have one adapter.
-        "gate_up": Linear(hidden_size, (2 * inner,), spec.bias, used=used, experts=experts),
-        "down": Linear(inner, (hidden_size,), spec.bias, used=used, experts=experts),
+        "experts.gate_up": Linear(hidden_size, (2 * inner,), spec.bias, used=used, experts=experts),
+        "experts.down": Linear(inner, (hidden_size,), spec.bias, used=used, experts=experts),
     }
     parameters: dict[str, Shape] = {"router.weight": (experts, hidden_size)}
     if spec.router.bias:
@@ -199,6 +199,18 @@ def _experts(spec: ExpertsSpec, hidden_size: int) -> Part:
         # While it runs: gate and up of the chosen experts, and the gradient of their inputs or their outputs.
         widest=spec.top_k * (3 * inner + hidden_size),
         flops=lambda sequence_length: 2.0 * gates * hidden_size,
+    )
+
+
+def _borrowed(spec: BorrowedMixer, hidden_size: int) -> Part:
+    del hidden_size  # what comes in is counted among the linear layers' inputs
+    return Part(
+        linears={name: Linear(into, (out,)) for name, into, out in spec.linears},
+        parameters={},
+        saved_values=spec.saved_values,
+        saved_statistics=0,
+        widest=spec.widest,
+        flops=lambda sequence_length: 4.0 * spec.attention_width * mean_keys(sequence_length, None),
     )
 
 
@@ -278,32 +290,7 @@ def _side_by_side(spec: SideBySideSpec, hidden_size: int) -> Part:
 # Tensors of the inner size that a state space's backward holds at once: what it computes again, and their gradients.
 _RECOMPUTED_TENSORS = 8
 
-med = {layer.mixer_name: layer.mixer, "feed_forward": layer.feed_forward}
-    return {name: part(spec, hidden_size) for name, spec in named.items() if spec is not None}
-
-
-def part(spec: Any, hidden_size: int) -> Part:
-    """The parts of a mixer's or a feed-forward's spec; raises TypeError for a type that nobody has described."""
-    if type(spec) not in PARTS:
-        raise TypeError(f"arch/parts.py does not say what a {type(spec).__name__} consists of")
-    return PARTS[type(spec)](spec, hidden_size)
-
-
-def layer_parameters(layer: LayerSpec, hidden_size: int) -> dict[str, Shape]:
-    """Shapes of all the layer's parameters by our names in the block, norms first."""
-    shapes: dict[str, Shape] = {}
-    for name in layer.norm_names:
-        shapes |= norm_parameters(name, layer.norm, (hidden_size,))
-    for name, one in parts(layer, hidden_size).items():
-        for linear, sizes in one.linears.items():
-            shapes |= {f"{name}.{linear}.{kind}": shape for kind, shape in sizes.shapes.items()}
-        shapes |= {f"{name}.{parameter}": shape for parameter, shape in one.parameters.items()}
-    return shapes
-
-
-def norm_parameters(name: str, norm: NormSpec, shape: Shape) -> dict[str, Shape]:
-    """Shapes of a norm's parameters over channels of `shape`."""
-    kinds = [kind for kind, there in (("weight", norm.weight), ("biaPARTS: dict[type, Callable[[Any, int], Part]] = {
+PARTS: dict[type, Callable[[Any, int], Part]] = {
     AttentionSpec: _attention,
     Mamba1Spec: _mamba1,
     Mamba2Spec: _mamba2,

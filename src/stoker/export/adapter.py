@@ -48,7 +48,7 @@ def save(model: nn.Module, folder: Path, *, base_name: str, revision: str | None
     tensors |= _of_experts(model, experts)
     config = peft_config.write(
         [*layers, *experts][0].settings,
-        targets=peft_config.target_modules([part.name for part in parts], list(linear_shapes(model))),
+        targets=peft_config.target_modules([part.name for part in parts], _linears(model)),
         parameters=expert_adapters.target_parameters(layer.name for layer in experts),
         base_name=base_name,
         revision=revision,
@@ -110,6 +110,12 @@ def base_of(folder: Path) -> tuple[str, str | None]:
             "base_model_name_or_path is empty.", where=where, fix="Name the base model yourself, with --base."
         )
     return str(name), None if revision is None else str(revision)
+
+
+def _linears(model: nn.Module) -> list[str]:
+    """Hugging Face's linear layers that can have an adapter; those of experts are none there."""
+    of_experts = {layer.name for layer in expert_layers(model)}
+    return [name for name in linear_shapes(model) if name not in of_experts]
 
 
 def _of_experts(model: nn.Module, layers: Sequence[LoraExperts]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stoker.adapters.experts import LoraExperts
-from stoker.nn.moe import ExpertLinear
+from stoker.nn.moe import ExpertLinear, interleave
 
 _INNER = ".base_layer"
 
@@ -49,7 +49,7 @@ def to_peft(layer: LoraExperts) -> tuple[Tensor, Tensor]:
     """Returns PEFT's A and B, in fp32 on the CPU."""
     a, b = layer.lora_a.detach().cpu(), layer.lora_b.detach().cpu()
     if layer.base.is_interleaved:
-        b = torch.stack(b.chunk(2, dim=1), dim=2).flatten(1, 2)
+        b = interleave(b)
     return a.flatten(0, 1).contiguous(), b.permute(1, 2, 0).flatten(1).contiguous()
 
 

@@ -229,6 +229,7 @@ def _experts(spec: ExpertsSpec, site: Site) -> Experts:
         names=site.names,
         bias=spec.bias,
         limit=spec.gate_limit,
+        is_interleaved=spec.gate_limit is not None,
         shared_size=spec.shared_size,
         shared_gate=spec.shared_gate,
         kernels=site.kernels,

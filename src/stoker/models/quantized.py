@@ -32,17 +32,34 @@ class Quantizer:
         A weight is quantised from the values and in the dtype that the folder holds, whatever the compute type. One
         that fp8 would move too far (`layer` names it, `probe` gives its inputs) comes back as it is: a tensor.
         """
-        if self._reader.packed.issuperset(names):
-            tensors: dict[str, Tensor] = {}
-            for name in names:
-                tensors |= self._reader.packed_tensors(name, device=self._device)
-            modules = tuple(name.removesuffix(".weight") for name in names)
-            return nf4.from_checkpoint(tensors, modules, scratch=self._scratch, implementation=self._kernels)
+        stored = self._parts(names)
+        if stored is not None:
+            return stored
         dense, part_rows = self._fused(names)
         made = quantize(dense, self._kind, part_rows=part_rows, scratch=self._scratch, implementation=self._kernels)
         if isinstance(made, Fp8Weight) and not self._holds(made, dense, part_rows, layer=layer, probe=probe):
             return dense
         return cast("nn.Module", made)
+
+    def experts(self, names: Sequence[str]) -> nf4.NF4Weight:
+        """Returns all experts' weights one below the other in NF4, from a tensor for each part or one for all."""
+        if len(names) > 1:
+            return self._parts(names) or self._quantized(*self._fused(names))
+        dense = self._reader.dense(names[0]).to(self._device)
+        return self._quantized(dense.flatten(0, 1), (dense.shape[1],) * dense.shape[0])
+
+    def _quantized(self, dense: Tensor, part_rows: tuple[int, ...]) -> nf4.NF4Weight:
+        return nf4.NF4Weight.quantize(dense, part_rows=part_rows, scratch=self._scratch, implementation=self._kernels)
+
+    def _parts(self, names: Sequence[str]) -> nf4.NF4Weight | None:
+        """The weights of `names` that are stored in NF4 already, as one; None where they are not."""
+        if not self._reader.packed.issuperset(names):
+            return None
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors |= self._reader.packed_tensors(name, device=self._device)
+        modules = tuple(name.removesuffix(".weight") for name in names)
+        return nf4.from_checkpoint(tensors, modules, scratch=self._scratch, implementation=self._kernels)
 
     @staticmethod
     def _holds(made: Fp8Weight, dense: Tensor, part_rows: tuple[int, ...], *, layer: str, probe: Probe) -> bool:

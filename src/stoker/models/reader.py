@@ -29,8 +29,8 @@ class Reader:
     """Tensors of a folder by name; files are opened when first asked for and closed with `stack`.
 
     `packed` are the weights in NF4: their values lie in tensors of their own, which are not in `names`. Those in
-    `transposed` are stored [in, out] and read [out, in]; those in `interleaved`, [E, 2 I, ...] as they are read, come with
-    the even rows (gate) before the odd ones (up).
+    `transposed` are stored [in, out] and read [out, in]; those in `interleaved`, [E, 2 I, ...], come with even rows
+    (gate) before odd ones (up).
     """
 
     def __init__(self, index: WeightIndex, stack: ExitStack) -> None:

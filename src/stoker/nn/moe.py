@@ -1,7 +1,7 @@
 """Mixtures of experts: a router that chooses for each token, and experts that run on what they are given."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ class ExpertLinear(nn.Module):
     """The linear layers of all experts as one weight `[num_experts, out_features, in_features]`.
 
     `name` is that of the Hugging Face parameter that holds them in memory ("model.layers.0.mlp.experts.down_proj"):
-    adapters speak it. `is_transposed`: there they are `[num_experts, in_features, out_features]`. `is_interleaved`:
-    there, rows of gate and up alternate; here gate comes first. It computes within `Experts` alone.
+    adapters speak it. `is_interleaved`: there, rows of gate and up alternate; here gate comes first. It computes within
+    `Experts` alone.
     """
 
     def __init__(
@@ -29,7 +29,6 @@ class ExpertLinear(nn.Module):
         *,
         name: str,
         bias: bool = False,
-        is_transposed: bool = False,
         is_interleaved: bool = False,
     ) -> None:
         super().__init__()
@@ -37,7 +36,6 @@ class ExpertLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.name = name
-        self.is_transposed = is_transposed
         self.is_interleaved = is_interleaved
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(num_experts, out_features)) if bias else None
@@ -68,7 +66,6 @@ class FrozenExpertLinear(ExpertLinear):
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self.name = layer.name
-        self.is_transposed = layer.is_transposed
         self.is_interleaved = layer.is_interleaved
         self.source_dtype = layer.weight.dtype
         self.bias = layer.bias
@@ -78,7 +75,7 @@ class FrozenExpertLinear(ExpertLinear):
     def weight(self) -> Tensor:  # pyrefly: ignore[bad-override]
         """The dequantised weight, a new tensor in the dtype that it had before."""
         stored: Any = self.stored
-        return stored.dequantize(dtype=self.source_dtype).view(self.num_experts, self.out_features, self.in_features)
+        return stored.dequantize(dtype=self.source_dtype)
 
     @property
     def device(self) -> torch.device:
@@ -89,6 +86,11 @@ class FrozenExpertLinear(ExpertLinear):
         """What the mixture's kernel computes with."""
         stored: Any = self.stored
         return ExpertMatrix(stored, self.bias)
+
+
+def interleave(tensor: Tensor) -> Tensor:
+    """Returns `[E, 2 I, ...]` with gate's and up's rows in turn, as gpt-oss stores them, from gate before up."""
+    return torch.stack(tensor.chunk(2, dim=1), dim=2).flatten(1, 2)
 
 
 class Routing(NamedTuple):
@@ -127,8 +129,18 @@ class Router(nn.Module):
         self.group_top = group_top
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
-        # Never trained by gradients: it is only compared with.
+        # Only compared with, so it has no gradient; Transformers keeps it in fp32 too.
         self.correction = nn.Parameter(torch.zeros(num_experts), requires_grad=False) if correction else None
+
+    @property
+    def keeps_float32(self) -> tuple[str, ...]:
+        """Parameters that stay in fp32, whatever the model's dtype."""
+        return () if self.correction is None else ("correction",)
+
+    def reset_parameters(self) -> None:
+        """Makes the correction zero."""
+        if self.correction is not None:
+            nn.init.zeros_(self.correction)
 
     def forward(self, x: Tensor) -> Routing:
         """x [N, D], any float dtype."""
@@ -188,7 +200,7 @@ class _RouterLogits(torch.autograd.Function):
 class Experts(nn.Module):
     """A mixture of experts as a feed-forward: each token's chosen experts, weighed, and one that every token has.
 
-    `names` are those of the Hugging Face parameters or modules, by ours: "gate_up" and "down" (one each),
+    `names` are those of the Hugging Face parameters or modules, by ours: "experts.gate_up" and "experts.down" (one each),
     "shared.gate_up" (gate and up) and "shared.down". `shared_size`: inner width of the shared expert (0: none),
     `shared_gate`: weighed by a sigmoid of its own. `limit`: gpt-oss' clamped gate. When `collects_router_logits`, the
     last forward's logits [N, E] stay in `router_logits` for an auxiliary loss.
@@ -204,7 +216,6 @@ class Experts(nn.Module):
         names: Mapping[str, tuple[str, ...]],
         bias: bool = False,
         limit: float | None = None,
-        is_transposed: bool = False,
         is_interleaved: bool = False,
         shared_size: int = 0,
         shared_gate: bool = False,
@@ -213,18 +224,10 @@ class Experts(nn.Module):
         super().__init__()
         self.options = MixtureOptions(num_experts, limit, kernels)
         self.router = router
-        self.gate_up = ExpertLinear(
-            num_experts,
-            hidden_size,
-            2 * intermediate_size,
-            name=names["gate_up"][0],
-            bias=bias,
-            is_transposed=is_transposed,
-            is_interleaved=is_interleaved,
-        )
-        self.down = ExpertLinear(
-            num_experts, intermediate_size, hidden_size, name=names["down"][0], bias=bias, is_transposed=is_transposed
-        )
+        inner, name = intermediate_size, names["experts.gate_up"][0]
+        gate_up = ExpertLinear(num_experts, hidden_size, 2 * inner, name=name, bias=bias, is_interleaved=is_interleaved)
+        down = ExpertLinear(num_experts, inner, hidden_size, name=names["experts.down"][0], bias=bias)
+        self.experts = nn.ModuleDict({"gate_up": gate_up, "down": down})
         self.shared = None
         if shared_size:
             self.shared = GatedFeedForward(
@@ -243,9 +246,8 @@ class Experts(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         routing = self.router(flat)
         self.router_logits = routing.logits if self.collects_router_logits else None
-        out = mixture(
-            flat, routing.weights, routing.chosen, self.gate_up.matrix(), self.down.matrix(), options=self.options
-        )
+        gate_up, down = (cast("ExpertLinear", self.experts[name]).matrix() for name in ("gate_up", "down"))
+        out = mixture(flat, routing.weights, routing.chosen, gate_up, down, options=self.options)
         if self.shared is not None:
             shared = self.shared(flat)
             out = out + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(flat)) * shared)

@@ -6,7 +6,24 @@ Adding a family is one file here, one line in `FAMILIES`, one parity test and on
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from stoker.arch.families import bamba, falcon_h1, granite_hybrid, jamba, llama, mamba, mamba2, nemotron_h
+from stoker.arch.families import (
+    bamba,
+    falcon,
+    falcon_h1,
+    gemma,
+    gpt2,
+    gpt_neox,
+    granite_hybrid,
+    jamba,
+    llama,
+    mamba,
+    mamba2,
+    mixtures,
+    nemotron_h,
+    phi,
+    phi3,
+    qwen,
+)
 from stoker.arch.spec import ArchSpec, WeightEntry
 from stoker.errors import ModelError
 
@@ -26,6 +43,21 @@ class Family(Protocol):
 FAMILIES: dict[str, Family] = {
     "llama": llama,
     "mistral": llama,
+    "qwen2": qwen,
+    "qwen3": qwen,
+    "gemma": gemma,
+    "gemma2": gemma,
+    "gemma3_text": gemma,
+    "phi": phi,
+    "phi3": phi3,
+    "falcon": falcon,
+    "gpt_neox": gpt_neox,
+    "gpt2": gpt2,
+    "mixtral": mixtures,
+    "qwen2_moe": mixtures,
+    "qwen3_moe": mixtures,
+    "olmoe": mixtures,
+    "granitemoe": mixtures,
     "mamba": mamba,
     "falcon_mamba": mamba,
     "mamba2": mamba2,
