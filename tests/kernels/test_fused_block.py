@@ -117,10 +117,28 @@ def test_quantised_layers_hold_no_plain_weight(device):
     assert all(layer.weight.shape == (sum(layer.out_features), layer.in_features) for layer in layers)
 
 
-@pytest.mark.parametrize(("lora", "reason"), [({"dora": True}, "DoRA"), ({"dropout": 0.1}, "dropout = 0.1")])
-def test_what_the_kernel_cannot_run_is_refused(lora, reason, device):
-    with pytest.raises(ValueError, match=reason):
-        fuse_blocks(make(device, **lora))
+def test_what_the_kernel_cannot_run_is_refused(device):
+    with pytest.raises(ValueError, match="DoRA"):
+        fuse_blocks(make(device, dora=True))
+
+
+@pytest.mark.parametrize("keep", KEEP)
+def test_dropout_drops_what_op_by_op_drops(keep, device):
+    ids = torch.tensor([[3, 5, 7, 9]], device=device)
+    results = []
+    for fused in (False, True):
+        model = make(device, dropout=0.3)
+        if fused:
+            fuse_blocks(model, keep=keep, implementation="reference")
+        torch.manual_seed(5)
+        trained = model(ids)
+        adapters = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(trained.square().sum(), adapters)
+        with torch.no_grad():
+            results.append([trained.detach(), *grads, model.eval()(ids)])
+    assert not torch.equal(results[0][0], results[0][-1])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * one.abs().max().item())
 
 
 def test_wrong_number_of_rungs_is_refused(device):

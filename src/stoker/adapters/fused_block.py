@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from stoker.adapters.lora import LoraLinear
 from stoker.kernels.block import BlockOptions, BlockWeights, block
+from stoker.kernels.dropout import draw_seed
 from stoker.kernels.offload import HostOffload
 from stoker.kernels.projection import FrozenMatrix, Projection
 from stoker.nn.attention import Attention
@@ -63,7 +64,7 @@ class FusedBlock(Block):
 def why_not_fused(model: nn.Module) -> str | None:
     """Returns what keeps every layer of `model` from the layer kernel (None: some can run through it).
 
-    That is DoRA or dropout in an adapter, or the shape of the layers themselves.
+    That is DoRA, or the shape of the layers themselves.
     """
     reasons = [_why_not(block) for block in cast("nn.ModuleList", model.blocks)]
     return reasons[0] if reasons and all(reasons) else None
@@ -74,8 +75,6 @@ def _why_not(block: nn.Module) -> str | None:
     for module in block.modules():
         if isinstance(module, LoraLinear) and module.settings.dora:
             return "DoRA scales the rows of the sum of weight and update"
-        if isinstance(module, LoraLinear) and module.settings.dropout > 0.0:
-            return f"adapters with dropout = {module.settings.dropout}"
     return None if _is_llama(block) else "layers that are not shaped as Llama's"
 
 
@@ -162,4 +161,6 @@ def _projection(layer: nn.Module) -> Projection:
     if adapter is None:
         return Projection(weight, base.bias)
     slices = tuple(base.slices[part] for part in adapter.parts)
-    return Projection(weight, base.bias, adapter.lora_a, adapter.lora_b, adapter.settings.scaling, slices)
+    rate = adapter.settings.dropout if adapter.training else 0.0
+    seed = draw_seed() if rate > 0.0 else 0
+    return Projection(weight, base.bias, adapter.lora_a, adapter.lora_b, adapter.settings.scaling, slices, rate, seed)

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stoker.kernels.dropout import draw_seed, drop
+
 _NORM_CHUNK_BYTES = 16 * 2**20
 
 
@@ -62,7 +64,7 @@ def lora_linear(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     rate = dropout if training else 0.0
-    seed = int(torch.randint(2**62, ()).item()) if rate > 0.0 else 0
+    seed = draw_seed() if rate > 0.0 else 0
     flat = x.reshape(-1, x.shape[-1])
     output = _LoraLinear.apply(flat, weight, bias, a, b, _Options(scaling, tuple(slices), rate, seed))
     return output.view(*x.shape[:-1], weight.shape[0])
@@ -135,12 +137,8 @@ def _grad_x(grad_output: Tensor, grad_product: Tensor, weight: Tensor, a: Tensor
 
 
 def _drop(x: Tensor, options: _Options) -> Tensor:
-    """Inverted dropout whose mask depends on the seed and the shape alone; its own derivative, being linear in `x`."""
-    if options.rate == 0.0:
-        return x
-    generator = torch.Generator(x.device).manual_seed(options.seed)
-    kept = torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(1 - options.rate, generator=generator)
-    return kept.mul_(1 / (1 - options.rate)).mul_(x)
+    """Dropout with the options' seed; its own derivative, being linear in `x`."""
+    return drop(x, rate=options.rate, seed=options.seed)
 
 
 def _parts(slices: Sequence[slice], b: Tensor, product: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
