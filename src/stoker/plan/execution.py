@@ -72,11 +72,8 @@ def why_op_by_op(adapter: Adapter | None, spec: AnySpec) -> str:
 
 
 def _why_not_adapter(adapter: Adapter | None) -> str:
-    if adapter is None:
-        return ""
-    if adapter.kind == "dora":
-        return "DoRA scales the rows of the sum of weight and update"
-    return f"adapter.dropout is {adapter.dropout}" if adapter.dropout > 0.0 else ""
+    is_dora = adapter is not None and adapter.kind == "dora"
+    return "DoRA scales the rows of the sum of weight and update" if is_dora else ""
 
 
 def _why_not_layers(spec: AnySpec) -> str:
@@ -90,7 +87,7 @@ def _why_not_layers(spec: AnySpec) -> str:
 def refuse_unknown_rungs(config: RunConfig, spec: AnySpec, device: Device) -> None:
     """Raises PlanError for a rung of the ladder, or an offload, that does not exist for this model or device."""
     engine, why = config.engine, why_op_by_op(config.adapter, spec)
-    otherwise = "; or adapter.dropout: 0.0 and kind: lora" if _why_not_adapter(config.adapter) else ""
+    otherwise = "; or adapter.kind: lora" if _why_not_adapter(config.adapter) else ""
     if why and engine.recompute in ("mixer", "attention"):
         raise PlanError(
             f"engine.recompute = {engine.recompute} is a rung of the layer kernel, which cannot run here: {why}.",
