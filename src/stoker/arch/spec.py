@@ -329,6 +329,8 @@ class ArchSpec:
     position_offset: int = 0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    left_out: tuple[str, ...] = ()
+    """Settings of config.json that its training had and Stoker's has not, such as dropout: "resid_pdrop = 0.1"."""
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of plain JSON values, with the `kind` of each part that has variants."""
@@ -351,6 +353,7 @@ class WeightEntry:
     its first dimension, E groups of the tensors in turn. `aliases`: names under which the same tensor may lie in a
     folder too, as a tied head does. `interleaved`: rows of gate and up alternate there, ours has gate first. `parameter`:
     of experts, the name of Transformers' 3-D parameter that holds them in memory, by which adapters know them.
+    `stored`: the names in files, where those are not the modules' (Transformers renames some as it loads and saves).
     """
 
     ours: str
@@ -360,3 +363,4 @@ class WeightEntry:
     aliases: tuple[str, ...] = ()
     interleaved: bool = False
     parameter: str | None = None
+    stored: tuple[str, ...] = ()

@@ -75,9 +75,9 @@ def hf_tensors(decoder: Decoder, spec: ArchSpec) -> Iterator[tuple[str, Tensor]]
         module = decoder.get_submodule(module_name)
         parameter = getattr(module, kind).detach()  # of a quantised layer: its dequantised weight
         sizes = module.out_features if isinstance(module, FusedLinear) else None
-        for name, rows in zip(entry.theirs, _split(parameter, entry, sizes), strict=True):
-            rows = interleave(rows) if entry.interleaved else rows
-            yield name, rows.transpose(-1, -2) if entry.transposed and rows.dim() > 1 else rows
+        for name, rows in zip(entry.stored or entry.theirs, _split(parameter, entry, sizes), strict=True):
+            values = interleave(rows) if entry.interleaved else rows
+            yield name, values.transpose(-1, -2) if entry.transposed and values.dim() > 1 else values
 
 
 def _split(parameter: Tensor, entry: WeightEntry, sizes: tuple[int, ...] | None) -> list[Tensor]:

@@ -106,6 +106,8 @@ def _sources(spec: ArchSpec, reader: Reader) -> dict[str, tuple[str, ...]]:
     sources, read = {}, set()
     for entry in entries:
         names = tuple(name.removeprefix(prefix) for name in entry.theirs)
+        if reader.names.issuperset(entry.stored):
+            names = entry.stored or names
         for alias in (name.removeprefix(prefix) for name in entry.aliases):
             if alias in reader.names:
                 names = (_same_source(names[0], alias, reader),)

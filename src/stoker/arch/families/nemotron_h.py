@@ -7,6 +7,7 @@ Mixtures of experts (Nemotron 3) are refused. Checked against transformers 5.24:
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from stoker.arch.families import state_space
@@ -71,7 +72,12 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
 
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
     """Every parameter of a `Decoder` built from `spec`, with the Hugging Face tensors it holds."""
-    return entries(spec, _NAMES)
+    return tuple(replace(entry, stored=tuple(map(_stored, entry.theirs))) for entry in entries(spec, _NAMES))
+
+
+def _stored(name: str) -> str:
+    """The name in a file of what the model calls `name`."""
+    return f"backbone.{name.removeprefix('model.')}" if name.startswith("model.") else name
 
 
 def _kinds(reader: ConfigReader) -> list[str]:
