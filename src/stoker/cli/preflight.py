@@ -6,7 +6,7 @@ from pathlib import Path
 
 import stoker
 from stoker.arch import families
-from stoker.arch.spec import ArchSpec
+from stoker.arch.borrowed import AnySpec
 from stoker.cli import places
 from stoker.config.document import Path as ConfigPath
 from stoker.config.document import dotted
@@ -18,7 +18,7 @@ from stoker.plan import limits
 BUILTIN = "builtin:"
 
 
-def look(loaded: Loaded) -> tuple[ArchSpec | None, list[Problem]]:
+def look(loaded: Loaded) -> tuple[AnySpec | None, list[Problem]]:
     """Returns the model's architecture where it lies on this disk, and what is wrong with the names in the YAML."""
     config = loaded.config
     spec, problems = _model(config)
@@ -27,24 +27,26 @@ def look(loaded: Loaded) -> tuple[ArchSpec | None, list[Problem]]:
     return spec, placed
 
 
-def _model(config: RunConfig) -> tuple[ArchSpec | None, list[tuple[ConfigPath, Problem]]]:
+def _model(config: RunConfig) -> tuple[AnySpec | None, list[tuple[ConfigPath, Problem]]]:
     path: ConfigPath = ("model", "base")
     base = config.model.base
     try:
-        spec = local_spec(base)
+        spec = local_spec(base, trust_remote_code=config.model.trust_remote_code)
     except ModelError as error:
         return None, [(path, problem) for problem in error.problems]
     return spec, limits.problems(config, spec) if spec else []
 
 
-def local_spec(base: str) -> ArchSpec | None:
+def local_spec(base: str, *, trust_remote_code: bool = False) -> AnySpec | None:
     """Returns the architecture of a model whose config.json lies on this disk, or None when it is still to be fetched.
 
+    For one that no family reads, Transformers is asked, which takes a few seconds.
+
     Raises:
-        ModelError: `base` can be no model, or its config.json is broken or of an architecture that is not native.
+        ModelError: `base` can be no model, or its config.json is broken or of an architecture that no path can take.
     """
     folder = _model_folder(base)
-    return _read_spec(folder) if folder else None
+    return _read_spec(folder, trust_remote_code=trust_remote_code) if folder else None
 
 
 def _model_folder(base: str) -> Path | None:
@@ -69,7 +71,7 @@ def _model_folder(base: str) -> Path | None:
     raise ModelError(f"model.base: {what}.", fix=fix)
 
 
-def _read_spec(folder: Path) -> ArchSpec:
+def _read_spec(folder: Path, *, trust_remote_code: bool) -> AnySpec:
     file = folder / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -82,7 +84,12 @@ def _read_spec(folder: Path) -> ArchSpec:
         raise ModelError(f"{file} cannot be read: {error}.", fix="Fetch or save the model again.") from None
     if not isinstance(values, dict):
         raise ModelError(f"{file} is not a JSON object.", fix="Fetch or save the model again.")
-    return families.read(values, str(file))
+    try:
+        return families.read(values, str(file))
+    except ModelError:
+        from stoker.compose.model import read_facts
+
+        return read_facts(folder, values, trust_remote_code=trust_remote_code)
 
 
 def _files(config: RunConfig) -> Iterator[tuple[ConfigPath, Problem]]:
@@ -103,9 +110,11 @@ def _files(config: RunConfig) -> Iterator[tuple[ConfigPath, Problem]]:
 
 def _is_template(choice: str) -> bool:
     """Whether a choice is a shipped template's name, the tokenizer's own, Jinja itself, or a file."""
-    name = choice.removeprefix("tokenizer_default_fallback_")
-    is_jinja = "{{" in choice or "{%" in choice
-    return choice == "tokenizer_default" or is_jinja or name in shipped_templates() or places.exists(choice)
+    from stoker.data.template import ALIASES, DEFAULT, FALLBACK, is_jinja
+
+    name = choice.removeprefix(FALLBACK)
+    is_named = choice == DEFAULT or name in shipped_templates() or name in ALIASES
+    return is_named or is_jinja(choice) or places.exists(choice)
 
 
 def shipped_templates() -> tuple[str, ...]:
@@ -140,7 +149,7 @@ def _source(source: Source, where: str) -> Problem | None:
     return None
 
 
-def summary(config: RunConfig, spec: ArchSpec | None) -> list[tuple[str, str]]:
+def summary(config: RunConfig, spec: AnySpec | None) -> list[tuple[str, str]]:
     """Returns what the run will do, as short lines with their headings."""
     config = limits.fitted(config, spec) if spec is not None else config
     return [
@@ -152,7 +161,7 @@ def summary(config: RunConfig, spec: ArchSpec | None) -> list[tuple[str, str]]:
     ]
 
 
-def _model_line(config: RunConfig, spec: ArchSpec | None) -> str:
+def _model_line(config: RunConfig, spec: AnySpec | None) -> str:
     base = config.model.base
     if spec is not None:
         from stoker.arch import arithmetic

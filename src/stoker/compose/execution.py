@@ -90,6 +90,18 @@ def fp8_notice(decoder: "Model", plan: Plan) -> str:
     )
 
 
+def borrowed_notices(decoder: "Model", *, packing: bool) -> list[str]:
+    """Returns a sentence for each thing that a class of Transformers does otherwise than a native model would."""
+    from stoker.models.borrowed.model import BorrowedModel
+
+    if not isinstance(decoder, BorrowedModel):
+        return []
+    found = [*decoder.notices]
+    if packing and decoder.why_not_packed:
+        found.append(f"packed rows run document by document, because {decoder.why_not_packed}")
+    return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in found]
+
+
 def _short(names: tuple[str, ...]) -> str:
     """A fused layer's names with their common beginning once: "model.layers.0.mlp.gate_proj, up_proj"."""
     return ", ".join((names[0], *(name.rpartition(".")[2] for name in names[1:])))

@@ -71,7 +71,18 @@ def open_base(name: str, *, revision: str | None = None, trust_remote_code: bool
     else:
         folder = folders.resolve(name, revision=revision, with_code=trust_remote_code)
     config = folders.read_config(folder)
-    return Base(name, revision, folder, config, models.read(folder, config, trust_remote_code=trust_remote_code))
+    return Base(name, revision, folder, config, read_facts(folder, config, trust_remote_code=trust_remote_code))
+
+
+def read_facts(folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> ArchSpec | BorrowedSpec:
+    """Returns the facts of the model in `folder` with the parsed `config`, by the path that it will take.
+
+    Raises:
+        ModelError: neither path can take it; the message has the reason.
+    """
+    from stoker.models import open as models
+
+    return models.read(folder, config, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(

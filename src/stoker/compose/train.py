@@ -14,7 +14,7 @@ import stoker
 from stoker.checkpoint.read import load as read
 from stoker.compose import finish, losses, resume
 from stoker.compose.data import Data, prepare_data, refuse_faults, summary
-from stoker.compose.execution import fp8_notice, layers_not_in_fp8
+from stoker.compose.execution import borrowed_notices, fp8_notice, layers_not_in_fp8
 from stoker.compose.hardware import probe, with_loaded
 from stoker.compose.model import Base, fitted, load_decoder, load_tokenizer, open_base, pad_id
 from stoker.compose.run_folder import Journal, RunFolder, now, versions
@@ -122,6 +122,9 @@ def train(
     engine = _make_engine(config, plan, model, data, console)
     assert model.decoder is not None
     not_in_fp8 = layers_not_in_fp8(model.decoder, plan)
+    for sentence in borrowed_notices(model.decoder, packing=config.data.packing):
+        warnings.append(sentence)
+        _say(console, sentence, style="yellow")
     if sentence := fp8_notice(model.decoder, plan):
         warnings.append(sentence)
         _say(console, sentence, style="yellow")

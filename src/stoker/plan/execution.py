@@ -109,7 +109,8 @@ def layers_reason(config: RunConfig, spec: AnySpec, layers: str, *, uses_triton:
     """Returns why the layers run as they do."""
     if isinstance(spec, BorrowedSpec):
         why = spec.why.rstrip(".")
-        return f"through {spec.origin}, as {why}; memory is a coarser estimate than for native models"
+        rows = "" if config.data.packing or spec.packs else "; rows are not packed, as it keeps no documents apart"
+        return f"through {spec.origin}: {why}{rows}; memory is a coarser estimate than for native models"
     if layers == "fused":
         reasons = [reason for layer in spec.layers if (reason := why_not_llama(layer))]
         if not reasons:

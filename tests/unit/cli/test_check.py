@@ -56,10 +56,14 @@ def test_names_of_template_and_tokenizer_are_looked_at(write_run):
     check.command(path, ["model.chat_template=chatml"])
 
 
-def test_an_unknown_architecture_is_named_with_what_runs_it(write_run):
-    (problem,) = problems(write_run(config={"model_type": "bloom"}))
-    assert '"bloom" is not native' in problem
-    assert "PEFT" in problem
+def test_an_architecture_that_no_path_takes_is_named(write_run):
+    (problem,) = problems(write_run(config={"model_type": "nobody_knows"}))
+    assert 'model_type "nobody_knows" is neither native nor a causal language model of Transformers' in problem
+
+
+def test_what_no_family_reads_is_run_through_transformers_and_check_says_so(write_run, capsys):
+    check.command(write_run(config={"model_type": "bloom", "hidden_size": 32, "n_head": 4}))
+    assert "bloom, through Transformers' BloomForCausalLM" in capsys.readouterr().out
 
 
 def test_a_broken_config_json_is_named(write_run, here):

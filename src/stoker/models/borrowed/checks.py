@@ -37,9 +37,7 @@ def check(model: BorrowedModel) -> None:
     _refuse_what_looks_ahead(model, ids, expected)
     _set_up_head(model, ids)
     why = _why_not_our_attention(model, ids, expected)
-    why = why or _why_not_packed(model, ids)
-    if why:
-        model.notices.append(f"packed rows run document by document, because {why}")
+    model.why_not_packed = why or _why_not_packed(model, ids)
 
 
 def probe_ids(model: BorrowedModel) -> Tensor:

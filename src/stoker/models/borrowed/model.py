@@ -31,7 +31,7 @@ class BorrowedModel(nn.Module):
 
     Its parameters keep their names below `model.`. `head_weight` is None for a class whose logits are no scaled or
     capped linear function of the hidden states: then `forward` returns the logits themselves, and `logits` nothing
-    else. `packs`: packed rows run at once; otherwise one document after the other. `caches`: the class decodes from its
+    else. `packs`: packed rows run at once; otherwise (`why_not_packed`) one document after the other. `caches`: the class decodes from its
     own state (None: not looked at yet); otherwise each token runs the whole text again.
     """
 
@@ -43,6 +43,7 @@ class BorrowedModel(nn.Module):
         self.caches: bool | None = None
         self.transposed: frozenset[str] = frozenset()
         self.notices: list[str] = []
+        self.why_not_packed = ""
         path, head = find_head(model)
         parent, _, name = path.rpartition(".")
         tap = HeadTap(head)
