@@ -16,6 +16,7 @@ from stoker.errors import ModelError, Problem
 from stoker.plan import limits
 
 BUILTIN = "builtin:"
+_TEMPLATES = Path(stoker.__file__).parent / "data" / "templates"
 
 
 def look(loaded: Loaded) -> tuple[AnySpec | None, list[Problem]]:
@@ -110,17 +111,16 @@ def _files(config: RunConfig) -> Iterator[tuple[ConfigPath, Problem]]:
 
 def _is_template(choice: str) -> bool:
     """Whether a choice is a shipped template's name, the tokenizer's own, Jinja itself, or a file."""
-    from stoker.data.template import ALIASES, DEFAULT, FALLBACK, is_jinja
-
-    name = choice.removeprefix(FALLBACK)
-    is_named = choice == DEFAULT or name in shipped_templates() or name in ALIASES
-    return is_named or is_jinja(choice) or places.exists(choice)
+    is_jinja = "{{" in choice or "{%" in choice
+    if is_jinja or choice == "tokenizer_default" or places.exists(choice):
+        return True
+    name = choice.removeprefix("tokenizer_default_fallback_")
+    return name in shipped_templates() or name in json.loads((_TEMPLATES / "aliases.json").read_text(encoding="utf-8"))
 
 
 def shipped_templates() -> tuple[str, ...]:
     """Returns the names of the chat templates that come with Stoker."""
-    folder = Path(stoker.__file__).parent / "data" / "templates"
-    return tuple(sorted(file.stem for file in folder.glob("*.jinja")))
+    return tuple(sorted(file.stem for file in _TEMPLATES.glob("*.jinja")))
 
 
 def _sources(config: RunConfig) -> list[tuple[ConfigPath, Source]]:

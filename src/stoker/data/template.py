@@ -15,6 +15,7 @@ content tells, the template says which text each turn of its loop over the messa
 """
 
 import difflib
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -38,9 +39,11 @@ NAMED = tuple(
     )
 )
 """Templates that come with Stoker."""
+ALIASES: dict[str, str] = json.loads(resources.files("stoker.data").joinpath("templates", "aliases.json").read_text())
+"""Other names of models whose format is one of these."""
 DEFAULT = "tokenizer_default"
 """The tokenizer's own; with `_fallback_NAME` behind it, that named template if the tokenizer has none."""
-_FALLBACK = f"{DEFAULT}_fallback_"
+FALLBACK = f"{DEFAULT}_fallback_"
 CHECKED_ROWS = 32
 
 
@@ -195,15 +198,16 @@ def source_of(tokenizer: Any, template: str | None = None) -> str | None:
     """Returns the Jinja text of what `resolve` would compile; None if the tokenizer has no template of its own."""
     if template is None or template == DEFAULT:
         return _own_source(tokenizer)
-    if template.startswith(_FALLBACK):
-        return _own_source(tokenizer) or source_of(tokenizer, template.removeprefix(_FALLBACK))
-    if template in NAMED:
-        return resources.files("stoker.data").joinpath("templates", f"{template}.jinja").read_text(encoding="utf-8")
+    if template.startswith(FALLBACK):
+        return _own_source(tokenizer) or source_of(tokenizer, template.removeprefix(FALLBACK))
+    name = ALIASES.get(template, template)
+    if name in NAMED:
+        return resources.files("stoker.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
     if is_jinja(template):
         return template
     path = Path(template).expanduser()
     if not path.is_file():
-        close = difflib.get_close_matches(template, NAMED, 1, 0.6)
+        close = difflib.get_close_matches(template, [*NAMED, *ALIASES], 1, 0.6)
         hint = f"Did you mean {close[0]}? " if close else ""
         raise DataError(
             f"model.chat_template = {template!r} is neither a named template nor a file.",
@@ -218,9 +222,9 @@ def is_jinja(template: str) -> bool:
 
 
 def _origin(tokenizer: Any, template: str | None) -> str:
-    if template is None or template == DEFAULT or (template.startswith(_FALLBACK) and _own_source(tokenizer)):
+    if template is None or template == DEFAULT or (template.startswith(FALLBACK) and _own_source(tokenizer)):
         return "the tokenizer's own"
-    return "given as Jinja" if is_jinja(template) else template.removeprefix(_FALLBACK)
+    return "given as Jinja" if is_jinja(template) else template.removeprefix(FALLBACK)
 
 
 def _own_source(tokenizer: Any) -> str | None:
