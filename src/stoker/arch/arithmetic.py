@@ -65,6 +65,20 @@ def linear_shapes(spec: AnySpec) -> dict[str, tuple[int, int]]:
     return shapes
 
 
+def linears_by_name_only(spec: AnySpec) -> frozenset[str]:
+    """Hugging Face names of the linear layers that have an adapter only where its targets name them."""
+    if isinstance(spec, BorrowedSpec):
+        return frozenset()
+    names = {entry.ours: adapted_names(entry) for entry in weight_map(spec)}
+    return frozenset(
+        name
+        for index, layer in enumerate(spec.layers)
+        for linear, sizes in linears(layer, spec.hidden_size).items()
+        if sizes.by_name_only
+        for name in names[f"blocks.{index}.{linear}.weight"]
+    )
+
+
 def lora_parameters(spec: AnySpec, rank: int, names: Collection[str] | None = None) -> int:
     """Number of parameters of adapters of `rank`: A [rank, in] and B [out, rank] for each linear layer.
 

@@ -30,6 +30,7 @@ class Linear:
     """A linear layer with its input's and its parts' sizes; parts have Hugging Face layers of their own, or share one.
 
     `used`: how many times a token passes it on average. `experts`: how many of them lie in a first dimension (0: none).
+    `by_name_only`: "all-linear" leaves it out (`nn.linear.FusedLinear`).
     """
 
     in_features: int
@@ -37,6 +38,7 @@ class Linear:
     bias: bool = False
     used: float = 1.0
     experts: int = 0
+    by_name_only: bool = False
 
     @property
     def weights(self) -> int:
@@ -225,7 +227,7 @@ def _mamba1(spec: Mamba1Spec, hidden_size: int) -> Part:
         linears={
             "in_proj": Linear(hidden_size, (2 * inner,), spec.bias),
             "x_proj": Linear(inner, (rank + 2 * states,)),
-            "out_proj": Linear(inner, (hidden_size,), spec.bias),
+            "out_proj": Linear(inner, (hidden_size,), spec.bias, by_name_only=True),
         },
         parameters=parameters,
         # What the input's projection gives and what the output's reads; what lies between is computed again.
@@ -258,7 +260,7 @@ def _mamba2(spec: Mamba2Spec, hidden_size: int) -> Part:
     return Part(
         linears={
             "in_proj": Linear(hidden_size, (projected,), spec.bias),
-            "out_proj": Linear(inner, (hidden_size,), spec.bias),
+            "out_proj": Linear(inner, (hidden_size,), spec.bias, by_name_only=True),
         },
         parameters=parameters,
         # What the input's projection gives and what the output's reads; what lies between is computed again.

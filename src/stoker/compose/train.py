@@ -27,6 +27,7 @@ from stoker.config.schema import RunConfig
 from stoker.observe import progress, trackers
 from stoker.observe.metrics import MetricsFile
 from stoker.observe.observer import Observer
+from stoker.plan.adapter import loading_notice
 from stoker.plan.choose import Statistics, choose
 from stoker.plan.hardware import Hardware
 from stoker.plan.plan import Plan
@@ -125,7 +126,8 @@ def train(
     for sentence in borrowed_notices(model.decoder, packing=config.data.packing):
         warnings.append(sentence)
         _say(console, sentence, style="yellow")
-    if sentence := fp8_notice(model.decoder, plan):
+    adapter_notice = loading_notice(model.base.spec, config.adapter.targets) if config.adapter else ""
+    for sentence in filter(None, (fp8_notice(model.decoder, plan), adapter_notice)):
         warnings.append(sentence)
         _say(console, sentence, style="yellow")
     folder.claim(overwrite=overwrite)  # Last, so that a mistake found so far leaves the folder as it was.
@@ -145,9 +147,7 @@ def _open(config: RunConfig) -> Model:
     chosen = config.model
     base = open_base(chosen.base, revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
     tokens = Tokens.of(chosen, may_grow=config.adapter is None)
-    tokenizer = load_tokenizer(
-        base, override=chosen.tokenizer, chat_template=chosen.chat_template, tokens=tokens
-    )
+    tokenizer = load_tokenizer(base, override=chosen.tokenizer, chat_template=chosen.chat_template, tokens=tokens)
     return Model(base, tokenizer)
 
 
@@ -246,7 +246,13 @@ def _observers(config: RunConfig, folder: RunFolder, journal: Journal, console: 
     names = config.output.trackers
     if names == "auto":
         names = ["tensorboard"] if trackers.is_installed("tensorboard") else []
-    watching = trackers.build(names, folder.path, run_name=folder.path.name, config=config.model_dump(), wandb=config.output.wandb.model_dump())
+    watching = trackers.build(
+        names,
+        folder.path,
+        run_name=folder.path.name,
+        config=config.model_dump(),
+        wandb=config.output.wandb.model_dump(),
+    )
     observers: list[Observer] = [journal, MetricsFile(folder.metrics), *watching, progress.build(console)]
     try:
         yield observers

@@ -21,6 +21,7 @@ class FrozenLinear(FusedLinear):
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self.names = layer.names
+        self.by_name_only = layer.by_name_only
         self.source_dtype = layer.weight.dtype
         self.bias = layer.bias
         self.matrix = matrix

@@ -9,10 +9,17 @@ class FusedLinear(nn.Module):
 
     `names` are the full Hugging Face module names of the parts, in row order (for example the `q_proj`, `k_proj` and
     `v_proj` of a layer); adapters, checkpoints and PEFT folders speak those names. An ordinary linear has one part.
+    `by_name_only`: it has an adapter only where targets name it, not by "all-linear".
     """
 
     def __init__(
-        self, in_features: int, out_features: tuple[int, ...], *, names: tuple[str, ...], bias: bool = False
+        self,
+        in_features: int,
+        out_features: tuple[int, ...],
+        *,
+        names: tuple[str, ...],
+        bias: bool = False,
+        by_name_only: bool = False,
     ) -> None:
         super().__init__()
         if len(out_features) != len(names):
@@ -20,6 +27,7 @@ class FusedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.names = names
+        self.by_name_only = by_name_only
         self.weight = nn.Parameter(torch.empty(sum(out_features), in_features))
         self.bias = nn.Parameter(torch.zeros(sum(out_features))) if bias else None
 

@@ -55,7 +55,7 @@ class Mamba1(nn.Module):
         self.dt_bias = nn.Parameter(torch.zeros(inner_size))
         self.A_log = nn.Parameter(torch.empty(inner_size, state_size))
         self.D = nn.Parameter(torch.ones(inner_size))
-        self.out_proj = FusedLinear(inner_size, (hidden_size,), names=out_names, bias=bias)
+        self.out_proj = FusedLinear(inner_size, (hidden_size,), names=out_names, bias=bias, by_name_only=True)
 
     def forward(
         self,

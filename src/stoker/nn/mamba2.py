@@ -89,7 +89,7 @@ class Mamba2(nn.Module):
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.D = nn.Parameter(torch.ones(num_heads))
         self.norm = norm
-        self.out_proj = FusedLinear(inner_size, (hidden_size,), names=out_names, bias=bias)
+        self.out_proj = FusedLinear(inner_size, (hidden_size,), names=out_names, bias=bias, by_name_only=True)
 
     def forward(
         self,

@@ -5,6 +5,7 @@ import re
 
 from stoker.arch import arithmetic
 from stoker.arch.borrowed import AnySpec
+from stoker.arch.families import state_space
 from stoker.config.schema import Adapter
 from stoker.errors import Problem
 
@@ -16,7 +17,10 @@ def targeted(spec: AnySpec, targets: str | list[str]) -> list[str]:
     names = list(arithmetic.linear_shapes(spec))
     if isinstance(targets, list):
         return [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
-    return names if targets == _ALL else [name for name in names if re.fullmatch(targets, name)]
+    if targets != _ALL:
+        return [name for name in names if re.fullmatch(targets, name)]
+    left_out = arithmetic.linears_by_name_only(spec)
+    return [name for name in names if name not in left_out]
 
 
 def targets_problem(spec: AnySpec, targets: str | list[str]) -> Problem | None:
@@ -34,6 +38,17 @@ def targets_problem(spec: AnySpec, targets: str | list[str]) -> Problem | None:
     close = difflib.get_close_matches(unknown[0], last, 1, 0.6)
     fix = f"{f'Did you mean {close[0]}? ' if close else ''}There are {', '.join(last)}."
     return Problem(f"adapter.targets: this model has no layer called {', '.join(unknown)}.", fix=fix)
+
+
+def loading_notice(spec: AnySpec, targets: str | list[str]) -> str:
+    """Returns the sentence that says what PEFT will not load of the adapter, or ""."""
+    refused = sorted(set(targeted(spec, targets)) & arithmetic.linears_by_name_only(spec))
+    if not refused or state_space.peft_loads_out_proj(spec.model_type):
+        return ""
+    return (
+        f"PEFT loads no adapter on {refused[0]} and its like ({len(refused)} layers) of a {spec.model_type} model. "
+        "Stoker does; to use this one elsewhere, merge it into its base (stoker merge)."
+    )
 
 
 def adapter_parameters(spec: AnySpec, adapter: Adapter) -> int:
