@@ -7,6 +7,7 @@ import json
 import sys
 import warnings
 
+import state_space_cases
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -155,7 +156,7 @@ def compile_case(case: tuple, capability: int) -> dict:
 
 
 for capability in map(int, sys.argv[1:]):
-    for case in CASES:
+    for case in [*CASES, *state_space_cases.cases(capability)]:
         if capability < 89 and case[0] is fp8._quantize_rows_kernel:
             continue  # no fp8 there
         if capability < 80 and case[4:] and case[4] > grouped_matmul.SMALL.stages:

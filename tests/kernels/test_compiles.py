@@ -12,6 +12,10 @@ import pytest
 MAX_SHARED_BYTES = {75: 64 * 1024, 90: 227 * 1024}
 
 
+# A thread reads the positions of one channel, a warp 32 neighbouring channels of a position.
+READ_BY_CHANNEL = {"_chunk_states_kernel", "_scan_kernel", "_scan_backward_kernel"}
+
+
 @pytest.mark.slow
 def test_every_kernel_compiles_fits_the_gpu_and_reads_sixteen_bytes_at_a_time():
     command = [sys.executable, str(Path(__file__).with_name("compile_for.py")), "75", "90"]
@@ -19,7 +23,7 @@ def test_every_kernel_compiles_fits_the_gpu_and_reads_sixteen_bytes_at_a_time():
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     compiled = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(compiled) >= 39
+    assert len(compiled) >= 39 + 2 * 13
     for result in compiled:
         assert result["shared_bytes"] <= MAX_SHARED_BYTES[result["capability"]], result
-        assert result["wide_loads"] > 0, result
+        assert result["wide_loads"] > 0 or result["kernel"] in READ_BY_CHANNEL, result

@@ -16,7 +16,8 @@ from stoker.kernels.triton_support import dot, jit, next_power_of_2, tl
 
 Limits = tuple[float, float]
 
-# Positions a chunk and states a tile: tiles of 64 fill a tensor core's instruction and 64 KB hold those of one chunk.
+# Positions a chunk and states a tile: 64 rows fill a tensor core's instruction, and what two products of a chunk read
+# fits 64 KB. Half of either where numbers are wider, or where products run without tensor cores (before sm_80).
 MAX_CHUNK = 64
 MAX_STATES = 64
 MAX_CHANNELS = 128
@@ -259,10 +260,18 @@ class Inputs:
     limits: Limits
 
     @property
+    def largest(self) -> tuple[int, int]:
+        """Positions a chunk and states a tile at most."""
+        x = self.x
+        on_tensor_cores = x.element_size() <= 2 and not (
+            x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0)
+        )
+        return (MAX_CHUNK, MAX_STATES) if on_tensor_cores else (MAX_CHUNK // 2, MAX_STATES // 2)
+
+    @property
     def chunk(self) -> int:
-        """Positions a chunk: a tile of fp32 holds half the rows of one of bf16."""
-        longest = MAX_CHUNK if self.x.element_size() <= 2 else MAX_CHUNK // 2
-        return max(16, min(longest, next_power_of_2(self.x.shape[1])))
+        """Positions a chunk."""
+        return max(16, min(self.largest[0], next_power_of_2(self.x.shape[1])))
 
     @property
     def num_chunks(self) -> int:
@@ -276,7 +285,7 @@ class Inputs:
         return {
             "CHUNK": self.chunk,
             "CHANNELS": max(16, next_power_of_2(channels)),
-            "STATES": max(16, min(MAX_STATES, next_power_of_2(states))),
+            "STATES": max(16, min(self.largest[1], next_power_of_2(states))),
             "PACKED": self.documents is not None,
         }
 

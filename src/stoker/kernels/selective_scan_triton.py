@@ -183,7 +183,7 @@ def _carry_kernel(  # noqa: PLR0917
 
 
 @jit
-def _output_kernel(  # noqa: PLR0917
+def _scan_kernel(  # noqa: PLR0917
     x_ptr: tl.tensor,
     gate_ptr: tl.tensor,
     dt_ptr: tl.tensor,
@@ -255,7 +255,7 @@ def _output_kernel(  # noqa: PLR0917
 
 
 @jit
-def _backward_kernel(  # noqa: PLR0915, PLR0917
+def _scan_backward_kernel(  # noqa: PLR0915, PLR0917
     grad_ptr: tl.tensor,
     x_ptr: tl.tensor,
     gate_ptr: tl.tensor,
@@ -539,7 +539,7 @@ def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     totals = torch.empty((x.shape[0], inputs.num_chunks, x.shape[2]), dtype=torch.float32, device=x.device)
     states, end = _launch_states(inputs, x, B, totals, inputs.begin, backward=False)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _output_kernel[inputs.grid](
+    _scan_kernel[inputs.grid](
         x,
         inputs.gate,
         *inputs.step_pointers,
@@ -575,7 +575,7 @@ def launch_backward(
     grad_B, grad_C = (torch.empty((inputs.grid[0], *B.shape), **options) for _ in range(2))
     programs = batch * num_chunks
     shares = [torch.empty((programs, *rest, channels), **options) for rest in ((states,), (), ()) if parameters]
-    _backward_kernel[inputs.grid](
+    _scan_backward_kernel[inputs.grid](
         grad,
         x,
         inputs.gate,
