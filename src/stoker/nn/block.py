@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stoker.nn.norm import Norm
 from stoker.nn.rotary import Documents
@@ -58,11 +59,27 @@ class Block(nn.Module):
         context = {"document_lengths": document_lengths, "cache": cache, "cache_length": cache_length}
         if self.mixing is None:
             return x + self._scaled(self._part("feed_forward")(self._norm("feed_forward_norm")(x)))
-        mixed = self._scaled(self.mixing(self._norm(f"{self.mixer_name}_norm")(x), cos, sin, **context))
         if not self.has_feed_forward:
-            return x + mixed
-        normed, x = self._norm("feed_forward_norm").add(mixed, x)
+            return x + self._scaled(self.mixing(self._norm(f"{self.mixer_name}_norm")(x), cos, sin, **context))
+        normed, x = self._mixed(x, cos, sin, **context)
         return x + self._scaled(self._part("feed_forward")(normed))
+
+    def recomputed(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, **context: Any) -> Tensor:
+        """The forward, of which the backward runs again what is not kept (Chen et al. 2016, arXiv:1604.06174).
+
+        That is all of it, but for a feed-forward that keeps little of its own accord, as a mixture of experts does: of
+        that the backward would otherwise run even what it does not need.
+        """
+        feed_forward = self._modules.get("feed_forward")
+        if type(self) is not Block or self.mixing is None or not getattr(feed_forward, "keeps_little", False):
+            return checkpoint(self, x, cos, sin, use_reentrant=False, **context)
+        normed, x = checkpoint(self._mixed, x, cos, sin, use_reentrant=False, **context)
+        return x + self._scaled(self._part("feed_forward")(normed))
+
+    def _mixed(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, **context: Any) -> tuple[Tensor, Tensor]:
+        """(the feed-forward's input, the residual stream after the mixer)."""
+        mixed = self._scaled(self.mixing(self._norm(f"{self.mixer_name}_norm")(x), cos, sin, **context))
+        return self._norm("feed_forward_norm").add(mixed, x)
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.residual_scale == 1.0 else x * self.residual_scale

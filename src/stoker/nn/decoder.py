@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stoker.nn.block import Block
 from stoker.nn.cache import KVCache
@@ -88,7 +87,7 @@ class Decoder(nn.Module):
             if cache is not None:
                 x = block(x, cos, sin, cache=cache.layers[index], cache_length=start)
             elif block.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, document_lengths=document_lengths, use_reentrant=False)
+                x = block.recomputed(x, cos, sin, document_lengths=document_lengths)
             else:
                 x = block(x, cos, sin, document_lengths=document_lengths)
         if cache is not None:

@@ -200,8 +200,8 @@ class _RouterLogits(torch.autograd.Function):
 class Experts(nn.Module):
     """A mixture of experts as a feed-forward: each token's chosen experts, weighed, and one that every token has.
 
-    `names` are those of the Hugging Face parameters or modules, by ours: "experts.gate_up" and "experts.down" (one each),
-    "shared.gate_up" (gate and up) and "shared.down". `shared_size`: inner width of the shared expert (0: none),
+    `names` are those of the Hugging Face parameters or modules, by ours: "experts.gate_up" and "experts.down" (one
+    each), "shared.gate_up" (gate and up) and "shared.down". `shared_size`: inner width of the shared expert (0: none),
     `shared_gate`: weighed by a sigmoid of its own. `limit`: gpt-oss' clamped gate. When `collects_router_logits`, the
     last forward's logits [N, E] stay in `router_logits` for an auxiliary loss.
     """
@@ -240,6 +240,11 @@ class Experts(nn.Module):
         self.shared_gate = nn.Linear(hidden_size, 1, bias=False) if shared_gate else None
         self.collects_router_logits = False
         self.router_logits: Tensor | None = None
+
+    @property
+    def keeps_little(self) -> bool:
+        """Whether its forward keeps its input and what is tiny, and its backward makes the rest again by itself."""
+        return self.shared is None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
