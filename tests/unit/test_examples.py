@@ -6,13 +6,15 @@ import pytest
 from stoker.builtin import is_builtin, resolve_model, resolve_rows
 from stoker.config.load import load
 
-EXAMPLES = sorted(Path(__file__).parents[2].glob("examples/*.yaml"))
+FOLDER = Path(__file__).parents[2] / "examples"
+EXAMPLES = sorted([*FOLDER.glob("*.yaml"), *FOLDER.glob("models/*.yaml")])
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_each_example_loads_and_opens_with_the_command_that_runs_it(path):
     load(path)
-    assert path.read_text(encoding="utf-8").startswith(f"# stoker train examples/{path.name}\n")
+    command = f"# stoker train examples/{path.relative_to(FOLDER)}\n"
+    assert path.read_text(encoding="utf-8").startswith(command)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

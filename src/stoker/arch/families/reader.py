@@ -53,6 +53,10 @@ class ConfigReader:
             shown = f"{key} = {value!r}" if isinstance(value, str | int | float) else f"{key} is set, which"
             raise self.error(f"{shown} is not supported for this model type.", fix=fix)
 
+    def left_out(self, *keys: str) -> tuple[str, ...]:
+        """Those of `keys` that are not zero, with their values, for `ArchSpec.left_out`."""
+        return tuple(f"{key} = {self.get(key)}" for key in keys if self.get(key))
+
     def error(self, what: str, *, fix: str | None = None) -> ModelError:
         """A ModelError that says `what` is wrong in this file."""
         return ModelError(what, where=self.where, fix=fix)

@@ -1,0 +1,165 @@
+"""The dense families against Transformers on tiny random checkpoints: one line a variant, all checks of the oracle."""
+
+import pytest
+import torch
+from oracle import CHECKS, assert_close, pair
+from transformers import (
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from stoker.arch import families
+from stoker.errors import ModelError
+from stoker.models import native
+
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    **TOKENS,
+}
+GPT = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **TOKENS}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+GEMMA = {**SIZES, "head_dim": 8, "query_pre_attn_scalar": 12, "num_hidden_layers": 3, "sliding_window": 8}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.5, 2.0, 3.0],
+}
+CASES = {
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen2 windows": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "qwen2 tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SIZES, head_dim=12),
+    "qwen3 biases": Qwen3Config(**SIZES, head_dim=8, attention_bias=True),
+    "gemma": GemmaConfig(**SIZES, head_dim=12),
+    "gemma2": Gemma2Config(**GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma3": Gemma3TextConfig(
+        **GEMMA,
+        sliding_window_pattern=3,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "gemma3 capped": Gemma3TextConfig(**GEMMA, sliding_window_pattern=2, final_logit_softcapping=3.0),
+    "phi3": Phi3Config(**SIZES),
+    "phi3 window": Phi3Config(**SIZES, sliding_window=8),
+    "phi4 mini": Phi3Config(
+        **{**SIZES, "max_position_embeddings": 256},
+        original_max_position_embeddings=64,
+        tie_word_embeddings=True,
+        rope_parameters={**LONGROPE, "partial_rotary_factor": 0.75},
+    ),
+    "phi": PhiConfig(**SIZES),
+    "phi qk norm": PhiConfig(**SIZES, qk_layernorm=True),
+    "falcon 7b": FalconConfig(**GPT, num_kv_heads=1),
+    "falcon 40b": FalconConfig(**GPT, num_kv_heads=2, new_decoder_architecture=True),
+    "falcon 11b": FalconConfig(
+        **GPT, num_kv_heads=2, new_decoder_architecture=True, num_ln_in_parallel_attn=1, tie_word_embeddings=False
+    ),
+    "falcon biases": FalconConfig(**GPT, multi_query=False, parallel_attn=False, bias=True),
+    "gpt neox": GPTNeoXConfig(**GPT, intermediate_size=48, rope_parameters={"partial_rotary_factor": 0.5}),
+    "gpt neox in turn": GPTNeoXConfig(**GPT, intermediate_size=48, use_parallel_residual=False, attention_bias=False),
+    "gpt2": GPT2Config(**GPT, **NO_DROPOUT, n_positions=64),
+    "gpt2 scales": GPT2Config(**GPT, **NO_DROPOUT, n_positions=64, n_inner=40, scale_attn_by_inverse_layer_idx=True),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_family_computes_what_transformers_does(name, check):
+    CHECKS[check](pair(CASES[name]))
+
+
+@torch.no_grad()
+def test_longrope_changes_its_factors_past_the_original_context():
+    models = pair(CASES["phi4 mini"])
+    for length in (64, 65, 100):
+        ids = models.tokens(1, length)
+        assert_close(models.ours.logits(models.ours(ids)), models.theirs(ids, use_cache=False).logits)
+    ids = models.tokens(1, 100)
+    packed = models.ours.logits(models.ours(ids, document_lengths=((70, 30),)))
+    for document, found in zip(ids[0].split((70, 30)), packed[0].split((70, 30)), strict=True):
+        assert_close(found, models.theirs(document[None], use_cache=False).logits[0])
+
+
+@pytest.mark.parametrize("targets", [["qkv_proj"], ["qkv_proj", "down_proj"]])
+def test_adapters_of_some_layers_of_phi3_load_in_peft(targets):
+    CHECKS["lora"](pair(CASES["phi3"]), targets)
+
+
+@pytest.mark.parametrize("kind", sorted({type(config) for config in CASES.values()}, key=lambda kind: kind.__name__))
+def test_absent_keys_take_transformers_defaults(kind):
+    written = kind().to_dict()
+    assert families.read({"model_type": written["model_type"]}, "") == families.read(written, "config.json")
+
+
+def test_the_old_form_of_settings_reads_the_same():
+    new = Gemma3TextConfig(
+        **GEMMA, rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0}}
+    ).to_dict()
+    old = {key: value for key, value in new.items() if key not in ("rope_parameters", "layer_types")}
+    old |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    assert families.read(old, "config.json") == families.read(new, "config.json")
+    new = CASES["phi4 mini"].to_dict()
+    old = {key: value for key, value in new.items() if key != "rope_parameters"}
+    scaling = {"type": "su", "short_factor": LONGROPE["short_factor"], "long_factor": LONGROPE["long_factor"]}
+    old |= {"partial_rotary_factor": 0.75, "rope_theta": 1e4, "rope_scaling": scaling}
+    assert families.read(old, "config.json") == families.read(new, "config.json")
+    new = CASES["gpt neox"].to_dict()
+    old = {key: value for key, value in new.items() if key != "rope_parameters"}
+    old |= {"rotary_pct": 0.5, "rotary_emb_base": 10000}
+    assert families.read(old, "config.json") == families.read(new, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("falcon 7b", {"alibi": True}, "alibi"),
+        ("falcon 40b", {"parallel_attn": False}, "do not go together"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ("phi", {"hidden_act": "mish"}, "mish"),
+        ("phi4 mini", {"rope_parameters": {**LONGROPE, "short_factor": [1.0]}}, "short_factor must list 4 numbers"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("gpt neox", {"hidden_dropout": 0.1}, "hidden_dropout"),
+    ],
+)
+def test_what_would_change_the_result_is_refused_by_name(name, changes, message):
+    with pytest.raises(ModelError, match=message):
+        families.read(CASES[name].to_dict() | changes, "config.json")
+
+
+def test_dropout_of_published_configurations_is_named_as_left_out():
+    assert families.read({"model_type": "gpt2"}, "").left_out[0] == "resid_pdrop = 0.1"
+    assert families.read(CASES["gpt2"].to_dict(), "").left_out == ()
+
+
+def test_a_folder_of_a_bare_gpt2_with_its_masks_loads(tmp_path):
+    """As the oldest folders on the Hub are: no common first name, and causal masks among the weights."""
+    from safetensors.torch import load_file, save_file
+
+    models = pair(CASES["gpt2"])
+    tensors = load_file(models.folder / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file({**bare, "h.0.attn.bias": torch.ones(1, 1, 64, 64)}, tmp_path / "model.safetensors")
+    ours = native.load(tmp_path, models.spec)
+    for one, other in zip(ours.parameters(), models.ours.parameters(), strict=True):
+        assert torch.equal(one, other)
