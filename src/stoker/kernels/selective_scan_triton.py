@@ -21,12 +21,12 @@ from torch import Tensor
 from stoker.kernels.recurrent import contiguous_channels, or_empty, sigmoid, softplus
 from stoker.kernels.triton_support import jit, next_power_of_2, tl
 
-# Positions a chunk and channels a program, of which a thread has NEIGHBOURS next to each other: with as many channels
-# as a warp has threads times NEIGHBOURS, all positions of a channel are in one thread. The backward holds six tiles of
-# float32 throughout and as many for a moment, in 255 registers a thread.
+# Positions a chunk and channels a program, two neighbouring ones a thread: then a warp's 32 threads lie side by side over
+# channels, and all positions of a channel are in one thread. (One channel a thread would leave Triton the choice, and
+# its version 3.6 spreads time over the threads.)
 CHUNK = 16
-CHANNELS = 32
-NEIGHBOURS = 1
+CHANNELS = 64
+NEIGHBOURS = 2
 WARPS = 1
 
 
