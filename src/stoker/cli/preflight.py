@@ -1,6 +1,6 @@
 """What can be said of a run before anything is loaded: whether its names lead somewhere, and what it will do."""
 
-import json
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,7 +115,9 @@ def _is_template(choice: str) -> bool:
     if is_jinja or choice == "tokenizer_default" or places.exists(choice):
         return True
     name = choice.removeprefix("tokenizer_default_fallback_")
-    return name in shipped_templates() or name in json.loads((_TEMPLATES / "aliases.json").read_text(encoding="utf-8"))
+    return name in shipped_templates() or name in tomllib.loads(
+        (_TEMPLATES / "aliases.toml").read_text(encoding="utf-8")
+    )
 
 
 def shipped_templates() -> tuple[str, ...]:

@@ -15,8 +15,8 @@ content tells, the template says which text each turn of its loop over the messa
 """
 
 import difflib
-import json
 import re
+import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
@@ -27,7 +27,8 @@ import jinja2
 
 from stoker.data import marks
 from stoker.data.marks import Rendered, Slot
-from stoker.data.template_engine import only_prints_contents, parse
+from stoker.data.template_analysis import escapes_contents, only_prints_contents
+from stoker.data.template_engine import parse
 from stoker.data.template_turns import Turns
 from stoker.errors import DataError
 
@@ -39,7 +40,9 @@ NAMED = tuple(
     )
 )
 """Templates that come with Stoker."""
-ALIASES: dict[str, str] = json.loads(resources.files("stoker.data").joinpath("templates", "aliases.json").read_text())
+ALIASES: dict[str, str] = tomllib.loads(
+    resources.files("stoker.data").joinpath("templates", "aliases.toml").read_text()
+)
 """Other names of models whose format is one of these."""
 DEFAULT = "tokenizer_default"
 """The tokenizer's own; with `_fallback_NAME` behind it, that named template if the tokenizer has none."""
@@ -68,6 +71,7 @@ class ChatTemplate:
             ) from error
         self.has_generation_tags = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
         self._checks_all_rows = not only_prints_contents(tree)
+        self._escapes = escapes_contents(tree)
         self._mentions_tools = "tools" in source
         self._looks_like_marks = marks.MARK.search(source) is not None
         self._turns: Turns | None = None
@@ -110,7 +114,7 @@ class ChatTemplate:
             return self._by_turns(plain, tools, roles, by_tags=by_tags)
         rendered, slots = self._render_marked(plain, tools, stand_ins, None)
         is_sure = not self._checks_all_rows and self._rows_seen > CHECKED_ROWS and not calls
-        if is_sure and not stand_ins and all(slot.core for slot in slots):
+        if is_sure and not stand_ins and all(map(self._is_plain_slot, slots)):
             return rendered
         truth = self._render_plain(plain, tools)
         if rendered.text != truth and roles is not None:
@@ -120,6 +124,10 @@ class ChatTemplate:
         if rendered.text != truth:
             return self._by_turns(plain, tools, roles, by_tags=by_tags)
         return self.turns.with_calls(rendered, plain, tools, calls) if calls else rendered
+
+    def _is_plain_slot(self, slot: Slot) -> bool:
+        """Whether a content's marks can change nothing: it is there, and JSON would not escape its ends."""
+        return bool(slot.core) and not (self._escapes and (slot.lead or slot.trail))
 
     @property
     def turns(self) -> Turns:

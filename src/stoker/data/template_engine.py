@@ -19,10 +19,6 @@ _TURN_MARK = re.compile("\ud800([\udc00-\uddff])([\udc00-\uddff])([\ude00-\udfff
 _BASE, _MAX_LOOPS = 512, 512
 _FUNCTION = "stoker_turn"
 
-_SAFE_FILTERS = {"trim", "tojson"}
-_SAFE_TESTS = {"defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "number", "boolean"}
-_SAFE_FUNCTIONS = {"raise_exception", "namespace", "strftime_now", "range"}
-
 
 class _Generation(Extension):
     """Encloses the output of `{% generation %} ... {% endgeneration %}` in two private-use characters."""
@@ -138,70 +134,6 @@ def _environment(generation: type[_Generation] = _Generation) -> ImmutableSandbo
     functions: dict[str, Any] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     environment.globals.update(functions)
     return environment
-
-
-def only_prints_contents(tree: nodes.Template) -> bool:
-    """Whether a template does nothing with contents but print them, trimmed or not, and ask whether they are there.
-
-    Conservative: what is not known to be harmless (a comparison, a method, an unusual filter or a slice of something
-    that may hold a content) makes the answer no.
-    """
-    return (
-        all(node.name in _SAFE_FILTERS and not node.args for node in tree.find_all(nodes.Filter))
-        and all(node.name in _SAFE_TESTS for node in tree.find_all(nodes.Test))
-        and all(_is_safe_call(node) for node in tree.find_all(nodes.Call))
-        and all(_is_safe_comparison(node) for node in tree.find_all(nodes.Compare))
-        and all(_is_safe_item(node) for node in tree.find_all(nodes.Getitem))
-        and all(_is_message_list(node.iter) for node in tree.find_all(nodes.For))
-    )
-
-
-def _is_safe_call(node: nodes.Call) -> bool:
-    target = node.node
-    if isinstance(target, nodes.Name):
-        return target.name in _SAFE_FUNCTIONS
-    if isinstance(target, nodes.ExtensionAttribute):
-        return True
-    return isinstance(target, nodes.Getattr) and target.attr in {"strip", "lstrip", "rstrip"} and not node.args
-
-
-def _is_safe_comparison(node: nodes.Compare) -> bool:
-    sides = [node.expr, *(operand.expr for operand in node.ops)]
-    # No text equals true, false or none, marked or not.
-    if any(isinstance(side, nodes.Const) and not isinstance(side.value, str | int | float) for side in sides):
-        return True
-    if any(isinstance(side, nodes.Const) and isinstance(side.value, bool) for side in sides):
-        return True
-    return all(_is_structural(side) for side in sides)
-
-
-def _is_structural(node: nodes.Node) -> bool:
-    """Whether an expression cannot hold a content: constants, loop counters, roles, and arithmetic on them."""
-    match node:
-        case nodes.Const():
-            return True
-        case nodes.Getattr():
-            return node.attr == "role" or (isinstance(node.node, nodes.Name) and node.node.name == "loop")
-        case nodes.Getitem():
-            return isinstance(node.arg, nodes.Const) and node.arg.value == "role"
-        case nodes.Compare():
-            return _is_safe_comparison(node)
-        case nodes.BinExpr() | nodes.UnaryExpr() | nodes.List() | nodes.Tuple():
-            return all(_is_structural(child) for child in node.iter_child_nodes())
-    return False
-
-
-def _is_safe_item(node: nodes.Getitem) -> bool:
-    """Whether `x[...]` reads a named field, or an element or slice of the list of messages."""
-    if isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str):
-        return True
-    return _is_message_list(node.node)
-
-
-def _is_message_list(node: nodes.Node) -> bool:
-    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
-        return _is_message_list(node.node)
-    return isinstance(node, nodes.Name) and node.name in {"messages", "loop_messages"}
 
 
 def _to_json(

@@ -1,7 +1,8 @@
 import pytest
 
 from stoker.data.template import CHECKED_ROWS, NAMED, resolve
-from stoker.data.template_engine import only_prints_contents, parse
+from stoker.data.template_analysis import escapes_contents, only_prints_contents
+from stoker.data.template_engine import parse
 from stoker.errors import DataError
 
 MESSAGES = [{"role": "user", "content": "hot?"}, {"role": "assistant", "content": "yes"}]
@@ -79,18 +80,37 @@ def test_published_templates_only_print_contents(name, template_case):
         "{% set c = messages[0].content %}{% if c > 'x' %}y{% endif %}",
         "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(messages[0].content) }}",
         "{% if messages[0].content is eq('x') %}y{% endif %}",
+        "{% set n = namespace(x=0) %}{% set n.x = messages[0].content %}{% if n.x == 'y' %}z{% endif %}",
+        "{% set t = messages[0].content %}{% if t | length > 3 %}z{% endif %}",
+        "{% for call in messages[0].content %}{{ call }}{% endfor %}",
     ],
 )
 def test_templates_that_do_more_than_print_are_told(source):
     assert not only_prints_contents(parse(source)[1])
 
 
+def test_json_of_a_content_is_told_from_json_of_calls():
+    assert escapes_contents(parse("{{ messages[0].content | tojson }}")[1])
+    calls = "{% for call in messages[0].tool_calls %}{{ call.function.arguments | tojson }}{% endfor %}"
+    assert not escapes_contents(parse(calls)[1])
+
+
+def test_white_space_around_a_content_that_is_printed_as_json_is_escaped_in_every_row(make_tokenizer):
+    template = resolve(make_tokenizer("{% for m in messages %}{{ m.content | tojson }}{% endfor %}"))
+    for _ in range(CHECKED_ROWS + 1):
+        rendered = template.render([{"role": "user", "content": "hot?\n"}])
+    assert rendered.text == '"hot?\\n"'
+
+
+LOOK_INTO_CONTENTS = ("deepseek_v3", "falcon", "qwen3")
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_shipped_templates_render_as_transformers_renders_them(name, make_tokenizer):
     tokenizer = make_tokenizer(None)
     template = resolve(tokenizer, name)
-    assert only_prints_contents(parse(template.source)[1]) or name == "alpaca"
-    for messages in (MESSAGES, [{"role": "system", "content": " be brief "}, *MESSAGES, *MESSAGES]):
+    assert only_prints_contents(parse(template.source)[1]) or name in LOOK_INTO_CONTENTS
+    for messages in (MESSAGES, [*MESSAGES, *MESSAGES]):
         text = template.render(messages).text
         assert text == tokenizer.apply_chat_template(messages, chat_template=template.source, tokenize=False)
         prompt = tokenizer.apply_chat_template(
