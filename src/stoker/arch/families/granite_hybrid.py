@@ -1,7 +1,7 @@
-"""Granite 4 hybrids: Mamba-2 layers with attention layers among them, Granite's multipliers, a shared feed-forward.
+"""Granite 4 hybrids: Mamba-2 layers with attention layers among them, Granite's multipliers, dense or with experts.
 
-The feed-forward of a model without experts is what its code calls the shared one. Checked against transformers 5.24:
-`configuration_granitemoehybrid.py`, `modeling_granitemoehybrid.py`.
+What its code calls the shared feed-forward is the only one of a model without experts. Checked against transformers
+5.24: `configuration_granitemoehybrid.py`, `modeling_granitemoehybrid.py`.
 """
 
 from collections.abc import Mapping
@@ -9,10 +9,21 @@ from typing import Any
 
 from stoker.arch.families import state_space
 from stoker.arch.families.common import read_heads, refuse_dropout
-from stoker.arch.families.names import SEPARATE, Names, entries
+from stoker.arch.families.mixtures import read_auxiliary_loss
+from stoker.arch.families.names import SEPARATE, ExpertNames, Names, entries
 from stoker.arch.families.reader import ConfigReader
 from stoker.arch.families.rope import read_rope
-from stoker.arch.spec import ArchSpec, AttentionSpec, GatedSpec, LayerSpec, NormSpec, WeightEntry
+from stoker.arch.spec import (
+    ArchSpec,
+    AttentionSpec,
+    ExpertsSpec,
+    FeedForwardSpec,
+    GatedSpec,
+    LayerSpec,
+    NormSpec,
+    RouterSpec,
+    WeightEntry,
+)
 
 _NAMES = Names(
     layers={
@@ -21,6 +32,15 @@ _NAMES = Names(
         **state_space.mamba2_names(),
         "feed_forward.gate_up": "shared_mlp.input_linear",
         "feed_forward.down": "shared_mlp.output_linear",
+        "feed_forward.shared.gate_up": "shared_mlp.input_linear",
+        "feed_forward.shared.down": "shared_mlp.output_linear",
+        "feed_forward.router": "block_sparse_moe.router.layer",
+        "feed_forward.experts.gate_up.weight": ExpertNames(
+            ("block_sparse_moe.input_linear.weight",), "block_sparse_moe.experts.gate_up_proj"
+        ),
+        "feed_forward.experts.down.weight": ExpertNames(
+            ("block_sparse_moe.output_linear.weight",), "block_sparse_moe.experts.down_proj"
+        ),
     }
 )
 
@@ -30,11 +50,6 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     reader = ConfigReader(config, where, {})
     reader.require("hidden_act", "silu", fix="Only silu is native.")
     refuse_dropout(reader, "attention_dropout")
-    if reader.get("num_local_experts", 8):
-        raise reader.error(
-            f"num_local_experts = {reader.get('num_local_experts', 8)}: experts are not native for this model yet.",
-            fix="Granite 4 models without experts run, such as ibm-granite/granite-4.0-h-1b.",
-        )
     hidden_size = reader.size("hidden_size", 4096)
     max_positions = reader.size("max_position_embeddings", 2048)
     norm = NormSpec(epsilon=reader.positive("rms_norm_eps", 1e-6))
@@ -42,7 +57,7 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
         "full_attention": _attention(reader, hidden_size, max_positions),
         "linear_attention": state_space.mamba2(reader, hidden_size, norm=norm),
     }
-    feed_forward = GatedSpec(intermediate_size=reader.size("shared_intermediate_size", 1024))
+    feed_forward = _feed_forward(reader)
     residual_scale = reader.positive("residual_multiplier", 1.0)
     return ArchSpec(
         family="granite_hybrid",
@@ -64,6 +79,20 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
     """Every parameter of a `Decoder` built from `spec`, with the Hugging Face tensors it holds."""
     return entries(spec, _NAMES)
+
+
+def _feed_forward(reader: ConfigReader) -> FeedForwardSpec:
+    shared_size = reader.size("shared_intermediate_size", 1024)
+    if not reader.get("num_local_experts", 8):
+        return GatedSpec(intermediate_size=shared_size)
+    return ExpertsSpec(
+        num_experts=reader.size("num_local_experts", 8),
+        top_k=reader.size("num_experts_per_tok", 2),
+        intermediate_size=reader.size("intermediate_size", 11008),
+        router=RouterSpec(score="softmax_of_chosen"),
+        shared_size=shared_size,
+        auxiliary_loss=read_auxiliary_loss(reader),
+    )
 
 
 def _kinds(reader: ConfigReader) -> list[str]:

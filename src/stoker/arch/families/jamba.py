@@ -8,9 +8,20 @@ from typing import Any
 
 from stoker.arch.families import state_space
 from stoker.arch.families.common import refuse_dropout
-from stoker.arch.families.names import SEPARATE, Names, entries
+from stoker.arch.families.mixtures import read_auxiliary_loss
+from stoker.arch.families.names import SEPARATE, ExpertNames, Names, entries
 from stoker.arch.families.reader import ConfigReader
-from stoker.arch.spec import ArchSpec, GatedSpec, LayerSpec, Mamba1Spec, MixerSpec, NormSpec, WeightEntry
+from stoker.arch.spec import (
+    ArchSpec,
+    ExpertsSpec,
+    GatedSpec,
+    LayerSpec,
+    Mamba1Spec,
+    MixerSpec,
+    NormSpec,
+    RouterSpec,
+    WeightEntry,
+)
 
 _NAMES = Names(
     layers={
@@ -20,6 +31,14 @@ _NAMES = Names(
         "feed_forward_norm": "pre_ff_layernorm",
         "feed_forward.gate_up": ("feed_forward.gate_proj", "feed_forward.up_proj"),
         "feed_forward.down": "feed_forward.down_proj",
+        "feed_forward.router": "feed_forward.router",
+        "feed_forward.experts.gate_up.weight": ExpertNames(
+            ("feed_forward.experts.{}.gate_proj.weight", "feed_forward.experts.{}.up_proj.weight"),
+            "feed_forward.experts.gate_up_proj",
+        ),
+        "feed_forward.experts.down.weight": ExpertNames(
+            ("feed_forward.experts.{}.down_proj.weight",), "feed_forward.experts.down_proj"
+        ),
     },
     final_norm="model.final_layernorm",
 )
@@ -53,17 +72,24 @@ def _layers(reader: ConfigReader, hidden_size: int, norm: NormSpec) -> tuple[Lay
     attention = state_space.attention(reader, hidden_size, rope=None)
     state_space_mixer = _state_space(reader, hidden_size, norm)
     dense = GatedSpec(intermediate_size=reader.size("intermediate_size", 14336))
+    experts = _experts(reader, dense.intermediate_size) if reader.size("num_experts", 16) > 1 else dense
     layers = []
     for index in range(reader.size("num_hidden_layers", 32)):
         is_attention = _falls_on(reader, "attn_layer", index, period=8, offset=4)
-        if _falls_on(reader, "expert_layer", index, period=2, offset=1) and reader.size("num_experts", 16) > 1:
-            raise reader.error(
-                f"layer {index} has {reader.size('num_experts', 16)} experts, which are not native for this model yet.",
-                fix="Jamba models without experts run (num_experts: 1), such as Jamba2-3B or Jamba-Reasoning-3B.",
-            )
+        has_experts = _falls_on(reader, "expert_layer", index, period=2, offset=1)
         mixer: MixerSpec = attention if is_attention else state_space_mixer
-        layers.append(LayerSpec(mixer=mixer, feed_forward=dense, norm=norm))
+        layers.append(LayerSpec(mixer=mixer, feed_forward=experts if has_experts else dense, norm=norm))
     return tuple(layers)
+
+
+def _experts(reader: ConfigReader, intermediate_size: int) -> ExpertsSpec:
+    return ExpertsSpec(
+        num_experts=reader.size("num_experts", 16),
+        top_k=reader.size("num_experts_per_tok", 2),
+        intermediate_size=intermediate_size,
+        router=RouterSpec(normalized=False),
+        auxiliary_loss=read_auxiliary_loss(reader),
+    )
 
 
 def _state_space(reader: ConfigReader, hidden_size: int, norm: NormSpec) -> Mamba1Spec:
