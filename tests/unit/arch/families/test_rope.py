@@ -56,7 +56,7 @@ def test_yarn_derives_what_is_not_written():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"type": "longrope", "factor": 2}, "'longrope' is not native"),
+        ({"type": "proportional", "factor": 2}, "'proportional' is not native"),
         ({"type": ["linear"], "factor": 2}, "is not native"),
         ({"type": "linear"}, "factor = None"),
         ({"type": "linear", "factor": "2"}, "factor = '2'"),
