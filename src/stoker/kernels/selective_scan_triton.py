@@ -21,7 +21,7 @@ from torch import Tensor
 from stoker.kernels.recurrent import contiguous_channels, or_empty, sigmoid, softplus
 from stoker.kernels.triton_support import jit, next_power_of_2, tl
 
-# Positions a chunk and channels a program, two neighbouring ones a thread: then a warp's 32 threads lie side by side over
+# Positions a chunk and channels a program, two neighbours a thread: then the 32 threads of a warp lie side by side over
 # channels, and all positions of a channel are in one thread. (One channel a thread would leave Triton the choice, and
 # its version 3.6 spreads time over the threads.)
 CHUNK = 16
