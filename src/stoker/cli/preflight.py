@@ -1,5 +1,6 @@
 """What can be said of a run before anything is loaded: whether its names lead somewhere, and what it will do."""
 
+import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
