@@ -272,10 +272,6 @@ def test_rows_of_tokens_are_taken_as_they_are(chatml):
     assert [found.document(row)[0].tolist() for row in range(3)] == [[5, 6, 7, 8], [5, 6], [5, 6]]
     masks = [found.document(row)[1].tolist() for row in range(3)]
     assert masks == [[False, False, True, True], [False, True], [False, True]]
-        [False, False, True, True],
-        [False, True],
-        [False, True],
-    ]
     with pytest.raises(DataError, match=f"row 1: token id {len(chatml)} is outside the tokenizer's"):
         prepared(chatml, [{"input_ids": [len(chatml)]}])
 
