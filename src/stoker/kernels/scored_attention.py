@@ -78,8 +78,10 @@ def _block(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
 
 def flex(q: Tensor, k: Tensor, v: Tensor, rows: Sequence[Sequence[int]], scores: Scores) -> Tensor:
     """Attention of whole rows on CUDA: q [B, T, H, E], k, v [B, T, K, E]; `rows`: each row's document lengths."""
+    from torch.nn.attention.flex_attention import AuxRequest
+
     first = first_seen(rows, scores.window)
-    out, log_sum = _compiled()(
+    out, kept = _compiled()(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
@@ -87,10 +89,10 @@ def flex(q: Tensor, k: Tensor, v: Tensor, rows: Sequence[Sequence[int]], scores:
         block_mask=block_mask(first, q.device),
         scale=scores.scale,
         enable_gqa=q.shape[2] != k.shape[2],
-        return_lse=True,
+        return_aux=AuxRequest(lse=scores.sinks is not None),
     )
     if scores.sinks is not None:
-        share = torch.sigmoid(log_sum - scores.sinks.float()[None, :, None])
+        share = torch.sigmoid(kept.lse - scores.sinks.float()[None, :, None])
         out = (out * share[..., None]).to(q.dtype)
     return out.transpose(1, 2)
 
