@@ -2,7 +2,16 @@
 
 import pytest
 from oracle import CHECKS, check_lora, pair
-from transformers import GraniteMoeConfig, MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    GptOssConfig,
+    GraniteMoeConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 # Routing makes sums reorder.
 TOLERANCE = 1e-4
@@ -15,6 +24,29 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 QWEN = {**SIZES, "intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 3}
+LATENT = {
+    **SIZES,
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+}
 CASES = {
     "mixtral": MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=4, sliding_window=8),
     "qwen2_moe": Qwen2MoeConfig(**QWEN, shared_expert_intermediate_size=40),
@@ -30,12 +62,28 @@ CASES = {
         residual_multiplier=0.5,
         attention_multiplier=0.3,
     ),
+    "gpt_oss": GptOssConfig(
+        **SIZES,
+        head_dim=12,
+        intermediate_size=16,
+        num_local_experts=6,
+        num_experts_per_tok=3,
+        sliding_window=8,
+        swiglu_limit=0.5,
+        rope_parameters={**YARN, "truncate": False, "mscale": None, "mscale_all_dim": None},
+    ),
+    "deepseek_v2": DeepseekV2Config(
+        **LATENT, topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=1.5
+    ),
+    "deepseek_v2_lite": DeepseekV2Config(**{**LATENT, "q_lora_rank": None, "rope_parameters": YARN}),
+    "deepseek_v3": DeepseekV3Config(**LATENT, n_group=4, topk_group=2, rope_parameters=YARN),
 }
 
 
 # PEFT 0.21 takes dense layers' gate_proj, up_proj and down_proj in a model of this kind for those of experts in older
 # checkpoints, and then finds no adapter for the former: adapters that hold both are for merging, or for us.
-PEFT_TARGETS = {"qwen3_moe": ["q_proj", "o_proj", "experts.gate_up_proj", "experts.down_proj"]}
+_EXPERTS = ["o_proj", "experts.gate_up_proj", "experts.down_proj"]
+PEFT_TARGETS = dict.fromkeys(("qwen3_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3"), _EXPERTS)
 
 
 @pytest.mark.parametrize("check", CHECKS)

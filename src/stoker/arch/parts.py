@@ -14,6 +14,7 @@ from stoker.arch.spec import (
     AttentionSpec,
     ExpertsSpec,
     GatedSpec,
+    LatentAttentionSpec,
     LayerSpec,
     Mamba1Spec,
     Mamba2Spec,
@@ -48,9 +49,10 @@ class Linear:
     @property
     def shapes(self) -> dict[str, Shape]:
         """Shapes of weight and bias."""
-        leading = (self.experts,) if self.experts else ()
-        shapes = {"weight": (*leading, sum(self.out_features), self.in_features)}
-        return shapes | ({"bias": (*leading, sum(self.out_features))} if self.bias else {})
+        out: Shape = (sum(self.out_features),)
+        out = (self.experts, *out) if self.experts else out
+        shapes: dict[str, Shape] = {"weight": (*out, self.in_features)}
+        return shapes | ({"bias": out} if self.bias else {})
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,29 @@ def _attention(spec: AttentionSpec, hidden_size: int) -> Part:
         saved_statistics=spec.num_heads,
         widest=query + 2 * key,
         flops=lambda sequence_length: 4.0 * query * mean_keys(sequence_length, spec.window),
+    )
+
+
+def _latent(spec: LatentAttentionSpec, hidden_size: int) -> Part:
+    head = spec.nope_dim + spec.rope.dim
+    queries, values = spec.num_heads * head, spec.num_heads * spec.value_dim
+    down = (spec.query_rank or queries, spec.latent_rank + spec.rope.dim)
+    linears = {"down": Linear(hidden_size, down, spec.bias)}
+    parameters: dict[str, Shape] = {}
+    if spec.query_rank is not None:
+        linears["query_up"] = Linear(spec.query_rank, (queries,))
+        parameters |= norm_parameters("q_norm", spec.norm, (spec.query_rank,))
+    linears["up"] = Linear(spec.latent_rank, (spec.num_heads * (spec.nope_dim + spec.value_dim),))
+    linears["out"] = Linear(values, (hidden_size,), spec.bias)
+    parameters |= norm_parameters("kv_norm", spec.norm, (spec.latent_rank,))
+    return Part(
+        linears=linears,
+        parameters=parameters,
+        # What the norms read and make; whole queries and keys, padded values and what is attended.
+        saved_values=sum(down) + (spec.query_rank or 0) + spec.latent_rank + 4 * queries,
+        saved_statistics=spec.num_heads + 2,
+        widest=3 * queries,
+        flops=lambda sequence_length: 2.0 * (queries + values) * mean_keys(sequence_length, None),
     )
 
 
@@ -294,6 +319,7 @@ _RECOMPUTED_TENSORS = 8
 
 PARTS: dict[type, Callable[[Any, int], Part]] = {
     AttentionSpec: _attention,
+    LatentAttentionSpec: _latent,
     Mamba1Spec: _mamba1,
     Mamba2Spec: _mamba2,
     SideBySideSpec: _side_by_side,

@@ -17,6 +17,7 @@ from stoker.arch.spec import (
     AttentionSpec,
     ExpertsSpec,
     GatedSpec,
+    LatentAttentionSpec,
     LayerSpec,
     Mamba1Spec,
     Mamba2Spec,
@@ -29,6 +30,7 @@ from stoker.nn.attention import Attention
 from stoker.nn.block import PLACEMENTS, Block
 from stoker.nn.decoder import Decoder
 from stoker.nn.feed_forward import GatedFeedForward, PlainFeedForward
+from stoker.nn.latent_attention import LatentAttention
 from stoker.nn.mamba1 import Mamba1
 from stoker.nn.mamba2 import GatedNorm, Mamba2
 from stoker.nn.moe import Experts, Router
@@ -182,6 +184,28 @@ def _qk_norms(spec: AttentionSpec, kernels: str) -> tuple[nn.Module | None, nn.M
     return q, k
 
 
+def _latent_attention(spec: LatentAttentionSpec, site: Site) -> LatentAttention:
+    return LatentAttention(
+        site.hidden_size,
+        num_heads=spec.num_heads,
+        query_rank=spec.query_rank,
+        latent_rank=spec.latent_rank,
+        nope_dim=spec.nope_dim,
+        value_dim=spec.value_dim,
+        rotary=site.rotaries.of(spec.rope),
+        interleaved=spec.rope.interleaved,
+        q_norm=None if spec.query_rank is None else norm(spec.norm, spec.query_rank, site.kernels),
+        kv_norm=norm(spec.norm, spec.latent_rank, site.kernels),
+        down_names=site.names["down"],
+        query_up_names=site.names.get("query_up", ()),
+        up_names=site.names["up"],
+        out_names=site.names["out"],
+        scale=spec.scale,
+        bias=spec.bias,
+        kernels=site.kernels,
+    )
+
+
 def _gated(spec: GatedSpec, site: Site) -> GatedFeedForward:
     return GatedFeedForward(
         site.hidden_size,
@@ -300,6 +324,7 @@ def _side_by_side(spec: SideBySideSpec, site: Site) -> SideBySide:
 
 MIXERS: dict[type, Callable[[Any, Site], nn.Module]] = {
     AttentionSpec: attention,
+    LatentAttentionSpec: _latent_attention,
     Mamba1Spec: _mamba1,
     Mamba2Spec: _mamba2,
     SideBySideSpec: _side_by_side,

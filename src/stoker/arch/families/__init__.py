@@ -8,11 +8,13 @@ from typing import Any, Protocol
 
 from stoker.arch.families import (
     bamba,
+    deepseek,
     falcon,
     falcon_h1,
     gemma,
     gpt2,
     gpt_neox,
+    gpt_oss,
     granite_hybrid,
     jamba,
     llama,
@@ -54,6 +56,9 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": gpt_neox,
     "gpt2": gpt2,
     "mixtral": mixtures,
+    "deepseek_v2": deepseek,
+    "deepseek_v3": deepseek,
+    "gpt_oss": gpt_oss,
     "qwen2_moe": mixtures,
     "qwen3_moe": mixtures,
     "olmoe": mixtures,
