@@ -1,6 +1,6 @@
 """Bamba: Mamba-2 layers with an attention layer here and there, each followed by a gated feed-forward.
 
-Attention turns half of each head's channels, whatever the configuration says. Checked against transformers 5.24:
+Attention turns half of each head's channels. Checked against transformers 5.24:
 `configuration_bamba.py`, `modeling_bamba.py`.
 """
 
@@ -26,6 +26,7 @@ _NAMES = Names(
     final_norm="model.final_layernorm",
 )
 _DEFAULTS = {"num_key_value_heads": 8}
+_ROTARY_SHARE = 0.5
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
@@ -68,7 +69,7 @@ def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
 
 def _rope(reader: ConfigReader, hidden_size: int, max_positions: int) -> RopeSpec:
     _, _, head_dim = read_heads(reader, hidden_size)
-    return read_rope(reader, head_dim=head_dim, max_positions=max_positions)
+    return read_rope(reader, head_dim=head_dim, max_positions=max_positions, partial=_ROTARY_SHARE)
 
 
 def _kinds(reader: ConfigReader) -> list[str]:
