@@ -1,6 +1,7 @@
 """Mixtures of experts against Transformers on tiny random checkpoints."""
 
 import pytest
+import torch
 from oracle import CHECKS, check_lora, pair
 from transformers import (
     DeepseekV2Config,
@@ -12,6 +13,9 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
+
+from stoker.data.batch import Batch
+from stoker.tasks.supervised import SupervisedTask
 
 # Routing makes sums reorder.
 TOLERANCE = 1e-4
@@ -94,3 +98,28 @@ def test_family(name, check):
         check_lora(made, PEFT_TARGETS.get(name, "all-linear"))
     else:
         CHECKS[check](made)
+
+
+def test_load_balancing_loss_of_a_padded_batch_equals_transformers():
+    config = MixtralConfig(
+        **SIZES, intermediate_size=24, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.3
+    )
+    made = pair(config, tolerance=TOLERANCE)
+    ids, lengths = made.tokens(2, 20), (20, 13)
+    mask = torch.stack([torch.arange(20) < length for length in lengths])
+    labels = ids.masked_fill(~mask, -100)
+    theirs = made.theirs(ids, attention_mask=mask.long(), labels=labels)
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    trained = int((targets != -100).sum())
+    batch = Batch(ids, targets, None, sum(lengths), trained, row_tokens=lengths)
+    task = SupervisedTask(made.fresh().train())
+    result = task(batch)
+    assert abs(result.loss_sum / trained - theirs.loss) < 1e-5
+    assert abs(result.metrics["balancing_loss"] / trained - 0.3 * theirs.aux_loss) < 1e-5
+    made.theirs.zero_grad()
+    theirs.loss.backward()
+    (result.loss_sum / trained).backward()
+    router = task.model.blocks[0].feed_forward.router.weight.grad
+    assert (router - made.theirs.model.layers[0].mlp.gate.weight.grad).abs().max() < 1e-6
+    made.theirs.zero_grad()
+    assert not task.eval()(batch).metrics

@@ -256,6 +256,7 @@ def _experts(spec: ExpertsSpec, site: Site) -> Experts:
         is_interleaved=spec.gate_limit is not None,
         shared_size=spec.shared_size,
         shared_gate=spec.shared_gate,
+        auxiliary_loss=spec.auxiliary_loss,
         kernels=site.kernels,
     )
 

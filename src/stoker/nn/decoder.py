@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stoker.nn.block import Block
 from stoker.nn.cache import KVCache
+from stoker.nn.moe import Experts
 from stoker.nn.norm import Norm
 from stoker.nn.rotary import Documents, Rotary
 
@@ -93,6 +94,13 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(input_ids.shape[1])
         return self.final_norm(x)
+
+    def balancing(self) -> tuple[list[Tensor], float, int]:
+        """What a load-balancing loss is made of: the routers' logits of the last training forward, [B T, E] each, its
+        coefficient (0 where the model has none), and how many experts a token has."""
+        mixtures = [m for m in self.modules() if isinstance(m, Experts) and m.auxiliary_loss > 0.0]
+        logits = [m.router_logits for m in mixtures if m.router_logits is not None]
+        return logits, mixtures[0].auxiliary_loss if logits else 0.0, mixtures[0].router.top_k if logits else 0
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary: [..., D] to [..., V]."""

@@ -202,8 +202,9 @@ class Experts(nn.Module):
 
     `names` are those of the Hugging Face parameters or modules, by ours: "experts.gate_up" and "experts.down" (one
     each), "shared.gate_up" (gate and up) and "shared.down". `shared_size`: inner width of the shared expert (0: none),
-    `shared_gate`: weighed by a sigmoid of its own. `limit`: gpt-oss' clamped gate. When `collects_router_logits`, the
-    last forward's logits [N, E] stay in `router_logits` for an auxiliary loss.
+    `shared_gate`: weighed by a sigmoid of its own. `limit`: gpt-oss' clamped gate. `auxiliary_loss`: the coefficient of
+    a load-balancing loss; with one, `collects_router_logits`: those of the last training forward, [N, E], stay in
+    `router_logits`.
     """
 
     def __init__(
@@ -219,6 +220,7 @@ class Experts(nn.Module):
         is_interleaved: bool = False,
         shared_size: int = 0,
         shared_gate: bool = False,
+        auxiliary_loss: float = 0.0,
         kernels: str = "reference",
     ) -> None:
         super().__init__()
@@ -238,7 +240,8 @@ class Experts(nn.Module):
                 kernels=kernels,
             )
         self.shared_gate = nn.Linear(hidden_size, 1, bias=False) if shared_gate else None
-        self.collects_router_logits = False
+        self.auxiliary_loss = auxiliary_loss
+        self.collects_router_logits = auxiliary_loss > 0.0
         self.router_logits: Tensor | None = None
 
     @property
@@ -250,7 +253,7 @@ class Experts(nn.Module):
         """[..., D] to [..., D]."""
         flat = x.reshape(-1, x.shape[-1])
         routing = self.router(flat)
-        self.router_logits = routing.logits if self.collects_router_logits else None
+        self.router_logits = routing.logits if self.collects_router_logits and self.training else None
         gate_up, down = (cast("ExpertLinear", self.experts[name]).matrix() for name in ("gate_up", "down"))
         out = mixture(flat, routing.weights, routing.chosen, gate_up, down, options=self.options)
         if self.shared is not None:

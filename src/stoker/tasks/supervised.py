@@ -1,10 +1,12 @@
 """Next-token prediction on the targets that the data room marked: fine-tuning and continued pre-training alike."""
 
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from stoker.kernels.linear_cross_entropy import LossOptions, linear_cross_entropy
+from stoker.kernels.load_balance import load_balancing_loss
 from stoker.tasks.task import Batch, TaskResult
 
 
@@ -23,9 +25,19 @@ class CausalModel(Protocol):
         """Returns the last hidden states `[B, T, D]`, after the final norm, or logits `[B, T, V]`."""
 
 
+@runtime_checkable
+class BalancedModel(Protocol):
+    """A model that may have mixtures of experts."""
+
+    def balancing(self) -> tuple[list[Tensor], float, int]:
+        """Routers' logits of the last training forward, the loss's coefficient, and how many experts a token has."""
+        ...
+
+
 class SupervisedTask(nn.Module):
     """Cross-entropy of `model`'s predictions, summed over the trained tokens of a batch.
 
+    A mixture whose configuration asks for a load-balancing loss has it added in training, not in evaluation.
     `kernels` names the implementation of the loss ("reference" is plain PyTorch).
     """
 
@@ -50,4 +62,24 @@ class SupervisedTask(nn.Module):
             options=LossOptions(logit_scale=model.logit_scale, soft_cap=model.logit_softcap),
             implementation=self.kernels,
         )
-        return TaskResult(loss_sum, batch.num_trained_tokens, {})
+        balancing = self._balancing(batch)
+        if balancing is None:
+            return TaskResult(loss_sum, batch.num_trained_tokens, {})
+        # A mean over rows beside a sum over trained tokens: weighed so that the step's division makes it a mean again.
+        balancing = balancing * batch.num_trained_tokens
+        return TaskResult(loss_sum + balancing, batch.num_trained_tokens, {"balancing_loss": balancing.detach()})
+
+    def _balancing(self, batch: Batch) -> Tensor | None:
+        """A mixture's load-balancing loss times its coefficient, in training; padding does not count."""
+        if not (self.training and isinstance(self.model, BalancedModel)):
+            return None
+        logits, coefficient, top_k = self.model.balancing()
+        if not logits:
+            return None
+        rows, length = batch.input_ids.shape
+        mask = None
+        if batch.num_tokens < rows * length:
+            by_row = batch.row_tokens or (batch.num_tokens // rows,) * rows
+            tokens = torch.tensor(by_row, device=batch.input_ids.device)
+            mask = (torch.arange(length, device=tokens.device) < tokens[:, None]).flatten()
+        return coefficient * load_balancing_loss(logits, top_k=top_k, mask=mask)

@@ -25,6 +25,14 @@ class Batch(Protocol):
     def num_trained_tokens(self) -> int:
         """How many targets are not -100."""
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens are not padding, which is on the right."""
+
+    @property
+    def row_tokens(self) -> tuple[int, ...] | None:
+        """The same by row; None if rows hold equally many."""
+
 
 class TaskResult(NamedTuple):
     """The loss of one micro-batch as a sum, so that it can be divided by the count of the whole step.
