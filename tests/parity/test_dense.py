@@ -1,9 +1,14 @@
 """The dense families against Transformers on tiny random checkpoints: one line a variant, all checks of the oracle."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from oracle import CHECKS, assert_close, pair
+from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -18,6 +23,8 @@ from transformers import (
 
 from stoker.arch import families
 from stoker.errors import ModelError
+from stoker.export import adapter
+from stoker.export.merged import merge
 from stoker.models import native
 
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -163,3 +170,28 @@ def test_a_folder_of_a_bare_gpt2_with_its_masks_loads(tmp_path):
     ours = native.load(tmp_path, models.spec)
     for one, other in zip(ours.parameters(), models.ours.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt neox", "falcon 40b", "phi3"])
+def test_adapters_that_peft_made_on_fused_layers_load_and_merge(name, kind, tmp_path):
+    models = pair(CASES[name])
+    settings = LoraConfig(
+        r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=kind == "dora"
+    )
+    ids, generator = models.tokens(2, 16), torch.Generator().manual_seed(2)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # PEFT speaks of Conv1D
+        theirs = get_peft_model(copy.deepcopy(models.theirs), settings).eval()
+        for key, parameter in theirs.named_parameters():
+            if "lora_" in key:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+        theirs.save_pretrained(tmp_path / "adapter")
+        expected = theirs(input_ids=ids, use_cache=False).logits
+    ours = models.fresh()
+    adapter.load(ours, tmp_path / "adapter")
+    merge(models.folder, tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        assert_close(ours.eval().logits(ours(ids)), expected)
+        assert_close(merged(ids, use_cache=False).logits, expected)
