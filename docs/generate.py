@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from stoker.arch import support
 from stoker.cli.init import Answers, starter
 from stoker.config import describe, foreign
 from stoker.config.schema import DEFAULT_KINDS, RunConfig, Section
@@ -17,6 +18,7 @@ from stoker.config.show import inline
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
+MODELS = ROOT / "docs" / "models.md"
 README = ROOT / "README.md"
 MAIN_JOB = ROOT / "benchmarks" / "results" / "main_job.json"
 SINGLE_GPU = ROOT / "benchmarks" / "results" / "single_gpu.json"
@@ -109,6 +111,51 @@ def _other_trainers() -> str:
     return "\n".join([head, "| there | here |", "|---|---|", *rows, ""])
 
 
+_MODELS_HEAD = """\
+# Which models train
+
+<!-- Written by `python -m docs.generate` from src/stoker/arch/support.py; change that, not this page. -->
+
+`stoker models` prints this table, `stoker models NAME` says which path a model takes, and why.
+
+- **native**: Stoker's own `Decoder`, from a family's file ([add one](add_an_architecture.md)). Layers shaped as Llama's
+  run as one operation each (**kernel**), others op by op.
+- **borrowed**: any other causal language model that Transformers can load. Its class computes, unpatched; on that one
+  instance linear layers, gated feed-forwards, norms, attention and the head are ours where a check on loading finds
+  the same numbers. What a class does not bear it keeps, and the run says so.
+- **packing by document**: rows are not packed unless asked for, and then their documents run one after the other.
+- **generation from the whole text**: the class has no state to decode from step by step, so each token runs all again.
+- The rows below are what tests find on tiny checkpoints of each type. A model type that is not among them is looked at
+  when it is loaded. A native type whose `config.json` asks for what its family does not compute is borrowed.
+- Borrowed weights must be unquantised safetensors; `model.quantization` makes NF4, int8 or fp8 of them on the way to
+  the device, while the host holds the whole model once.
+
+## Code that comes with a model
+
+A model whose `config.json` names code of its own (`auto_map`), and for which Transformers has no class, is refused:
+that code would run with all your rights. Read it, then allow it:
+
+```yaml
+model:
+  base: owner/name
+  revision: 0123456789abcdef0123456789abcdef01234567   # the commit whose code you read; a folder needs none
+  trust_remote_code: true
+```
+
+## The table
+"""
+
+
+def models_page() -> str:
+    """Returns the page on model types."""
+    head = ("model type", "path", "family", *(column.replace("_", " ") for column in support.COLUMNS))
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in support.rows():
+        cells = (f"`{row.model_type}`", row.path, row.family, *row.cells())
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    return "\n".join([_MODELS_HEAD, *lines, ""])
+
+
 def readme() -> str:
     """Returns the README with its tables of speed renewed from the committed results."""
     text = README.read_text(encoding="utf-8")
@@ -185,12 +232,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if a page differs from what would be written")
     check = parser.parse_args().check
-    drifted = [path for path, text in {PAGE: page(), README: readme()}.items() if not _is_same(path, text)]
+    pages = {PAGE: page, MODELS: models_page, README: readme}
+    drifted = [path for path, text in pages.items() if not _is_same(path, text())]
     for path in drifted:
         if check:
             sys.stderr.write(f"{path.name} differs from what it is made from. Run: python -m docs.generate\n")
         else:
-            path.write_text({PAGE: page, README: readme}[path](), encoding="utf-8")
+            path.write_text(pages[path](), encoding="utf-8")
     return 1 if check and drifted else 0
 
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from stoker import __version__
-from stoker.cli import bench, chat, check, doctor, evaluate, generate, init, inspect, merge, train
+from stoker.cli import bench, chat, check, doctor, evaluate, generate, init, inspect, merge, models, train
 from stoker.errors import StokerError
 
 _PLACES_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -51,6 +51,7 @@ app.command("eval")(evaluate.command)
 app.command("chat")(chat.command)
 app.command("generate")(generate.command)
 app.command("merge")(merge.command)
+app.command("models")(models.command)
 app.command("bench")(bench.command)
 app.command("doctor")(doctor.command)
 

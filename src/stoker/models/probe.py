@@ -9,6 +9,7 @@ projection reads, gate's and up's those of what down reads:
 Outliers that only text brings are not in them.
 """
 
+import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -35,15 +36,17 @@ class Probe:
     def inputs(self, layer: str, size: int, *, device: torch.device) -> Tensor:
         """Returns float32 `[32, size]` for the layer of that name ("blocks.0.attention.qkv"), the same in every run."""
         block, part, kind = _named(layer)
-        found = None
-        if block.startswith("blocks.") and part in ("attention", "feed_forward"):
-            found = self._from_forerunner(self._spec.layers[int(block.rpartition(".")[2])], part, kind)
+        # Parts of parts, as a shared expert is, read what no single tensor of the file tells.
+        is_part = re.fullmatch(r"blocks\.\d+", block) is not None and part in ("attention", "feed_forward")
+        found = self._from_forerunner(self._spec.layers[int(block[7:])], part, kind) if is_part else None
         if found is not None:
             return found
         generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device sees the same
         normal = torch.randn(_NUM_INPUTS, size, generator=generator).to(device)
-        factor = self._norm_factor(block, kind) if kind in _NORMS else None
-        return normal if factor is None else normal * factor.to(device).float()
+        factor = self._norm_factor(block, kind) if is_part and kind in _NORMS else None
+        # A layer that reads a latent vector has other channels than the block's norm.
+        is_read = factor is not None and factor.numel() == size
+        return normal * factor.to(device).float() if is_read else normal
 
     def _from_forerunner(self, layer: LayerSpec, part: str, kind: str) -> Tensor | None:
         """What the layer that was seen last makes of its output, if the next one reads it."""
@@ -59,7 +62,7 @@ class Probe:
 
     def _norm_factor(self, block: str, kind: str) -> Tensor | None:
         """What the norm before a layer multiplies by; in a parallel block with one norm, the mixer's for both."""
-        layer = self._spec.layers[int(block.rpartition(".")[2])]
+        layer = self._spec.layers[int(block[7:])]
         name = _NORMS[kind] if _NORMS[kind] in layer.norm_names else f"{layer.mixer_name}_norm"
         weight = self._norm_weight(f"{block}.{name}.weight") if name in layer.norm_names else None
         return None if weight is None else weight.float() + layer.norm.weight_offset
