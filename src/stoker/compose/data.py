@@ -1,20 +1,17 @@
 """The rows of a run as masked documents, with their audit."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from stoker import builtin
-from stoker.config.row_formats import expanded
-from stoker.config.schema import Pretrain, RunConfig, Source
+from stoker.compose.prepare import prepare_sources
+from stoker.config.schema import RunConfig
 from stoker.data.audit import Audit, problems, warnings
 from stoker.data.loader import Documents, StepLoader
-from stoker.data.options import ChatOptions, PromptTexts
-from stoker.data.prepare import Prepared, SourceOptions, prepare, split
+from stoker.data.pack import Layout
+from stoker.data.prepare import split
 from stoker.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -43,14 +40,14 @@ def prepare_data(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", *, con
         DataError: a source or a row is wrong; faults that the audit finds are for `refuse_faults`.
     """
     held_out = config.data.validation
-    whole = _prepare(config, config.data.train, tokenizer, console=console, label="train")
+    whole = prepare_sources(config, config.data.train, tokenizer, console=console, label="train")
     notices = list(whole.notices)
     if held_out is None:
         return Data(whole, None, {"train": whole.audit}, tuple(notices))
     if isinstance(held_out, (int, float)):
         train, validation = split(whole, held_out, seed=config.train.seed)
         return Data(train, validation, {"train": train.audit, "validation": validation.audit}, tuple(notices))
-    other = _prepare(config, held_out, tokenizer, console=console, label="validation")
+    other = prepare_sources(config, held_out, tokenizer, console=console, label="validation")
     notices += other.notices
     return Data(whole, other, {"train": whole.audit, "validation": other.audit}, tuple(notices))
 
@@ -71,8 +68,11 @@ def refuse_faults(audits: dict[str, Audit]) -> list[str]:
     return [f"data.{split}: {one}" for split, audit in audits.items() for one in warnings(audit)]
 
 
-def loader(config: RunConfig, documents: Documents, *, micro_batch_size: int, pad_id: int) -> StepLoader:
-    """Returns the batches of `documents`, as the configuration lays them out."""
+def loader(
+    config: RunConfig, documents: Documents, *, micro_batch_size: int, pad_id: int, mixed: bool = False
+) -> StepLoader:
+    """Returns the batches of `documents`, as the configuration lays them out; `mixed` by the weights of data.train."""
+    weights = [source.weight for source in config.data.train if source.weight is not None]
     return StepLoader(
         documents,
         batch_size=config.train.batch_size,
@@ -81,65 +81,30 @@ def loader(config: RunConfig, documents: Documents, *, micro_batch_size: int, pa
         packing=config.data.packing,
         seed=config.train.seed,
         pad_id=pad_id,
+        shuffle=config.data.shuffle,
+        weights=weights if mixed and weights else None,
     )
 
 
-def _prepare(
-    config: RunConfig,
-    sources: Iterable[Source],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    console: Console,
-    label: str,
-) -> Prepared:
-    data = config.data
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"preparing {label} rows")
-
-        def show(rows: int) -> None:
-            bar.update(task, description=f"preparing {label} rows: {rows:,}")
-
-        return prepare(
-            [_options(source) for source in sources],
-            tokenizer=tokenizer,
-            sequence_length=data.sequence_length,
-            train_on=data.train_on if isinstance(data.train_on, str) else tuple(data.train_on),
-            train_on_end_of_turn=data.train_on_end_of_turn,
-            end_of_turn_tokens=tuple(data.end_of_turn_tokens),
-            template=config.model.chat_template,
-            on_bad_row=data.on_bad_row,
-            on_long="split" if isinstance(config.task, Pretrain) else data.on_long,
-            cache_folder=Path(data.cache_folder).expanduser() / "data",
-            progress=show,
-        )
+def summary(config: RunConfig, data: Data) -> Sequence[tuple[str, str]]:
+    """Returns a line for each split: name, what it holds, and how it is packed."""
+    lines = []
+    for name, audit in data.audits.items():
+        documents = data.train if name == "train" else data.validation
+        packed = packing(config, documents) if documents is not None else ""
+        lines.append((name, f"{_holds(audit)}, {packed}" if packed else _holds(audit)))
+    return lines
 
 
-def _options(source: Source) -> SourceOptions:
-    source = expanded(source)
-    path = str(builtin.resolve_rows(source.path)) if builtin.is_builtin(source.path) else source.path
-    chat = source.chat.model_dump()
-    train_on = chat.pop("train_on")
-    return SourceOptions(
-        path=path,
-        format=source.format,
-        fields=source.fields.model_dump(exclude_none=True, exclude={"message_properties"}),
-        split=source.split,
-        name=source.name,
-        limit=source.limit,
-        file_type=source.file_type,
-        chat=ChatOptions(
-            **chat,
-            message_properties=source.fields.message_properties,
-            train_on=(train_on,) if isinstance(train_on, str) else None if train_on is None else tuple(train_on),
-        ),
-        prompt=PromptTexts(**source.prompt.model_dump()),
-    )
-
-
-def summary(audits: dict[str, Audit]) -> Sequence[tuple[str, str]]:
-    """Returns a line for each split: name, and what it holds."""
-    return [(split, _holds(audit)) for split, audit in audits.items()]
+def packing(config: RunConfig, documents: Documents) -> str:
+    """Returns how full the sequences are that documents are packed into, "" without packing."""
+    if not config.data.packing or not config.data.shuffle or not len(documents):
+        return ""
+    together = documents.documents_per_example
+    lengths = documents.lengths.reshape(-1, together).sum(axis=1)
+    capacity = config.data.sequence_length * together
+    layout = Layout(lengths[documents.trained_counts.reshape(-1, together).sum(axis=1) > 0], capacity)
+    return f"packed into {len(layout):,} sequences of {capacity:,}, {layout.efficiency:.1%} full"
 
 
 def _holds(audit: Audit) -> str:
@@ -151,6 +116,8 @@ def _holds(audit: Audit) -> str:
         ("truncated", audit.truncated),
         ("dropped", audit.dropped),
         ("bad rows skipped", audit.bad_rows),
+        ("too short", audit.short),
+        ("duplicates left out", audit.duplicates),
     ):
         if count:
             parts.append(f"{count:,} {name}")

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from stoker.compose.data import prepare_data, refuse_faults
+from stoker.compose.data import packing, prepare_data, refuse_faults
 from stoker.compose.model import Base, load_tokenizer, open_base
 from stoker.compose.vocabulary import Tokens
 from stoker.config.schema import RunConfig
@@ -52,6 +52,8 @@ def inspect_for(
         console.print(row)
     for name, audit in data.audits.items():
         console.print(show.audit_table(audit, title=name))
+        if packed := packing(config, data.train if name == "train" else data.validation or data.train):
+            console.print(packed, highlight=False)
         console.print(*show.findings(audit), sep="\n")
     for notice in data.notices:
         console.print(notice, style="yellow", markup=False)

@@ -112,7 +112,7 @@ def train(
     loaded = Loaded(config, loaded.origins)
     changed = resume.changes(config, folder) if resume_run else []
     data = prepare_data(config, model.tokenizer, console=console)
-    for split, text in summary(data.audits):
+    for split, text in summary(config, data):
         _say(console, f"{split:<10}  {text}")
     warnings = [*data.notices, *refuse_faults(data.audits), *changed]
     for sentence in warnings:

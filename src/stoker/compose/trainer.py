@@ -78,10 +78,10 @@ def make_engine(config: RunConfig, plan: Plan, decoder: "Model", data: Data, *, 
         lambda named: make_optimizer(named, config.train.optimizer, config.train.learning_rate),
     )
 
-    def batches(documents: Documents) -> StepLoader:
-        return loader(config, documents, micro_batch_size=plan.micro_batch_size, pad_id=pad_id)
+    def batches(documents: Documents, *, mixed: bool = False) -> StepLoader:
+        return loader(config, documents, micro_batch_size=plan.micro_batch_size, pad_id=pad_id, mixed=mixed)
 
-    train = batches(data.train)
+    train = batches(data.train, mixed=True)
     validation = batches(data.validation) if data.validation is not None else None
     return Engine(strategy, train, validation, total_steps(config, train.steps_per_epoch))
 

@@ -112,12 +112,42 @@ def conversations_stay_whole(config: RunConfig) -> Iterator[Finding]:
         yield Finding(("data", "on_long"), what, "Use truncate, drop or stop.")
 
 
-def sources_are_files_or_ids(config: RunConfig) -> Iterator[Finding]:
-    """Only files, folders and Hub ids are read."""
+def weights_for_all_or_none(config: RunConfig) -> Iterator[Finding]:
+    """A share means nothing beside sources without one."""
+    weights = [source.weight for source in config.data.train]
+    if any(weights) and None in weights:
+        index = weights.index(None)
+        what = f"data.train[{index}] has no weight, and other sources have one."
+        yield Finding(("data", "train", index), what, "Give every source a weight, or none.")
+
+
+def shards_exist(config: RunConfig) -> Iterator[Finding]:
+    """Parts are counted from 0."""
     for path, source in _sources(config):
-        if "://" in source.path:
-            what = f"{source.path}: this version reads files, folders and Hub ids only."
-            yield Finding((*path, "path"), what, "Copy the data to a local file and name that.")
+        shard = source.shard
+        if shard is not None and shard.index >= shard.num:
+            what = f"{dotted(path)}.shard.index = {shard.index}, but the parts are 0 to {shard.num - 1}."
+            yield Finding((*path, "shard", "index"), what, "Count from 0.")
+
+
+def windows_need_steps(config: RunConfig) -> Iterator[Finding]:
+    """While rows are still to be read nobody knows how many steps an epoch has, nor which rows could be held out."""
+    data = config.data
+    name = "data.streaming = true" if data.streaming else "data.prepare = overlap"
+    if not data.streaming and data.prepare != "overlap":
+        return
+    if config.train.steps is None:
+        what = f"{name} needs train.steps: how many steps an epoch has is not known before all rows are read."
+        yield Finding(("train", "steps"), what, "Set train.steps instead of train.epochs.")
+    if isinstance(data.validation, int | float):
+        what = f"data.validation = {data.validation}: with {name} no rows can be drawn from the data beforehand."
+        yield Finding(("data", "validation"), what, "Name a source of their own: validation: [{path: held-out.jsonl}].")
+    if data.streaming and data.deduplicate:
+        what = "data.deduplicate remembers every row, and data.streaming keeps none."
+        yield Finding(("data", "deduplicate"), what, "Set one of them, or use data.prepare: overlap.")
+    if data.streaming and data.prepare == "overlap":
+        what = "data.streaming = true prepares nothing, so data.prepare = overlap has no meaning."
+        yield Finding(("data", "prepare"), what, "Keep one: overlap keeps prepared rows on disk, streaming does not.")
 
 
 def _sources(config: RunConfig) -> Iterator[tuple[Path, Source]]:
@@ -185,7 +215,9 @@ RULES = (
     pretraining_learns_everything,
     formats_are_known,
     conversations_stay_whole,
-    sources_are_files_or_ids,
+    weights_for_all_or_none,
+    shards_exist,
+    windows_need_steps,
     targets_are_a_pattern,
     half_precision_needs_a_gpu,
     only_a_frozen_base_is_quantized,

@@ -183,11 +183,21 @@ class PromptTexts(Section):
     """The answer; as it is unless set. It trains."""
 
 
+class Shard(Section):
+    """One of several equal parts of a source's rows."""
+
+    num: Count
+    """How many parts there are."""
+    index: CountOrZero
+    """Which one to read, from 0: rows `index`, `index + num`, `index + 2 num`, and so on."""
+
+
 class Source(Section):
     """One place that rows come from."""
 
     path: Text
-    """File, folder, glob, Hub id, or `builtin:` rows; a relative path starts where the command is run."""
+    """File, folder, glob, Hub id, URL (`s3://`, `gs://`, `https://`), or `builtin:` rows; a relative path starts where
+    the command is run. Files may be compressed (`.gz`, `.zst`)."""
     format: Text = "auto"
     """What a row holds, by a name in docs/data.md; `auto` looks at the first rows and reports what it found."""
     fields: Fields = Fields()
@@ -199,11 +209,21 @@ class Source(Section):
     file_type: Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text"] | None = None
     """How to read the file; by its ending unless set."""
     split: Text = "train"
-    """Split of a Hub dataset."""
+    """Split of a Hub dataset or folder, whole or a slice of it: `train[:20%]`, `train[1000:2000]`, `train[-10%:]`.
+    Slices work on files too."""
     name: Text | None = None
     """Configuration (subset) of a Hub dataset."""
     limit: Count | None = None
     """Read only this many rows."""
+    data_files: list[Text] = []
+    """Files or patterns within the folder, URL or Hub dataset; all of it unless set."""
+    revision: Text | None = None
+    """Branch, tag or commit of a Hub dataset; its main branch unless set."""
+    weight: Positive | None = None
+    """Share of the training sequences that come from this source, relative to the others' weights. Set it for all
+    sources or for none; without, every row comes once an epoch."""
+    shard: Shard | None = None
+    """Read one of several equal parts of the rows."""
 
 
 def _validation_form(value: Any) -> str:
@@ -243,6 +263,21 @@ class Data(Section):
     """What to do with a row longer than `sequence_length`; `split`, task pretrain's way, cuts text into pieces."""
     cache_folder: Text = "~/.cache/stoker"
     """Where prepared tokens are kept, by the content they come from."""
+    shuffle: bool = True
+    """Draw the order of sequences anew for each epoch; `false` takes rows in their order."""
+    min_length: Count = 1
+    """Leave out (and count) documents of fewer tokens."""
+    deduplicate: bool = False
+    """Take rows that are equal in every field once."""
+    num_workers: Literal["auto"] | CountOrZero = "auto"
+    """Processes that tokenise; 0 does it in the main one. `auto`: none for small data, else one for each core."""
+    prepare: Literal["ahead", "overlap"] = "ahead"
+    """`ahead` tokenises everything before the first step; `overlap` starts training while the rest is prepared: rows
+    then come in windows, in their order, and `train.steps` says how long to train."""
+    streaming: bool = False
+    """Tokenise rows as they are needed and keep nothing, for data larger than memory and disk; needs `train.steps`."""
+    window_sequences: Count = 256
+    """With `streaming` or `prepare: overlap`: about how many sequences are packed and shuffled together."""
 
 
 class Sft(Section):

@@ -57,6 +57,10 @@ class Audit:
     """Source -> format and why it was taken for that."""
     template: str = "none"
     """Where the chat template comes from and how trained text is found in it."""
+    short: int = 0
+    """Rows left out because they are shorter than the least length."""
+    duplicates: int = 0
+    """Rows left out because an equal one came before."""
     rows_by_turn: int = 0
     """Rows in which trained text was told by what the template prints for each message."""
     row_kind: str = "documents"
@@ -107,11 +111,21 @@ class Tally:
         self.roles.update(other.roles)
         self.lengths.update(other.lengths)
         self.formats.update(other.formats)
+        self.templates.update(other.templates)
         for mine, theirs in (
             (self.bad_row_examples, other.bad_row_examples),
             (self.untrained_examples, other.untrained_examples),
         ):
             mine.extend(theirs[: MAX_EXAMPLES - len(mine)])
+
+    def taken(self) -> "Tally":
+        """Returns what was counted so far and starts anew from nothing."""
+        counted = Tally()
+        counted.merge(self)
+        for part in (self.counts, self.end_tokens, self.roles, self.lengths, self.formats, self.templates):
+            part.clear()
+        self.bad_row_examples, self.untrained_examples = [], []
+        return counted
 
     def bad_row(self, problem: str) -> None:
         """Counts a row that is left out because it is malformed."""
@@ -187,6 +201,10 @@ def warnings(audit: Audit) -> list[Problem]:
         )
     if audit.dropped:
         found.append(Problem(f"{audit.dropped:,} rows are longer than the sequence length and are left out."))
+    if audit.short:
+        found.append(Problem(f"{audit.short:,} rows are shorter than data.min_length and are left out."))
+    if audit.duplicates:
+        found.append(Problem(f"{audit.duplicates:,} rows are equal to an earlier one and are left out."))
     if audit.rows_without_trained_token and audit.trained_tokens:
         example = f" (first: {audit.untrained_examples[0]})" if audit.untrained_examples else ""
         found.append(Problem(f"{audit.rows_without_trained_token:,} documents have no trained token{example}."))

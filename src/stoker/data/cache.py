@@ -1,31 +1,33 @@
 """Prepared data kept on disk under a key made of everything that shapes it.
 
-A folder `<cache>/<key>` holds three arrays and a manifest with their hashes. It is written aside and renamed, so it is
-there whole or not at all; one whose bytes do not match its manifest is made anew.
+A folder `<cache>/<key>` holds arrays and a manifest with their sizes and hashes (`stoker.data.writers` makes it). It is
+written aside and renamed, so it is there whole or not at all; one whose bytes do not match its manifest is made anew.
+Whoever prepares holds the file lock `<cache>/.locks/<key>`; the others wait for it and then find the folder. The system
+releases the lock of a process that dies.
 """
 
 import hashlib
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 
-import numpy as np
+from filelock import FileLock, Timeout
 
+from stoker.data import storage
 from stoker.data.audit import Audit
 from stoker.data.prepared import Prepared
+from stoker.data.writers import ARRAYS, MANIFEST, VERSION, mapped, replace_text
 from stoker.errors import OutputError
 
-VERSION = 1
-"""Raised whenever the same input would give other arrays or counts."""
-
-_ARRAYS = {"ids": np.uint32, "trained": np.bool_, "offsets": np.int64}
-_MANIFEST = "manifest.json"
+ALWAYS_HASHED_BYTES = 64 << 20
+"""Files up to this size are hashed each time they are opened; larger ones only if their time of writing has changed."""
+_POLL_SECONDS = 0.2
+_DIGESTS = "digests.json"
+_MEMO_BYTES = 1 << 20
 
 
 def key(parts: Mapping[str, Any]) -> str:
@@ -61,135 +63,90 @@ def load(folder: Path) -> Prepared | None:
     if not folder.is_dir():
         return None
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        expected = {name: manifest["files"][name] for name in _ARRAYS}
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not set(ARRAYS) <= set(manifest["files"]):
+            raise DamagedError("its manifest names no arrays")
+        for name, expected in manifest["files"].items():
+            _check(folder / name, expected)
         audit = Audit.from_dict(manifest["audit"])
-        for name, digest in expected.items():
-            with (folder / name).open("rb") as opened:
-                if hashlib.file_digest(opened, "sha256").hexdigest() != digest:
-                    raise DamagedError(f"{name} was altered or cut short")
+        found = mapped(folder, manifest, audit, cached=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"it cannot be read ({error!r})") from error
-    return _mapped(folder, audit, cached=True)
+    with suppress(OSError):  # a cache that may only be read keeps no record of its use
+        os.utime(folder / MANIFEST)
+    return found
 
 
-def _mapped(folder: Path, audit: Audit, *, cached: bool) -> Prepared:
-    ids, trained, offsets = (
-        np.memmap(folder / name, dtype=dtype, mode="r") if (folder / name).stat().st_size else np.empty(0, dtype=dtype)
-        for name, dtype in _ARRAYS.items()
-    )
-    return Prepared(ids, trained, offsets, audit, cached=cached)
+def _check(path: Path, expected: Mapping[str, Any]) -> None:
+    found = path.stat()
+    if found.st_size != expected["bytes"]:
+        raise DamagedError(f"{path.name} has {found.st_size:,} bytes instead of {expected['bytes']:,}")
+    if found.st_size > ALWAYS_HASHED_BYTES and found.st_mtime_ns == expected["modified_ns"]:
+        return
+    if storage.digest(str(path)) != expected["sha256"]:
+        raise DamagedError(f"{path.name} was altered")
 
 
-class Writer(Protocol):
-    """Takes documents one by one."""
+@contextmanager
+def locked(folder: Path, *, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Holds the lock of a folder that is to be made; `on_wait` is called once if another process holds it.
 
-    def add(self, ids: np.ndarray, trained: np.ndarray) -> None:
-        """Appends a document."""
-        ...
-
-
-class MemoryWriter:
-    """Collects documents in memory."""
-
-    def __init__(self) -> None:
-        self._ids: list[np.ndarray] = []
-        self._trained: list[np.ndarray] = []
-        self._lengths: list[int] = []
-
-    def __enter__(self) -> "MemoryWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def add(self, ids: np.ndarray, trained: np.ndarray) -> None:
-        """Appends a document."""
-        self._ids.append(ids)
-        self._trained.append(trained)
-        self._lengths.append(len(ids))
-
-    def finish(self, audit: Audit) -> Prepared:
-        """Returns everything that was added."""
-        return Prepared(
-            ids=np.concatenate([np.empty(0, dtype=np.uint32), *self._ids]),
-            trained=np.concatenate([np.empty(0, dtype=np.bool_), *self._trained]),
-            offsets=_offsets(self._lengths),
-            audit=audit,
-        )
+    Raises OutputError if the cache cannot be written to.
+    """
+    try:
+        lock_of(folder).parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(lock_of(folder))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            on_wait()
+            lock.acquire(poll_interval=_POLL_SECONDS)
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"prepared data cannot be written to {str(folder.parent)!r}: {reason}.",
+            fix="Set data.cache_folder to another place.",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-class FolderWriter:
-    """Writes documents beside the folder they will stand in; `finish` hashes, flushes and renames.
+def lock_of(folder: Path) -> Path:
+    """Returns the file whose lock whoever makes `folder` holds."""
+    return folder.parent / ".locks" / folder.name
 
-    Left without `finish`, it removes what it wrote. Raises OutputError if the disk does not take it.
+
+class Digests:
+    """Hashes of files, remembered in the cache so that an unchanged file is not read again only to know it.
+
+    A file counts as unchanged while its size and its time of writing are (for URLs: what their server says of them). A
+    file of up to a mebibyte, or written within the last two seconds, is read anyway.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-        self._lengths: list[int] = []
-        self._files: dict[str, BinaryIO] = {}
+    def __init__(self, cache_folder: Path | None) -> None:
+        self._path = None if cache_folder is None else cache_folder / _DIGESTS
+        self._known: dict[str, list[str]] = {}
+        if self._path is not None:
+            with suppress(OSError, ValueError):  # it only saves time
+                self._known = json.loads(self._path.read_text(encoding="utf-8"))
 
-    def __enter__(self) -> "FolderWriter":
-        try:
-            self._aside.mkdir(parents=True)
-            for name in ("ids", "trained"):
-                self._files[name] = (self._aside / name).open("wb")
-        except OSError as error:
-            self._discard()
-            raise _unwritable(self._folder, error) from error
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._discard()
-
-    def add(self, ids: np.ndarray, trained: np.ndarray) -> None:
-        """Appends a document."""
-        try:
-            self._files["ids"].write(ids.astype(np.uint32, copy=False).tobytes())
-            self._files["trained"].write(trained.astype(np.bool_, copy=False).tobytes())
-        except OSError as error:
-            raise _unwritable(self._folder, error) from error
-        self._lengths.append(len(ids))
-
-    def finish(self, audit: Audit) -> Prepared:
-        """Puts the folder in its place and returns it mapped into memory."""
-        try:
-            for opened in self._files.values():
-                opened.flush()
-                os.fsync(opened.fileno())
-                opened.close()
-            (self._aside / "offsets").write_bytes(_offsets(self._lengths).tobytes())
-            files = {name: _digest(self._aside / name) for name in _ARRAYS}
-            manifest = json.dumps({"version": VERSION, "files": files, "audit": audit.to_dict()}, indent=1)
-            (self._aside / _MANIFEST).write_text(manifest, encoding="utf-8")
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._aside.rename(self._folder)
-        except OSError as error:
-            raise _unwritable(self._folder, error) from error
-        return _mapped(self._folder, audit, cached=False)
-
-    def _discard(self) -> None:
-        for opened in self._files.values():
-            try:
-                opened.close()
-            except OSError:  # what is still buffered does not fit on the disk either; it is thrown away anyway
-                continue
-        shutil.rmtree(self._aside, ignore_errors=True)
-
-
-def _offsets(lengths: Sequence[int]) -> np.ndarray:
-    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _unwritable(folder: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"prepared data cannot be written to {str(folder.parent)!r}: {error.strerror or error}.",
-        fix="Free some space or set data.cache_folder to another place.",
-    )
+    def __call__(self, location: str) -> str:
+        """Returns a hash of the file's content, or of what its server says of it."""
+        if storage.is_url(location):
+            return storage.state(location) or storage.digest(location)
+        with storage.reading(location):
+            state, size = storage.state(location) or "", storage.size(location) or 0
+            place = str(Path(location).resolve())
+            is_sure = size > _MEMO_BYTES and storage.is_settled(location)
+        known = self._known.get(place)
+        if is_sure and known is not None and known[0] == state:
+            return known[1]
+        digest = storage.digest(location)
+        if is_sure and self._path is not None:
+            self._known[place] = [state, digest]
+            with suppress(OSError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                replace_text(self._path, json.dumps(self._known))
+        return digest

@@ -22,7 +22,7 @@ _Handle = TypeVar("_Handle")
 class Collator:
     """Cuts the rows of a step, the same on every rank, into the micro-batches of rank `rank` of `world_size`.
 
-    With `packing` a row is `sequence_length` tokens of several examples; otherwise it is one example, whose documents
+    With `packing` a row holds several examples in `row_tokens` tokens; otherwise it is one example, whose documents
     become rows of their own, padded on the right. All ranks get equally many micro-batches: one that has no row left
     gets a row of padding.
     """
@@ -40,6 +40,11 @@ class Collator:
         if min(sizes) < 1 or not 0 <= self.rank < self.world_size:
             raise ValueError("sizes must be positive and rank below world_size")
 
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a packed row: as many sequences as an example has documents."""
+        return self.sequence_length * self.documents_per_example
+
     def batches(self, rows: Sequence[Sequence[_Handle]], example: Callable[[_Handle], Example]) -> Iterator[Batch]:
         """Yields this rank's share of the rows, which hold examples or what `example` makes them of."""
         together = self.micro_batch_size * self.world_size
@@ -50,7 +55,7 @@ class Collator:
 
     def _packed(self, rows: Sequence[Sequence[Example]]) -> Batch:
         contents = [[document for example in row for document in example] for row in rows]
-        return self._batch(contents, self.sequence_length)
+        return self._batch(contents, self.row_tokens)
 
     def _padded(self, rows: Sequence[Sequence[Example]]) -> Batch:
         nothing = [[] for _ in range(self.documents_per_example)]

@@ -48,16 +48,16 @@ class StepLoader:
 
     Each epoch holds every example (a document, or the documents of a pair) with a trained token once, in an order that
     (`seed`, epoch) chooses, or with `shuffle` off in the data's. A step holds `batch_size` rows over all ranks; the
-    last step of an epoch holds what is left. With `packing`, a row is `sequence_length` tokens of several examples, and
-    examples of equal length trade places between epochs; otherwise a row is one example, and a step's rows are sorted
-    by length so that a micro-batch pads little (the sum over a step does not depend on how it is cut). All ranks get
-    equally many micro-batches of a step.
+    last step of an epoch holds what is left. With `packing`, a row is `sequence_length` tokens (for pairs twice as
+    many) of several examples, and examples of equal length trade places between epochs; otherwise a row is one example,
+    and a step's rows are sorted by length so that a micro-batch pads little (the sum over a step does not depend on how
+    it is cut). All ranks get equally many micro-batches of a step.
 
     With `weights`, one for each source, rows hold examples of one source each and sources take turns in those shares;
     an epoch is then as many rows as all sources hold, in which a source may come short or come again.
 
     Any row of any epoch is computed from its number, without what came before. Raises DataError if no document has a
-    trained token, ValueError for an example longer than `sequence_length`.
+    trained token, ValueError for a document longer than `sequence_length`.
     """
 
     def __init__(
@@ -98,13 +98,13 @@ class StepLoader:
                 "no document has a trained token, so there is nothing to learn from.",
                 fix="Look at the rows with `stoker inspect`; data.train_on may name roles that the data does not have.",
             )
-        longest = int(self._lengths[usable].max())
+        longest = int(prepared.lengths.reshape(-1, self._together)[usable].max())
         if longest > sequence_length:
             raise ValueError(f"a document has {longest} tokens, more than sequence_length = {sequence_length}")
         parts = [usable] if weights is None else self._by_source(usable, weights)
         self._mixture = None if weights is None else Mixture(weights, seed=seed)
         self._pools = [
-            _Pool(self._lengths, part, seed=seed, salt=number, capacity=sequence_length if packing else None,
+            _Pool(self._lengths, part, seed=seed, salt=number, capacity=self._collator.row_tokens if packing else None,
                   shuffle=shuffle)
             for number, part in enumerate(parts)
         ]  # fmt: skip
@@ -137,7 +137,7 @@ class StepLoader:
         """Share of padding in an epoch's packed rows; 0.0 for plain rows, whose padding depends on the micro-batch."""
         if not self.packing:
             return 0.0
-        positions = self.num_rows * self._collator.sequence_length
+        positions = self.num_rows * self._collator.row_tokens
         return 1.0 - sum(pool.num_tokens for pool in self._pools) / positions
 
     def step(self, index: int) -> list[Batch]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +19,8 @@ class Prepared:
     - `notices`: sentences for the user (a rebuilt cache). `cached`: whether the arrays came from the cache.
     - `documents_per_example`: how many neighbours stay together: 1, or 2 for pairs (chosen, rejected).
     - `source_starts`: the first document of each source.
+    - `labels`: int8 `[tokens]`, -1 where a token has none; None if no document has labels.
+    - `folder`: where the cache keeps the documents.
     - `trained_per_document`: what `trained_counts` returns where it is known already, as from the cache.
     """
 
@@ -30,6 +33,8 @@ class Prepared:
     documents_per_example: int = 1
     source_starts: tuple[int, ...] = (0,)
     trained_per_document: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -91,8 +91,27 @@ class Source:
 
     def num_bytes(self) -> int | None:
         """Returns how many bytes the files have as stored, None if that is not known."""
+        return sum(self._sizes) if self._sizes else None
+
+    def share(self, at: Position) -> float | None:
+        """Returns what part of the rows lies before a place, as far as bytes or the Hub's count tell; None if not."""
+        if not self.files:
+            return at.row / max(1, len(self._hub.content))
+        total = sum(self._sizes)
+        if not total:
+            return None
+        file = self.files[at.file]
+        is_plain = file_type_of(file) == "jsonl" and Path(file.partition("?")[0]).suffix not in (".gz", ".zst", ".zstd")
+        if len(self.files) == 1 and not is_plain:
+            return None
+        return (sum(self._sizes[: at.file]) + (at.byte if is_plain else 0)) / total
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Bytes of each file as stored; none if one is not known."""
         sizes = [storage.size(file) for file in self.files]
-        return None if not sizes or None in sizes else sum(size for size in sizes if size is not None)
+        known = [size for size in sizes if size is not None]
+        return known if len(known) == len(sizes) else []
 
     @cached_property
     def _hub(self) -> hub.Dataset:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import os
 import tempfile
 import time
 import zlib
@@ -28,6 +29,11 @@ _NANOSECONDS = 1_000_000_000
 def is_url(location: str) -> bool:
     """Whether a location is a URL rather than a path on this disk."""
     return "://" in location
+
+
+def num_cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def file_system(url: str) -> Any:

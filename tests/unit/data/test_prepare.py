@@ -51,7 +51,7 @@ def test_eos_is_not_doubled(make_tokenizer):
 
 def test_chat_without_template_is_an_error_that_names_templates(make_tokenizer):
     for on_bad_row in ("stop", "skip"):  # not a matter of single rows
-        with pytest.raises(DataError, match=r"^the tokenizer has no chat template.*alpaca, chatml, llama2, llama3"):
+        with pytest.raises(DataError, match=r"^the tokenizer has no chat template.*alpaca, chatml, .*llama2, llama3"):
             prepared(make_tokenizer(None), [chat()], on_bad_row=on_bad_row)
 
 
@@ -176,7 +176,7 @@ def test_limit_and_progress(chatml):
     seen = []
     source = SourceOptions(rows=[chat()] * 1200, limit=1100)
     result = prepare([source], tokenizer=chatml, sequence_length=64, progress=seen.append)
-    assert (len(result), seen) == (1100, [512, 1024, 1100])
+    assert (len(result), [progress.rows for progress in seen]) == (1100, [512, 1024, 1100])
 
 
 def test_slow_tokenizer_is_refused(chatml):
