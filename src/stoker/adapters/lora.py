@@ -74,6 +74,16 @@ class LoraLinear(nn.Module):
         return self.base.weight
 
     @property
+    def in_features(self) -> int:
+        """Size of the input."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> tuple[int, ...]:
+        """Sizes of the base's parts, adapted or not: the output's last dimension is their sum."""
+        return self.base.out_features
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Hugging Face names of the adapted parts."""
         return tuple(self.base.names[part] for part in self.parts)
