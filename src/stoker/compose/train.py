@@ -27,6 +27,7 @@ from stoker.config.schema import RunConfig
 from stoker.observe import progress, trackers
 from stoker.observe.metrics import MetricsFile
 from stoker.observe.observer import Observer
+from stoker.plan import limits
 from stoker.plan.adapter import loading_notice
 from stoker.plan.choose import Statistics, choose
 from stoker.plan.hardware import Hardware
@@ -127,7 +128,8 @@ def train(
         warnings.append(sentence)
         _say(console, sentence, style="yellow")
     adapter_notice = loading_notice(model.base.spec, config.adapter.targets) if config.adapter else ""
-    for sentence in filter(None, (fp8_notice(model.decoder, plan), adapter_notice)):
+    left_out = limits.left_out_notice(model.base.spec)
+    for sentence in filter(None, (fp8_notice(model.decoder, plan), adapter_notice, left_out)):
         warnings.append(sentence)
         _say(console, sentence, style="yellow")
     folder.claim(overwrite=overwrite)  # Last, so that a mistake found so far leaves the folder as it was.

@@ -43,6 +43,13 @@ def fitted(config: RunConfig, spec: AnySpec) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
+def left_out_notice(spec: AnySpec) -> str:
+    """Returns the sentence that says what the model's own training had and this one has not, or ""."""
+    if isinstance(spec, BorrowedSpec) or not spec.left_out:
+        return ""
+    return f"config.json has {', '.join(spec.left_out)}: the model is trained without dropout of its own."
+
+
 def problems(config: RunConfig, spec: AnySpec) -> list[tuple[Path, Problem]]:
     """Returns what this model cannot do of what the configuration asks, each with the path of the setting."""
     found: list[tuple[Path, Problem | None]] = [

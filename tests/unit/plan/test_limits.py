@@ -47,3 +47,12 @@ def test_length_that_is_not_set_fits_the_model(run):
 def test_length_that_is_set_stays(run):
     assert limits.fitted(run("data.sequence_length=512"), _spec(None)).data.sequence_length == 512
     assert limits.fitted(run("data.sequence_length=4096"), _spec(None)).data.sequence_length == 4096
+
+
+def test_what_training_leaves_out_of_a_configuration_is_said(llama_8b):
+    assert limits.left_out_notice(llama_8b) == ""
+    assert "resid_pdrop = 0.1, embd_pdrop = 0.1" in limits.left_out_notice(families.read({"model_type": "gpt2"}, ""))
+
+
+def test_learned_positions_bound_a_sequence():
+    assert limits.max_sequence_length(families.read({"model_type": "gpt2"}, "")) == 1024
