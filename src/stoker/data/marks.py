@@ -41,13 +41,14 @@ class Rendered:
     """A conversation's text, where its contents are (in the text's order), and what `{% generation %}` encloses.
 
     `by_turns`: positions come from what the template prints for each message, because marks in the contents would have
-    changed the text.
+    changed the text. `uncertain`: messages of whose marks the template left one only, as it cut a part off.
     """
 
     text: str
     turns: tuple[Turn, ...]
     generated: tuple[tuple[int, int], ...] = ()
     by_turns: bool = False
+    uncertain: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ def mark(
         copy = dict(message)
         for key in _MARKED_KEYS:
             text = message.get(key)
-            if not isinstance(text, str) or (not text and key != "content"):
-                continue
+            if not isinstance(text, str) or (not text and (key != "content" or message.get("tool_calls"))):
+                continue  # templates ask whether a call of tools says something besides
             if stand_ins:
                 text = text.translate(stand_ins)
             copy[key] = text
@@ -128,7 +129,8 @@ def unmark(marked: str, slots: list[Slot], messages: list[dict[str, Any]]) -> Re
     first, *rest = MARK.split(marked)
     pieces, length = [first], len(first)
     opened: dict[int, int] = {}
-    spans: list[tuple[int, int | None, int | None]] = []  # slot, start, end; None where the template cut a mark off
+    spans: list[tuple[int, int, int]] = []  # slot, start, end
+    torn: set[int] = set()  # slots of which the template cut a mark off, or turned the two around
     generated: list[tuple[int, int]] = []
     generation_start = 0
     for mark, following in zip(rest[::2], rest[1::2], strict=True):
@@ -145,12 +147,15 @@ def unmark(marked: str, slots: list[Slot], messages: list[dict[str, Any]]) -> Re
             number = ord(mark) - _CLOSE
             trail = min(len(piece) - len(piece.lstrip(_TRAIL)), len(slots[number].trail))
             piece = slots[number].trail[:trail] + piece[trail:]
-            spans.append((number, opened.pop(number, None), length + trail))
+            if number in opened:
+                spans.append((number, opened.pop(number), length + trail))
+            else:
+                torn.add(number)
         pieces.append(piece)
         length += len(piece)
-    spans.extend((number, start, None) for number, start in opened.items())
     text = "".join(pieces)
-    return Rendered(text, _turns(text, spans, slots, messages), tuple(generated))
+    uncertain = frozenset(slots[number].message for number in (*torn, *opened))
+    return Rendered(text, _turns(text, spans, slots, messages), tuple(generated), uncertain=uncertain)
 
 
 def _kept_lead(pieces: list[str], lead: str) -> int:
@@ -163,13 +168,10 @@ def _kept_lead(pieces: list[str], lead: str) -> int:
 
 
 def _turns(
-    text: str,
-    spans: list[tuple[int, int | None, int | None]],
-    slots: list[Slot],
-    messages: list[dict[str, Any]],
+    text: str, spans: list[tuple[int, int, int]], slots: list[Slot], messages: list[dict[str, Any]]
 ) -> tuple[Turn, ...]:
     """Joins the spans of each message that follow one another (reasoning and answer) into one turn."""
-    whole = sorted((*_repaired(text, start, end, slots[number]), slots[number].message) for number, start, end in spans)
+    whole = sorted((_opened_thought(text, start, slots[slot]), end, slots[slot].message) for slot, start, end in spans)
     turns: list[Turn] = []
     for start, end, message in whole:
         if turns and turns[-1].message == message:
@@ -179,33 +181,10 @@ def _turns(
     return tuple(turns)
 
 
-def _repaired(text: str, start: int | None, end: int | None, slot: Slot) -> tuple[int, int]:
-    """Finds the end of a span whose mark the template cut off, and takes in the tag that opens a thought."""
-    if start is None:
-        assert end is not None
-        start = end - _common_suffix(text, end, slot.core)
-    elif end is None:
-        end = start + _common_prefix(text, start, slot.core)
+def _opened_thought(text: str, start: int, slot: Slot) -> int:
+    """Returns where a span begins: a thought takes in the tag that opens it."""
     if slot.thinks:
         before = text[:start].rstrip() if start < 32 else text[start - 32 : start].rstrip()
         if before.endswith("<think>"):
-            start = text.rindex("<think>", 0, start)
-    return start, end
-
-
-def _common_suffix(text: str, end: int, core: str) -> int:
-    """Returns how much of the end of `core` stands before `text[end]`; a part of it is taken without leading space."""
-    count = 0
-    while count < len(core) and count < end and text[end - 1 - count] == core[-1 - count]:
-        count += 1
-    if count < len(core):
-        count = len(core[len(core) - count :].lstrip())
-    return count
-
-
-def _common_prefix(text: str, start: int, core: str) -> int:
-    """Returns how much of the beginning of `core` stands at `text[start]`; a part is taken without trailing space."""
-    count = 0
-    while count < len(core) and start + count < len(text) and text[start + count] == core[count]:
-        count += 1
-    return count if count == len(core) else len(core[:count].rstrip())
+            return text.rindex("<think>", 0, start)
+    return start

@@ -113,7 +113,7 @@ class ChatTemplate:
         if self._looks_like_marks or stand_ins is None or not marks.can_be_marked(plain, tools):
             return self._by_turns(plain, tools, roles, by_tags=by_tags)
         rendered, slots = self._render_marked(plain, tools, stand_ins, None)
-        is_sure = not self._checks_all_rows and self._rows_seen > CHECKED_ROWS and not calls
+        is_sure = not self._checks_all_rows and self._rows_seen > CHECKED_ROWS and not calls and not rendered.uncertain
         if is_sure and not stand_ins and all(map(self._is_plain_slot, slots)):
             return rendered
         truth = self._render_plain(plain, tools)
@@ -121,7 +121,7 @@ class ChatTemplate:
             rendered, _ = self._render_marked(plain, tools, stand_ins, roles)
         if rendered.text != truth and by_tags:
             rendered, _ = self._render_marked(plain, tools, stand_ins, ())
-        if rendered.text != truth:
+        if rendered.text != truth or (not by_tags and _is_asked(rendered.uncertain, plain, roles)):
             return self._by_turns(plain, tools, roles, by_tags=by_tags)
         return self.turns.with_calls(rendered, plain, tools, calls) if calls else rendered
 
@@ -259,6 +259,11 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in message.items() if value is not None}
     reasoning = next((plain[key] for key in marks.THOUGHT_KEYS if key in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _is_asked(indices: Collection[int], messages: Sequence[Mapping[str, Any]], roles: Collection[str] | None) -> bool:
+    """Whether one of the messages has one of the roles."""
+    return any(roles is None or messages[index].get("role") in roles for index in indices)
 
 
 def _calls(messages: Sequence[Mapping[str, Any]], roles: Collection[str] | None) -> tuple[int, ...]:

@@ -35,6 +35,7 @@ class Turns:
     def __init__(
         self, source: str, variables: Mapping[str, Any], tokenizer: Any, render_plain: Callable[..., str]
     ) -> None:
+        self._source = source
         self._template = TurnTemplate(source)
         self._variables = dict(variables)
         self._render_plain = render_plain
@@ -55,10 +56,11 @@ class Turns:
         turns = []
         for index, message in enumerate(messages):
             is_asked = roles is None or message.get("role") in roles
-            if not is_asked or not _says_something(message):
+            if not is_asked or (message.get("role") != "assistant" and not _says_something(message)):
                 continue
             if not places[index]:
-                _refuse_if_printed(truth, index, message)
+                if _says_something(message):
+                    _refuse_if_printed(truth, index, message)
                 continue
             turns.append(self._turn(truth, places[index], index, messages))
         turns.sort(key=lambda turn: turn.start)
@@ -95,18 +97,31 @@ class Turns:
         """Returns the place of a content that stands exactly once in its turn; else an assistant's whole turn."""
         message = messages[index]
         role, content = str(message.get("role")), message.get("content")
-        thinks = any(key in message for key in THOUGHT_KEYS) or "think>" in str(content)
-        if isinstance(content, str) and content.strip() and not thinks and not message.get("tool_calls"):
-            core, (start, end) = content.strip(), places[0]
-            found = text.find(core, start, end)
-            if len(places) == 1 and found >= 0 and text.find(core, found + 1, end) < 0:
-                stop = found + len(core)
-                trail = content[content.find(core) + len(core) :]
-                stop += len(trail) if trail and text.startswith(trail, stop) and stop + len(trail) <= end else 0
-                return Turn(index, role, found, stop)
+        says_more = message.get("tool_calls") or any(key in message for key in THOUGHT_KEYS) or "think>" in str(content)
+        if isinstance(content, str) and content.strip() and not says_more and len(places) == 1:
+            start, end = places[0]
+            first = self._after_prompt(text, start, index, messages) if role == "assistant" else None
+            found = self._content(text, content, start if first is None else first, end, known_start=first is not None)
+            if found is not None:
+                return Turn(index, role, *found)
         if role != "assistant":
             raise _uncertain(index, message, "changes the content of")
         return self._whole(text, places, index, messages)
+
+    def _content(self, text: str, content: str, start: int, end: int, *, known_start: bool) -> Place | None:
+        """Returns where a content stands in `text[start:end]`, None if that is not certain.
+
+        Unless the answer is known to begin there (`known_start`), what stands there may be the template's own text.
+        """
+        core = content.strip()
+        found = text.find(core, start, end)
+        if found < 0 or text.find(core, found + 1, end) >= 0 or (not known_start and core in self._source):
+            return None
+        lead, trail = content[: content.find(core)], content[content.find(core) + len(core) :]
+        stop = found + len(core)
+        stop += len(trail) if text.startswith(trail, stop) and stop + len(trail) <= end else 0
+        keeps_lead = known_start and text.endswith(lead, start, found)
+        return (found - len(lead) if keeps_lead else found, stop)
 
     def _whole(self, text: str, places: list[Place], index: int, messages: list[dict[str, Any]]) -> Turn:
         """Returns what the turn prints after the prompt for an answer, which stands in it or right before it."""
@@ -114,12 +129,20 @@ class Turns:
         if len(places) != 1:
             raise _uncertain(index, message, "does not print in one place" if places else "leaves out")
         start, end = places[0]
-        prompt = self._answer_prompt(after_tool=index > 0 and messages[index - 1].get("role") == "tool")
-        if prompt is not None and text.startswith(prompt, start) and start + len(prompt) < end:
-            return Turn(index, str(message.get("role")), start + len(prompt), end, whole=True)
-        if prompt is not None and text.endswith(prompt, 0, start):
-            return Turn(index, str(message.get("role")), start, end, whole=True)
+        end = start + len(text[start:end].rstrip())  # a line break between turns is no one's
+        first = self._after_prompt(text, start, index, messages)
+        if first is not None and first < end:
+            return Turn(index, str(message.get("role")), first, end, whole=True)
         raise _uncertain(index, message, "does not print after its prompt for an answer")
+
+    def _after_prompt(self, text: str, start: int, index: int, messages: list[dict[str, Any]]) -> int | None:
+        """Returns where the prompt for an answer ends, which stands at the beginning of a turn or right before it."""
+        prompt = self._answer_prompt(after_tool=index > 0 and messages[index - 1].get("role") == "tool")
+        if prompt is None:
+            return None
+        if text.startswith(prompt, start):
+            return start + len(prompt)
+        return start if text.endswith(prompt, 0, start) else None
 
     def _answer_prompt(self, *, after_tool: bool) -> str | None:
         """Returns what the template adds to ask for an answer to a user or to a tool; None if it does not say."""
