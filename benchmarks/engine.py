@@ -30,7 +30,7 @@ from stoker.arch.families import read
 from stoker.kernels import adapted_glu_gradients, fp8, glu, linear_cross_entropy, low_rank, rms_norm, rope
 from stoker.kernels.attention import attention
 from stoker.kernels.offload import HostOffload
-from stoker.models import native
+from stoker.models.build import on_meta
 from stoker.nn.decoder import Decoder
 from stoker.quant.formats import quantize
 from stoker.quant.fp8 import Fp8Weight
@@ -169,11 +169,11 @@ def kernel_cases(tokens: int = 8192) -> Iterator[tuple[str, int, Callable[[str],
     yield "split_and_rotate backward", 2 * qkv.numel() * 2, lambda kind: gradient_of(split(kind), qkv)
     gate_up, grad = random(tokens, 2 * inner), random(tokens, inner)
     size = gate_up.numel() * 2
-    yield "swiglu forward", size * 3 // 2, lambda kind: lambda: glu.swiglu(gate_up, implementation=kind)
+    yield "swiglu forward", size * 3 // 2, lambda kind: lambda: glu.gated(gate_up, implementation=kind)
     yield (
         "swiglu backward with activation",
         size * 3,
-        lambda kind: lambda: glu.swiglu_backward(gate_up, grad, implementation=kind),
+        lambda kind: lambda: glu.gated_backward(gate_up, grad, implementation=kind),
     )
     yield from adapter_cases(gate_up, grad, qkv.flatten(0, 1), x)
     logits, targets = random(1024, 128256), torch.randint(0, 128256, (1024,), device="cuda")
@@ -311,7 +311,7 @@ def run_matmuls(out: Path | None, tokens: int = 8192) -> None:
 
 def build(setting: Setting, *, kernels: str = "triton", fuse: bool = True) -> Decoder:
     """The setting's model on the GPU with random bf16 weights, its adapters, its base's format, its rungs."""
-    model = native._on_meta(read(setting.config, "benchmark"), dtype=BF16, kernels=kernels).to_empty(device="cuda")
+    model = on_meta(read(setting.config, "benchmark"), dtype=BF16, kernels=kernels).to_empty(device="cuda")
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

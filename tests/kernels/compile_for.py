@@ -60,6 +60,13 @@ def outer(tile: grouped_matmul.Tile) -> tuple:
     return (grouped_matmul._outer_kernel, constants, tile.warps, ROUTES, tile.stages)
 
 
+def rotation(half: int, rest: int, *, interleaved: bool) -> tuple:
+    """A case of the rotation of heads of 128 channels with an unturned rest, backward."""
+    constants = {"HEADS": 32, "HALF": half, "REST": rest, "CHANNELS": 128, "FROM_PAIRS": False}
+    constants |= {"TO_PAIRS": interleaved, "BACKWARD": True, "WITH_VALUES": True}
+    return (rope._rotate_kernel, constants, 4, {})
+
+
 NF4 = {"packed_ptr": "*u8", "absmax_ptr": "*u8"}
 NF4 |= dict.fromkeys(("code_ptr", "nested_code_ptr", "nested_absmax_ptr", "nested_offset_ptr"), "*fp32")
 CASES = [
@@ -70,9 +77,13 @@ CASES = [
         8,
         {},
     ),
-    (rope._rotate_kernel, {"HEADS": 32, "HALF": 64, "BACKWARD": True, "WITH_VALUES": True}, 4, {}),
-    (glu._swiglu_forward_kernel, {"BLOCK": 1024}, 4, {}),
-    (glu._swiglu_backward_kernel, {"BLOCK": 1024, "WITH_ACTIVATED": True}, 4, {}),
+    *(rotation(64, 0, interleaved=interleaved) for interleaved in (False, True)),
+    rotation(16, 128, interleaved=False),
+    *((glu._forward_kernel, {"BLOCK": 1024, "ACTIVATION": name}, 4, {}) for name in glu.ACTIVATIONS),
+    *(
+        (glu._backward_kernel, {"BLOCK": 1024, "ACTIVATION": name, "WITH_ACTIVATED": True}, 4, {})
+        for name in glu.ACTIVATIONS
+    ),
     (
         linear_cross_entropy._turn_logits_kernel,
         {"BLOCK": 4096, "HAS_BIAS": True, "HAS_CAP": True, "HAS_FACTOR": True, "WITH_GRADIENT": True},
@@ -105,6 +116,7 @@ CASES = [
             "COLUMNS": adapted_glu_gradients.TILE.columns,
             "RANK": 16,
             "rank": 16,
+            "ACTIVATION": "gelu",
         },
         adapted_glu_gradients.TILE.warps,
         {},

@@ -8,7 +8,6 @@ from stoker.kernels.adapted_glu_gradients import backward, backward_reference, t
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Both round the same inputs first, whose errors cancel now in one and now in the other: a few values are compared.
 FACTOR = 3.0
-SHAPES = [(70, 150, 3), (1, 16, 16), (33, 130, 20)]  # rows, columns, rank
 
 
 def tensors(draw, rows, columns, rank):
@@ -23,11 +22,15 @@ def tensors(draw, rows, columns, rank):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "columns", "rank"), SHAPES)
-def test_is_as_exact_as_eager(rows, columns, rank, dtype, draw, assert_as_exact_as_eager):
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank", "activation"),
+    [(70, 150, 3, "silu"), (1, 16, 16, "gelu"), (33, 130, 20, "gelu_tanh")],
+)
+def test_is_as_exact_as_eager(rows, columns, rank, activation, dtype, draw, assert_as_exact_as_eager):
+    options = {"scaling": 0.7, "activation": activation}
     assert_as_exact_as_eager(
-        lambda x, grad, *others: backward(x.clone(), grad.clone(), *others, scaling=0.7, implementation="triton"),
-        lambda x, grad, *others: backward_reference(x.clone(), grad.clone(), *others, scaling=0.7),
+        lambda x, grad, *others: backward(x.clone(), grad.clone(), *others, **options, implementation="triton"),
+        lambda x, grad, *others: backward_reference(x.clone(), grad.clone(), *others, **options),
         tensors(draw, rows, columns, rank),
         dtype=dtype,
         factor=FACTOR,

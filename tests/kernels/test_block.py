@@ -6,7 +6,7 @@ import torch
 from stoker.kernels.attention import attention
 from stoker.kernels.block import KEEP, BlockOptions, BlockWeights, block
 from stoker.kernels.dropout import drop
-from stoker.kernels.glu import swiglu_reference
+from stoker.kernels.glu import gated_reference
 from stoker.kernels.projection import Projection
 from stoker.kernels.rms_norm import rms_norm_reference
 from stoker.kernels.rope import rotate_reference
@@ -57,7 +57,7 @@ def op_by_op(x, cos, sin, weights, document_lengths, window, implementation):
     attended = attention(q, k, v, document_lengths=document_lengths, window=window)
     mid = x + project(weights.out, attended.flatten(2), implementation)
     normed = rms_norm_reference(mid, weights.feed_forward_norm, EPSILONS[1])
-    activated = swiglu_reference(project(weights.gate_up, normed, implementation))
+    activated = gated_reference(project(weights.gate_up, normed, implementation))
     return mid + project(weights.down, activated, implementation)
 
 

@@ -1,9 +1,11 @@
 """A model whose layers run through the layer kernel trains as it does op by op."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from stoker.adapters.fused_block import freeze_into, fuse_blocks
+from stoker.adapters.fused_block import freeze_into, fuse_blocks, why_not_fused
 from stoker.adapters.lora import add_lora
 from stoker.arch.families import read
 from stoker.kernels.block import KEEP
@@ -58,6 +60,35 @@ def test_fused_model_has_the_same_output_and_gradients(how, keep, device):
     fuse_blocks(model, keep=keep, implementation="reference")
     actual, grads = step(model, device)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # float32, sums in another order
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-3, atol=1e-4, msg=lambda t, n=name: f"{n}: {t}")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("adapter", [True, False])
+def test_what_differs_from_llama_in_a_field_alone_is_fused_too(adapter, implementation, device):
+    """A GeGLU with tanh, norms stored less one, half of each head turned, neighbours together, another scale."""
+    spec = read(CONFIG, "config.json")
+    layer = spec.layers[0]
+    rope = replace(layer.mixer.rope, dim=2, interleaved=True)
+    layer = replace(
+        layer,
+        mixer=replace(layer.mixer, rope=rope, scale=0.3),
+        feed_forward=replace(layer.feed_forward, activation="gelu_tanh"),
+        norm=replace(layer.norm, weight_offset=1.0),
+    )
+    results = []
+    for fused in (False, True):
+        model = native.build(replace(spec, layers=(layer,) * 2), device=device, seed=1)
+        if adapter:
+            add_lora(model, rank=2, alpha=4)
+        if fused:
+            assert why_not_fused(model) is None
+            fuse_blocks(model, keep="attention", implementation=implementation)
+        results.append(step(model, device))
+    (expected, expected_grads), (actual, grads) = results
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert grads.keys() == expected_grads.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected_grads[name], rtol=1e-3, atol=1e-4, msg=lambda t, n=name: f"{n}: {t}")

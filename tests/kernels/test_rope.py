@@ -15,38 +15,45 @@ def tables(draw, batch, length, half):
     return angles.cos().float(), angles.sin().float()
 
 
-def turn(x, cos, sin):
+def turn(x, cos, sin, *, interleaved=False):
     if x.dtype is not torch.float64:
-        return rotate_reference(x, cos, sin)
-    first, second = x.chunk(2, dim=-1)
+        return rotate_reference(x, cos, sin, interleaved=interleaved)
+    dim = 2 * cos.shape[-1]
+    first, second = (x[..., :dim:2], x[..., 1:dim:2]) if interleaved else x[..., :dim].chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., dim:]), dim=-1)
 
 
+@pytest.mark.parametrize(("unturned", "interleaved"), [(0, False), (0, True), (3, False), (6, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fused_projection_is_split_and_turned_as_exactly_as_eager(shape, dtype, draw, assert_as_exact_as_eager):
-    batch, length, heads, kv_heads, channels, rows = shape
-    cos, sin = tables(draw, rows, length, channels // 2)
+def test_fused_projection_is_split_and_turned_as_exactly_as_eager(
+    shape, dtype, unturned, interleaved, draw, assert_as_exact_as_eager
+):
+    batch, length, heads, kv_heads, turned, rows = shape
+    channels = turned + unturned
+    cos, sin = tables(draw, rows, length, turned // 2)
 
     def reference(qkv):
         parts = qkv.unflatten(-1, (heads + 2 * kv_heads, channels)).split((heads, kv_heads, kv_heads), dim=2)
-        return turn(parts[0], cos, sin), turn(parts[1], cos, sin), parts[2].clone()
+        return *(turn(part, cos, sin, interleaved=interleaved) for part in parts[:2]), parts[2].clone()
 
+    options = {"num_heads": heads, "num_kv_heads": kv_heads, "interleaved": interleaved}
     assert_as_exact_as_eager(
-        lambda qkv: split_and_rotate(qkv, cos, sin, num_heads=heads, num_kv_heads=kv_heads, implementation="triton"),
+        lambda qkv: split_and_rotate(qkv, cos, sin, **options, implementation="triton"),
         reference,
         [draw(batch, length, (heads + 2 * kv_heads) * channels)],
         dtype=dtype,
     )
 
 
+@pytest.mark.parametrize(("half", "interleaved"), [(8, False), (4, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_queries_and_keys_on_their_own_are_as_exact_as_eager(dtype, draw, assert_as_exact_as_eager):
-    cos, sin = tables(draw, 1, 3, 8)
+def test_queries_and_keys_on_their_own_are_as_exact_as_eager(dtype, half, interleaved, draw, assert_as_exact_as_eager):
+    cos, sin = tables(draw, 1, 3, half)
     assert_as_exact_as_eager(
-        lambda q, k: rotate(q, k, cos, sin, implementation="triton"),
-        lambda q, k: (turn(q, cos, sin), turn(k, cos, sin)),
+        lambda q, k: rotate(q, k, cos, sin, interleaved=interleaved, implementation="triton"),
+        lambda q, k: tuple(turn(x, cos, sin, interleaved=interleaved) for x in (q, k)),
         [draw(2, 3, 4, 16), draw(2, 3, 2, 16)],
         dtype=dtype,
     )
@@ -75,6 +82,6 @@ def test_turning_there_and_back_changes_nothing(draw):
 
 
 def test_tables_of_the_wrong_width_are_refused(draw):
-    cos, sin = tables(draw, 1, 4, 4)
-    with pytest.raises(ValueError, match="contiguous with 8 columns"):
+    cos, sin = tables(draw, 1, 4, 9)
+    with pytest.raises(ValueError, match="contiguous with at most 8 columns"):
         rotate(draw(1, 4, 2, 16), draw(1, 4, 1, 16), cos, sin, implementation="triton")

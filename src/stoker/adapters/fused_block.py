@@ -51,8 +51,8 @@ class FusedBlock(Block):
             return super().forward(x, cos, sin, **context)
         attention, feed_forward = cast("Attention", self.attention), cast("GatedFeedForward", self.feed_forward)
         weights = BlockWeights(
-            cast("Tensor", self._norm("attention_norm").weight),
-            cast("Tensor", self._norm("feed_forward_norm").weight),
+            cast("RmsNorm", self._norm("attention_norm")).factor,
+            cast("RmsNorm", self._norm("feed_forward_norm")).factor,
             _projection(attention.qkv),
             _projection(attention.out),
             _projection(feed_forward.gate_up),
@@ -86,10 +86,10 @@ def _is_llama(block: nn.Module) -> bool:
     if not isinstance(attention, Attention) or not isinstance(feed_forward, GatedFeedForward):
         return False
     norms = [block.attention_norm, block.feed_forward_norm]
-    if not all(isinstance(norm, RmsNorm) and norm.weight is not None and norm.offset == 0.0 for norm in norms):
+    if not all(isinstance(norm, RmsNorm) and norm.weight is not None for norm in norms):
         return False
-    plain_scores = attention.scale is None and attention.softcap is None and attention.sinks is None
-    return attention.turns_whole_heads and plain_scores and feed_forward.is_swiglu
+    plain_scores = attention.softcap is None and attention.sinks is None
+    return attention.only_turns and plain_scores and feed_forward.has_kernel
 
 
 def fuse_blocks(
@@ -130,6 +130,9 @@ def fuse_blocks(
             rung,
             offload,
             tile_tokens,
+            activation=cast("GatedFeedForward", original.feed_forward).activation,
+            interleaved=attention.interleaved,
+            scale=attention.scale,
         )
         blocks[index] = FusedBlock(original, options)
 

@@ -1,4 +1,7 @@
-"""Which layers are shaped as Llama's are, for which there is a kernel that runs a whole layer. No torch."""
+"""Which layers are shaped as Llama's are, for which there is a kernel that runs a whole layer. No torch.
+
+The kernel computes more than Llama: any gated activation, partial and interleaved rotation, norms stored less one.
+"""
 
 from functools import lru_cache
 
@@ -12,12 +15,12 @@ def why_not_llama(layer: LayerSpec) -> str:
     if not isinstance(mixer, AttentionSpec):
         return "layers without ordinary attention"
     if not isinstance(feed_forward, GatedSpec):
-        return "feed-forwards of another kind than SwiGLU"
+        return "feed-forwards of another kind than gated"
     return _of_layer(layer) or _of_attention(mixer) or _of_feed_forward(feed_forward)
 
 
 def _of_layer(layer: LayerSpec) -> str:
-    if layer.norm != NormSpec(epsilon=layer.norm.epsilon):
+    if layer.norm != NormSpec(epsilon=layer.norm.epsilon, weight_offset=layer.norm.weight_offset):
         return "norms of another kind than plain RMS"
     if layer.placement != "pre":
         return f"norms or parts placed otherwise than one after the other ({layer.placement})"
@@ -25,14 +28,11 @@ def _of_layer(layer: LayerSpec) -> str:
 
 
 def _of_attention(mixer: AttentionSpec) -> str:
-    rope = mixer.rope
-    if rope is None or rope.dim != mixer.head_dim or rope.interleaved:
-        return "positions other than a rotation of whole heads by halves"
     found = {
+        "no positions": mixer.rope is None,
         "norms of queries and keys": mixer.qk_norm is not None,
         "soft-capped scores": mixer.softcap is not None,
         "attention sinks": mixer.sinks,
-        "a scale of scores of its own": mixer.scale is not None,
         "clipped queries, keys and values": mixer.clip_qkv is not None,
         "queries, keys and values stored by groups": mixer.qkv_layout != "blocks",
     }
@@ -40,7 +40,7 @@ def _of_attention(mixer: AttentionSpec) -> str:
 
 
 def _of_feed_forward(feed_forward: GatedSpec) -> str:
-    if feed_forward.activation != "silu":
+    if feed_forward.activation not in ("silu", "gelu", "gelu_tanh"):
         return f"feed-forwards gated by {feed_forward.activation}"
     scaled = (feed_forward.gate_scale, feed_forward.down_scale) != (1.0, 1.0)
     return "scaled feed-forwards" if scaled else ""

@@ -1,7 +1,7 @@
-"""SwiGLU's backward with the adapters' gradients on both sides of it, in one read of what it reads.
+"""A gated activation's backward with the adapters' gradients on both sides of it, in one read of what it reads.
 
-    [g, u] = gate_up, the adapters' updates in it         h = silu(g) · u         dh: the gradient of h
-    dg = dh · u · σ(g) · (1 + g (1 − σ(g)))               du = dh · silu(g)
+    [g, u] = gate_up, the adapters' updates in it         h = a(g) · u            dh: the gradient of h
+    dg = dh · u · a'(g)                                   du = dh · a(g)          (a: see `glu`)
     of gate and up, with P = x Aᵀ:     dP = s [dg B_g, du B_u]       dB = s [dgᵀ P_g; duᵀ P_u]
     of down, with dP_d = s dY B_d:     dA_d = dP_dᵀ h
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stoker.kernels import glu
+from stoker.kernels.glu import activate
 from stoker.kernels.low_rank import MAX_RANK, grad_pair_reference, sum_shares
 from stoker.kernels.triton_support import check_implementation, dot, jit, next_power_of_2, tl, triton
 
@@ -51,11 +52,18 @@ def takes(b: Tensor | None, a_down: Tensor | None) -> bool:
 
 
 def backward_reference(
-    gate_up: Tensor, grad: Tensor, product: Tensor, b: Tensor, grad_product_down: Tensor, *, scaling: float
+    gate_up: Tensor,
+    grad: Tensor,
+    product: Tensor,
+    b: Tensor,
+    grad_product_down: Tensor,
+    *,
+    scaling: float,
+    activation: str = "silu",
 ) -> Gradients:
     """The formulas, op by op; writes over `gate_up` and `grad`."""
     inner = grad.shape[1]
-    grad_gate_up, activated = glu.swiglu_backward(gate_up, grad)
+    grad_gate_up, activated = glu.gated_backward(gate_up, grad, activation=activation)
     slices = (slice(0, inner), slice(inner, 2 * inner))
     grad_p, grad_b = grad_pair_reference(grad_gate_up, product, b, slices=slices, scaling=scaling)
     return Gradients(grad_gate_up, grad_p, grad_b.float(), (grad_product_down.t() @ activated).float())
@@ -82,6 +90,7 @@ def _gradients_kernel(  # noqa: PLR0917
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ) -> None:
     block, split = tl.program_id(0), tl.program_id(1)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -104,11 +113,10 @@ def _gradients_kernel(  # noqa: PLR0917
         gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(source + num_columns, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + row[:, None] * grad_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        grad_up = (grad * silu).to(dtype)
-        grad_gate = (grad * up * (sigmoid + silu * (1 - sigmoid))).to(dtype)
-        activated = (silu * up).to(dtype)
+        value, slope = activate(gate, ACTIVATION)
+        grad_up = (grad * value).to(dtype)
+        grad_gate = (grad * up * slope).to(dtype)
+        activated = (value * up).to(dtype)
         tl.store(source, grad_gate, mask=mask)
         tl.store(source + num_columns, grad_up, mask=mask)
         low_rows = in_rows[:, None] & in_rank[None, :]
@@ -134,16 +142,17 @@ def backward(
     grad_product_down: Tensor,
     *,
     scaling: float,
+    activation: str = "silu",
     implementation: str = "reference",
 ) -> Gradients:
     """Returns the gradients, that of gate_up [N, 2 F] written over it.
 
     grad: [N, F], whole; product: P [N, 2 r]; b: B [2 F, r] in the dtype of gate_up; grad_product_down: dP_d [N, r] with
-    down's scaling in it; scaling: of gate and up. `implementation`: "reference" or "triton"; ValueError for an unknown
-    one, or when Triton is asked for what `takes` refuses.
+    down's scaling in it; scaling: of gate and up; activation: of `glu.ACTIVATIONS`. `implementation`: "reference" or
+    "triton". ValueError for an unknown one, or when Triton is asked for what `takes` refuses.
     """
     if not check_implementation(implementation) or not gate_up.numel():
-        return backward_reference(gate_up, grad, product, b, grad_product_down, scaling=scaling)
+        return backward_reference(gate_up, grad, product, b, grad_product_down, scaling=scaling, activation=activation)
     num_rows, inner = grad.shape
     rank = b.shape[1]
     if b.shape[0] != 2 * inner or product.shape[1] != 2 * rank or rank > MAX_RANK:
@@ -173,6 +182,7 @@ def backward(
         ROWS=TILE.rows,
         COLUMNS=TILE.columns,
         RANK=max(16, next_power_of_2(rank)),
+        ACTIVATION=activation,
         num_warps=TILE.warps,
     )
     return Gradients(

@@ -1,6 +1,6 @@
 """One decoder layer with its backward written out: attention and gated feed-forward, pre-norm, frozen or trained base.
 
-    m = x + out(attend(rotate(qkv(norm₁(x)))))          y = m + down(swiglu(gate_up(norm₂(m))))
+    m = x + out(attend(rotate(qkv(norm₁(x)))))          y = m + down(gated(gate_up(norm₂(m))))
 
 Autograd, op by op, would keep what elementwise work can rebuild, and checkpointing a layer would run all of it again.
 Here the layer itself decides what is kept. Bytes are for N tokens of width D in a two-byte dtype, S = H + 2K heads of E
@@ -13,7 +13,7 @@ channels, F the feed-forward's width; rows of statistics and LoRA's N r products
     "input"       nothing                                      0                  the same and attention
 
 No rung runs `down` or the activation again for their own sake: the backward reads only what goes into them, and
-swiglu's backward writes the activation on the way. Every tensor of the result is the same bit for bit on all rungs, as
+the activation's backward writes it on the way. Every tensor of the result is the same bit for bit on all rungs, as
 long as the matmuls are deterministic.
 """
 
@@ -281,7 +281,9 @@ class _Backward:
         grad_attended = self._projection(1, grad_mid, attended.values().flatten(0, 1), kept.products[1])
         grad_heads = attended.backward(grad_attended.view(*self.x.shape[:2], -1), heads)
         del heads, attended, mid
-        grad_qkv = rope.split_and_rotate_backward(grad_heads, *self.tables, implementation=options.implementation)
+        grad_qkv = rope.split_and_rotate_backward(
+            grad_heads, *self.tables, interleaved=options.interleaved, implementation=options.implementation
+        )
         grad_qkv = grad_qkv.flatten(0, 1)
         grads = grad_product(qkv, grad_qkv, kept.products[0], implementation=options.implementation)
         piece = Piece(options.implementation)
@@ -312,7 +314,7 @@ class _Backward:
         _, _, gate_up, down = self.projections
         grad, normed = grad[tile], None if normed is None else normed[tile]
         implementation = self.layout.options.implementation
-        piece = Piece(implementation, tile.start)
+        activation, piece = self.layout.options.activation, Piece(implementation, tile.start)
         product, product_down = (None if x is None else x[tile] for x in kept.products[2:])
         values = kept.gate_up
         if values is None and normed is not None:
@@ -324,7 +326,9 @@ class _Backward:
         grad_activated = grad_input(down, grad, grad_down, piece)
         source = _Normed(mid[tile], kept.rstds[1][tile], normed)
         if product is None or grad_down is None or not self._sums_in_glu():
-            grad_gate_up, activated = glu.swiglu_backward(values, grad_activated, implementation=implementation)
+            grad_gate_up, activated = glu.gated_backward(
+                values, grad_activated, activation=activation, implementation=implementation
+            )
             self._weight_grads(3, grad, activated, grad_down, piece)
             grads = grad_product(gate_up, grad_gate_up, product, implementation=implementation)
         else:
@@ -336,6 +340,7 @@ class _Backward:
                 gate_up.b,
                 grad_down,
                 scaling=gate_up.scaling,
+                activation=activation,
                 implementation=implementation,
             )
             self._weight_grads(3, grad, None, None, piece)
@@ -346,7 +351,7 @@ class _Backward:
         return grad_input(gate_up, grad_gate_up, grads[0], piece)
 
     def _sums_in_glu(self) -> bool:
-        """Whether swiglu's backward gives the adapters' gradients: gate, up and down have one, and down is frozen.
+        """Whether the gate's backward gives the adapters' gradients: gate, up and down have one, and down is frozen.
 
         Dropout needs the activation itself.
         """
@@ -416,6 +421,7 @@ def _attend(layout: _Layout) -> Attend:
             v,
             document_lengths=layout.document_lengths,
             window=options.window,
+            scale=options.scale,
             implementation=options.implementation,
         )
         return attended.flatten(2)
@@ -437,6 +443,7 @@ def _heads(
         *tables,
         num_heads=options.num_heads,
         num_kv_heads=options.num_kv_heads,
+        interleaved=options.interleaved,
         implementation=options.implementation,
     )
     return heads, product

@@ -1,6 +1,6 @@
 """The forward of a layer's feed-forward, with its adapters and its residual, and the options of a layer.
 
-y = m + down(swiglu(gate_up(x)))        x [N, D]: the normed rows of m
+y = m + down(gated(gate_up(x)))        x [N, D]: the normed rows of m
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ KEEP = ("all", "mixer", "attention", "input")
 class BlockOptions:
     """How a layer computes: heads, the norms' epsilons, the sliding window, the kernels, and what it keeps (KEEP).
 
+    `activation`: of the feed-forward's gate; `interleaved`: neighbouring channels turn together (`rope`);
+    `scale`: of attention's scores, 1 / sqrt(E) for None.
     With `offload`, x and what attention keeps wait on the host for the backward. With `tile_tokens` (not on the rung
     "all"), the feed-forward runs so many tokens at a time in both directions: of 2F values a token, the widest of the
     layer, no more than a tile's exist at once, however long the row.
@@ -35,6 +37,9 @@ class BlockOptions:
     keep: str = "all"
     offload: HostOffload | None = None
     tile_tokens: int | None = None
+    activation: str = "silu"
+    interleaved: bool = False
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.tile_tokens is not None and self.tile_tokens < 1:
@@ -52,7 +57,9 @@ def feed_forward(
     kept = None
     for tile in tiles(normed.shape[0], options):
         piece = Piece(options.implementation, tile.start)
-        output, gate_up, product_gate_up, product_down = _run_tile(projections, normed[tile], mid[tile], piece)
+        output, gate_up, product_gate_up, product_down = _run_tile(
+            projections, normed[tile], mid[tile], options.activation, piece
+        )
         outputs.append(output)
         products[0].extend([] if product_gate_up is None else [product_gate_up])
         products[1].extend([] if product_down is None else [product_down])
@@ -63,12 +70,12 @@ def feed_forward(
 
 
 def _run_tile(
-    projections: Sequence[Projection], normed: Tensor, mid: Tensor, piece: Piece
+    projections: Sequence[Projection], normed: Tensor, mid: Tensor, activation: str, piece: Piece
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(mid + output, gate_up, the adapters' products)."""
     _, _, gate_up, down = projections
     values, product = project(gate_up, normed, piece)
-    activated = glu.swiglu(values, implementation=piece.implementation)
+    activated = glu.gated(values, activation=activation, implementation=piece.implementation)
     product_down = product_of(down, activated, piece)
     output = project_onto(down, activated, mid, product_down, implementation=piece.implementation)
     return output, values, product, product_down

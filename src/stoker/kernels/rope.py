@@ -1,9 +1,11 @@
-"""Rotary position embedding (RoFormer, arXiv:2104.09864), half-split as in Llama's Hugging Face weights.
+"""Rotary position embedding (RoFormer, arXiv:2104.09864) of the first R channels of each head; the rest stay.
 
-    θ_i = theta^(−2i / E)      a = position · θ      [q1, q2] = halves of a head's channels
-    rotate(q) = [q1 · cos a − q2 · sin a,  q2 · cos a + q1 · sin a]
+    θ_i = theta^(−2i / R)      a = position · θ      [q1, q2] = halves of the R channels
+    rotate(q) = [q1 · cos a − q2 · sin a,  q2 · cos a + q1 · sin a,  rest]
 
-The backward is the rotation by −a. Tables are fp32 and hold E/2 columns: both halves turn by the same angles.
+Halves are what Llama's Hugging Face weights have. "Interleaved" weights turn neighbours: q1 are the even channels, q2
+the odd ones; the result comes out as halves all the same, for queries and keys alike, whose products do not see the
+order. The backward is the rotation by −a. Tables are fp32 and hold R/2 columns: both partners turn by the same angles.
 """
 
 from __future__ import annotations
@@ -106,40 +108,58 @@ def _yarn(
     return (1.0 / (factor * periods)) * (1 - kept) + (1.0 / periods) * kept
 
 
-def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The formula for x [B, T, H, E]; cos and sin [1 or B, T, E/2]; the oracle of the implementations below."""
-    first, second = x.float().chunk(2, dim=-1)
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """The formula for x [B, T, H, E]; cos and sin [1 or B, T, R/2]; the oracle of the implementations below."""
+    dim = 2 * cos.shape[-1]
+    first, second = _partners(x[..., :dim].float(), interleaved=interleaved)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return turned if dim == x.shape[-1] else torch.cat((turned, x[..., dim:]), dim=-1)
+
+
+def _partners(x: Tensor, *, interleaved: bool) -> tuple[Tensor, ...]:
+    """The channels of x [..., R] that turn together, as two views [..., R/2]."""
+    return x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
 
 
 def rotate(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, implementation: str = "reference"
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, implementation: str = "reference"
 ) -> tuple[Tensor, Tensor]:
-    """Returns q [B, T, H, E] and k [B, T, K, E] turned by the angles of cos and sin [1 or B, T, E/2], fp32.
+    """Returns q [B, T, H, E] and k [B, T, K, E] turned by the angles of cos and sin [1 or B, T, R/2], fp32.
 
     `implementation`: "reference" or "triton"; ValueError for an unknown one.
     """
     if check_implementation(implementation):
-        return _RotateTriton.apply(q, k, cos, sin)
-    return rotate_reference(q, cos, sin), rotate_reference(k, cos, sin)
+        return _RotateTriton.apply(q, k, cos, sin, interleaved)
+    return tuple(rotate_reference(x, cos, sin, interleaved=interleaved) for x in (q, k))
 
 
 def split_and_rotate(
-    qkv: Tensor, cos: Tensor, sin: Tensor, *, num_heads: int, num_kv_heads: int, implementation: str = "reference"
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    interleaved: bool = False,
+    implementation: str = "reference",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Splits a fused projection and turns its queries and keys: one pass forward, one backward.
 
-    qkv: [B, T, (H + 2K) · E]; cos, sin: [1 or B, T, E/2], fp32. Returns q [B, T, H, E], k and v [B, T, K, E].
+    qkv: [B, T, (H + 2K) · E]; cos, sin: [1 or B, T, R/2], fp32. Returns q [B, T, H, E], k and v [B, T, K, E].
     `implementation`: "reference" or "triton" (whose results are views of one buffer); ValueError for an unknown one.
     """
-    if check_implementation(implementation):
-        return _SplitAndRotateTriton.apply(qkv, cos, sin, num_heads, num_kv_heads)
-    return _SplitAndRotate.apply(qkv, cos, sin, num_heads, num_kv_heads)
+    function = _SplitAndRotateTriton if check_implementation(implementation) else _SplitAndRotate
+    return function.apply(qkv, cos, sin, num_heads, num_kv_heads, interleaved)
 
 
 def split_and_rotate_backward(
-    grads: Sequence[Tensor], cos: Tensor, sin: Tensor, *, implementation: str = "reference"
+    grads: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    implementation: str = "reference",
 ) -> Tensor:
     """Returns the gradient of qkv [B, T, (H + 2K) · E] from those of q, k and v, as `split_and_rotate` made them.
 
@@ -150,10 +170,11 @@ def split_and_rotate_backward(
     grad_qkv = grads[0].new_empty(batch, length, sum(sizes) * head_dim)
     q, k, v = _heads_of(grad_qkv, sizes)
     if check_implementation(implementation):
-        _rotate_triton(_contiguous_channels(tuple(grads)), (q, k, v), cos, sin, backward=True)
+        sources = _contiguous_channels(tuple(grads))
+        _rotate_triton(sources, (q, k, v), cos, sin, interleaved=interleaved, backward=True)
         return grad_qkv
-    _turn(grads[0], cos, -sin, q)
-    _turn(grads[1], cos, -sin, k)
+    _turn(grads[0], cos, -sin, q, to_pairs=interleaved)
+    _turn(grads[1], cos, -sin, k, to_pairs=interleaved)
     v.copy_(grads[2])
     return grad_qkv
 
@@ -163,16 +184,17 @@ class _SplitAndRotate(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd passes positions
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, interleaved: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """qkv: [B, T, (H + 2K) · E]."""
         ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
         ctx.sizes = (num_heads, num_kv_heads, num_kv_heads)
         heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
         q, k, v = heads.split(ctx.sizes, dim=2)
         new_q, new_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-        _turn(q, cos, sin, new_q)
-        _turn(k, cos, sin, new_k)
+        _turn(q, cos, sin, new_q, from_pairs=interleaved)
+        _turn(k, cos, sin, new_k, from_pairs=interleaved)
         # A copy, so that qkv itself is not kept alive by a third of it.
         return new_q, new_k, v.contiguous()
 
@@ -181,19 +203,36 @@ class _SplitAndRotate(torch.autograd.Function):
     # The decorator's type hides the name of `ctx`.
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Gradient of qkv."""
-        return split_and_rotate_backward(grads, *ctx.saved_tensors), None, None, None, None
+        grad_qkv = split_and_rotate_backward(grads, *ctx.saved_tensors, interleaved=ctx.interleaved)
+        return grad_qkv, None, None, None, None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Writes x [B, T, H, E], turned, into `out`, which is another tensor."""
-    if x.dtype != torch.float32:
-        out.copy_(rotate_reference(x, cos, sin))
-        return
+def _turn(
+    x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, from_pairs: bool = False, to_pairs: bool = False
+) -> None:
+    """Writes x [B, T, H, E], turned, into `out`, which is another tensor; partners are halves or neighbours in each."""
+    dim = 2 * cos.shape[-1]
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    first, second = x.chunk(2, dim=-1)
-    out_first, out_second = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    first, second = _partners(x[..., :dim], interleaved=from_pairs)
+    out_first, out_second = _partners(out[..., :dim], interleaved=to_pairs)
+    if x.dtype != torch.float32:
+        first, second = first.float(), second.float()
+        out_first.copy_(first * cos - second * sin)
+        out_second.copy_(second * cos + first * sin)
+    else:
+        torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    if dim < x.shape[-1]:
+        out[..., dim:] = x[..., dim:]
+
+
+@jit
+def _partner_channels(channel: tl.tensor, half: tl.tensor, PAIRS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    if PAIRS:
+        first, second = 2 * channel, 2 * channel + 1
+    else:
+        first, second = channel, half + channel
+    return first, second
 
 
 @jit
@@ -206,18 +245,29 @@ def _turn_heads(  # noqa: PLR0917
     sin: tl.tensor,
     num_heads: tl.tensor,
     half: tl.tensor,
+    rest: tl.tensor,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    REST: tl.constexpr,
+    FROM_PAIRS: tl.constexpr,
+    TO_PAIRS: tl.constexpr,
 ) -> None:
     channel = tl.arange(0, HALF)[None, :]
+    dtype = target.dtype.element_ty
     for first_head in range(0, num_heads, HEADS):
         head = first_head + tl.arange(0, HEADS)[:, None]
         mask = (head < num_heads) & (channel < half)
-        low = tl.load(source + head * source_head + channel, mask=mask, other=0.0).to(tl.float32)
-        high = tl.load(source + head * source_head + half + channel, mask=mask, other=0.0).to(tl.float32)
-        dtype = target.dtype.element_ty
-        tl.store(target + head * target_head + channel, (low * cos - high * sin).to(dtype), mask=mask)
-        tl.store(target + head * target_head + half + channel, (high * cos + low * sin).to(dtype), mask=mask)
+        first, second = _partner_channels(channel, half, FROM_PAIRS)
+        low = tl.load(source + head * source_head + first, mask=mask, other=0.0).to(tl.float32)
+        high = tl.load(source + head * source_head + second, mask=mask, other=0.0).to(tl.float32)
+        first, second = _partner_channels(channel, half, TO_PAIRS)
+        tl.store(target + head * target_head + first, (low * cos - high * sin).to(dtype), mask=mask)
+        tl.store(target + head * target_head + second, (high * cos + low * sin).to(dtype), mask=mask)
+        if REST > 0:
+            after = tl.arange(0, REST)[None, :]
+            there = (head < num_heads) & (after < rest)
+            kept = tl.load(source + head * source_head + 2 * half + after, mask=there)
+            tl.store(target + head * target_head + 2 * half + after, kept, mask=there)
 
 
 @jit
@@ -250,8 +300,13 @@ def _rotate_kernel(  # noqa: PLR0917
     num_heads: tl.tensor,
     num_kv_heads: tl.tensor,
     half: tl.tensor,
+    rest: tl.tensor,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    REST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FROM_PAIRS: tl.constexpr,
+    TO_PAIRS: tl.constexpr,
     BACKWARD: tl.constexpr,
     WITH_VALUES: tl.constexpr,
 ) -> None:
@@ -266,19 +321,28 @@ def _rotate_kernel(  # noqa: PLR0917
         sin = -sin
     q, k = q_ptr + batch * q_batch + position * q_token, k_ptr + batch * k_batch + position * k_token
     new_q, new_k = new_q_ptr + token * new_q_token, new_k_ptr + token * new_k_token
-    _turn_heads(q, new_q, q_head, new_q_head, cos, sin, num_heads, half, HEADS, HALF)
-    _turn_heads(k, new_k, k_head, new_k_head, cos, sin, num_kv_heads, half, HEADS, HALF)
+    _turn_heads(q, new_q, q_head, new_q_head, cos, sin, num_heads, half, rest, HEADS, HALF, REST, FROM_PAIRS, TO_PAIRS)
+    _turn_heads(
+        k, new_k, k_head, new_k_head, cos, sin, num_kv_heads, half, rest, HEADS, HALF, REST, FROM_PAIRS, TO_PAIRS
+    )
     if WITH_VALUES:
         v, new_v = v_ptr + batch * v_batch + position * v_token, new_v_ptr + token * new_v_token
-        both = tl.arange(0, 2 * HALF)[None, :]
+        all_channels = tl.arange(0, CHANNELS)[None, :]
         for first_head in range(0, num_kv_heads, HEADS):
             head = first_head + tl.arange(0, HEADS)[:, None]
-            mask = (head < num_kv_heads) & (both < 2 * half)
-            tl.store(new_v + head * new_v_head + both, tl.load(v + head * v_head + both, mask=mask), mask=mask)
+            mask = (head < num_kv_heads) & (all_channels < 2 * half + rest)
+            values = tl.load(v + head * v_head + all_channels, mask=mask)
+            tl.store(new_v + head * new_v_head + all_channels, values, mask=mask)
 
 
 def _rotate_triton(
-    sources: tuple[Tensor, ...], targets: tuple[Tensor, ...], cos: Tensor, sin: Tensor, *, backward: bool
+    sources: tuple[Tensor, ...],
+    targets: tuple[Tensor, ...],
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool,
+    backward: bool,
 ) -> None:
     """Writes q, k and, where given, unturned v [B, T, heads, E] of `sources` into the like of `targets`, in one launch.
 
@@ -287,9 +351,10 @@ def _rotate_triton(
     q, k, v = (*sources, sources[1])[:3]
     new_q, new_k, new_v = (*targets, targets[1])[:3]
     batch, length, num_heads, head_dim = q.shape
-    half = head_dim // 2
-    if cos.shape[-1] != half or not (cos.is_contiguous() and sin.is_contiguous()):
-        raise ValueError(f"tables of {tuple(cos.shape)} must be contiguous with {half} columns")
+    half = cos.shape[-1]
+    rest = head_dim - 2 * half
+    if rest < 0 or not (cos.is_contiguous() and sin.is_contiguous()):
+        raise ValueError(f"tables of {tuple(cos.shape)} must be contiguous with at most {head_dim // 2} columns")
     if batch * length == 0:
         return
     _rotate_kernel[(batch * length,)](
@@ -312,8 +377,14 @@ def _rotate_triton(
         num_heads,
         k.shape[2],
         half,
+        rest,
         HEADS=min(32, next_power_of_2(num_heads)),
         HALF=next_power_of_2(half),
+        REST=next_power_of_2(rest) if rest else 0,
+        CHANNELS=next_power_of_2(head_dim),
+        # Neighbours are turned into halves, and on the way back halves into neighbours.
+        FROM_PAIRS=interleaved and not backward,
+        TO_PAIRS=interleaved and backward,
         BACKWARD=backward,
         WITH_VALUES=len(sources) == 3,
         num_warps=4,
@@ -334,33 +405,39 @@ class _SplitAndRotateTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd passes positions
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, interleaved: bool
     ) -> tuple[Tensor, ...]:
         """qkv: [B, T, (H + 2K) · E]."""
         ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
         ctx.sizes = (num_heads, num_kv_heads, num_kv_heads)
         targets = _heads_of(torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), ctx.sizes)
-        _rotate_triton(_contiguous_channels(_heads_of(qkv, ctx.sizes)), targets, cos, sin, backward=False)
+        sources = _contiguous_channels(_heads_of(qkv, ctx.sizes))
+        _rotate_triton(sources, targets, cos, sin, interleaved=interleaved, backward=False)
         return targets
 
     @staticmethod
     @once_differentiable
     # The decorator's type hides the name of `ctx`.
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Gradient of qkv."""
-        grad_qkv = split_and_rotate_backward(grads, *ctx.saved_tensors, implementation="triton")
-        return grad_qkv, None, None, None, None
+        tables, interleaved = ctx.saved_tensors, ctx.interleaved
+        grad_qkv = split_and_rotate_backward(grads, *tables, interleaved=interleaved, implementation="triton")
+        return grad_qkv, None, None, None, None, None
 
 
 class _RotateTriton(torch.autograd.Function):
     """q and k in one launch; saves the tables only."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    def forward(  # noqa: PLR0917 - autograd passes positions
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+    ) -> tuple[Tensor, ...]:
         """q: [B, T, H, E], k: [B, T, K, E]."""
         ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
         turned = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-        _rotate_triton(_contiguous_channels((q, k)), turned, cos, sin, backward=False)
+        _rotate_triton(_contiguous_channels((q, k)), turned, cos, sin, interleaved=interleaved, backward=False)
         return turned
 
     @staticmethod
@@ -369,5 +446,6 @@ class _RotateTriton(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Gradients of q and k."""
         turned = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in grads)
-        _rotate_triton(_contiguous_channels(grads), turned, *ctx.saved_tensors, backward=True)
-        return (*turned, None, None)
+        sources = _contiguous_channels(grads)
+        _rotate_triton(sources, turned, *ctx.saved_tensors, interleaved=ctx.interleaved, backward=True)
+        return (*turned, None, None, None)

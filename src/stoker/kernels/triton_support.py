@@ -30,6 +30,11 @@ def jit(function: Callable[..., None]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+def constant(value: float) -> Any:
+    """Returns `value` as kernels may read it from their module, or itself where Triton is not installed."""
+    return value if triton is None else tl.constexpr(value)
+
+
 def available() -> bool:
     """Whether Triton is installed (kernels run on a GPU, or on a CPU under `TRITON_INTERPRET=1`)."""
     return triton is not None

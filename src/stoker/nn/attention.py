@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from stoker.kernels.attention import attend_cached, attention
-from stoker.kernels.rope import split_and_rotate
+from stoker.kernels.rope import rotate, split_and_rotate
 from stoker.nn.cache import LayerCache
 from stoker.nn.linear import FusedLinear
-from stoker.nn.rotary import Documents, Rotary, turn
+from stoker.nn.rotary import Documents, Rotary
 
 
 class Attention(nn.Module):
@@ -68,13 +68,12 @@ class Attention(nn.Module):
         self.sinks = sinks
 
     @property
-    def turns_whole_heads(self) -> bool:
-        """Whether q, k and v are blocks of rows, and all that happens to them is a rotation of whole heads by halves.
+    def only_turns(self) -> bool:
+        """Whether q, k and v are blocks of rows, and all that happens to them is a rotation.
 
         Then one pass splits and turns them, and the layer kernel can run them.
         """
-        is_plain = self.q_norm is None and self.clip is None and not (self.grouped or self.interleaved)
-        return is_plain and self.rotary is not None and self.rotary.dim == self.head_dim
+        return self.q_norm is None and self.clip is None and not self.grouped and self.rotary is not None
 
     def forward(
         self,
@@ -105,9 +104,15 @@ class Attention(nn.Module):
 
     def _heads(self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, E], k and v [B, T, K, E], ready for the scores."""
-        if self.turns_whole_heads and cos is not None and sin is not None:
+        if self.only_turns and cos is not None and sin is not None:
             return split_and_rotate(
-                qkv, cos, sin, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, implementation=self.kernels
+                qkv,
+                cos,
+                sin,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                interleaved=self.interleaved,
+                implementation=self.kernels,
             )
         q, k, v = self._split(qkv)
         if self.q_norm is not None and self.k_norm is not None:
@@ -115,7 +120,7 @@ class Attention(nn.Module):
         if self.clip is not None:
             q, k, v = (heads.clamp(-self.clip, self.clip) for heads in (q, k, v))
         if cos is not None and sin is not None:
-            q, k = turn(q, k, cos, sin, interleaved=self.interleaved, kernels=self.kernels)
+            q, k = rotate(q, k, cos, sin, interleaved=self.interleaved, implementation=self.kernels)
         return q, k, v
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

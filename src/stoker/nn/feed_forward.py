@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from stoker.kernels.glu import swiglu
+from stoker.kernels.glu import ACTIVATIONS as GATES
+from stoker.kernels.glu import gated
 from stoker.nn.linear import FusedLinear
 
 
@@ -58,15 +59,15 @@ class GatedFeedForward(nn.Module):
         self.down = FusedLinear(intermediate_size, (hidden_size,), names=down_names, bias=bias)
 
     @property
-    def is_swiglu(self) -> bool:
-        """Whether it is plain SwiGLU, which has a kernel."""
-        return self.activation == "silu" and self.gate_scale == 1.0 and self.down_scale == 1.0
+    def has_kernel(self) -> bool:
+        """Whether one kernel makes the activated product, and the layer kernel can run it."""
+        return self.activation in GATES and self.gate_scale == 1.0 and self.down_scale == 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
         gate_up = self.gate_up(x)
-        if self.is_swiglu:
-            return self.down(swiglu(gate_up, implementation=self.kernels))
+        if self.has_kernel:
+            return self.down(gated(gate_up, activation=self.activation, implementation=self.kernels))
         gate, up = gate_up.chunk(2, dim=-1)
         if self.gate_scale != 1.0:
             gate = gate * self.gate_scale

@@ -26,18 +26,22 @@ class RmsNorm(nn.Module):
         """[..., size] to the same shape and dtype."""
         if self.weight is None:
             return nn.functional.rms_norm(x.float(), (self.size,), None, self.epsilon).to(x.dtype)
-        return rms_norm(x, self._factor(self.weight), self.epsilon, implementation=self.kernels)
+        return rms_norm(x, self.factor, self.epsilon, implementation=self.kernels)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (norm(residual + x), residual + x)."""
         if self.weight is None:
             total = residual + x
             return self(total), total
-        return add_rms_norm(x, residual, self._factor(self.weight), self.epsilon, implementation=self.kernels)
+        return add_rms_norm(x, residual, self.factor, self.epsilon, implementation=self.kernels)
 
-    def _factor(self, weight: Tensor) -> Tensor:
+    @property
+    def factor(self) -> Tensor:
+        """[size], what the normed values are multiplied by; ValueError without a weight."""
+        if self.weight is None:
+            raise ValueError("this norm multiplies by nothing")
         # fp32, so that one plus a small weight is not rounded away; the kernels multiply in fp32 anyway.
-        return weight if self.offset == 0.0 else weight.float() + self.offset
+        return self.weight if self.offset == 0.0 else self.weight.float() + self.offset
 
     def reset_parameters(self) -> None:
         """Makes the norm multiply by one."""

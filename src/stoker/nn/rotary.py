@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stoker.kernels.rope import frequencies, rotate
+from stoker.kernels.rope import frequencies
 
 Documents = tuple[tuple[int, ...], ...]
 
@@ -65,22 +65,3 @@ class Rotary:
             size = max(256, 1 << (length - 1).bit_length())
             self._table = self._compute(torch.arange(size, device=device)[None], 0)
         return self._table
-
-
-def turn(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, kernels: str = "reference"
-) -> tuple[Tensor, Tensor]:
-    """Returns q [B, T, H, E] and k [B, T, K, E] with their first `2 * cos.shape[-1]` channels turned.
-
-    cos, sin: [1 or B, T, R/2]. `interleaved`: neighbours turn together; the turned channels then come out as halves,
-    the same for queries and keys, whose products do not see the order.
-    """
-    dim = 2 * cos.shape[-1]
-    parts = [x[..., :dim] for x in (q, k)]
-    if interleaved:
-        parts = [x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in parts]
-    turned = rotate(parts[0], parts[1], cos, sin, implementation=kernels)
-    if dim == q.shape[-1]:
-        return turned
-    new_q, new_k = (torch.cat((new, x[..., dim:]), dim=-1) for new, x in zip(turned, (q, k), strict=True))
-    return new_q, new_k
