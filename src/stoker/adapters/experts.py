@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from stoker.adapters.settings import LoraSettings
 from stoker.kernels.mixture import ExpertMatrix
-from stoker.nn.moe import ExpertLinear
+from stoker.nn.moe import ExpertLinear, interleave
+
+__all__ = ["ExpertLinear", "LoraExperts", "expert_layers", "interleave", "lora_experts"]
 
 
 class LoraExperts(nn.Module):

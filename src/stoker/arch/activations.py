@@ -13,7 +13,7 @@ from stoker.arch import arithmetic
 from stoker.arch.borrowed import AnySpec
 from stoker.arch.parts import parts
 from stoker.arch.shape import why_not_llama
-from stoker.arch.spec import AttentionSpec, GatedSpec, LayerSpec
+from stoker.arch.spec import AttentionSpec, ExpertsSpec, GatedSpec, LayerSpec
 
 Keep = Literal["all", "mixer", "attention", "input"]
 LADDER: tuple[Keep, ...] = ("all", "mixer", "attention", "input")
@@ -110,14 +110,23 @@ def legal(layers: Sequence[LayerSpec], keep: Sequence[Keep]) -> tuple[Keep, ...]
 
 
 def op_by_op(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep) -> Held:
-    """Returns what a layer that runs under autograd, op by op, holds; with "input" it is run again as a whole."""
+    """Returns what a layer that runs under autograd, op by op, holds; with "input" it is run again as a whole.
+
+    All but a mixture of experts, which keeps its input and little more, and makes the rest again by itself.
+    """
     whole = arithmetic.saved_by_layer(layer, hidden_size, micro.tokens, micro.value_bytes)
     whole += micro.product_values * micro.tokens * micro.value_bytes
     unit = hidden_size * micro.tokens * micro.value_bytes
     inside = list(parts(layer, hidden_size).values())
     widest = inside[-1].widest if inside else 0  # the feed-forward's, which is never narrower than what mixes
     passing = 2 * unit + widest * micro.tokens * micro.value_bytes
-    return Held(whole, passing) if keep == "all" else Held(unit, whole + passing)
+    if keep == "all":
+        return Held(whole, passing)
+    feed_forward = layer.feed_forward
+    if layer.placement == "pre" and isinstance(feed_forward, ExpertsSpec) and not feed_forward.shared_size:
+        again = 2 * unit + 4 * inside[-1].saved_statistics * micro.tokens
+        return Held(again, whole + passing - again + unit)
+    return Held(unit, whole + passing)
 
 
 def peak(layers: Sequence[Held]) -> int:

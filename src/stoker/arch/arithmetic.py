@@ -84,10 +84,7 @@ def lora_parameters(spec: AnySpec, rank: int, names: Collection[str] | None = No
 
     `names`: full Hugging Face module names or their endings, such as "q_proj"; None: every linear layer of the blocks.
     """
-    experts = {}
-    if not isinstance(spec, BorrowedSpec):
-        three_d = (entry for entry in weight_map(spec) if entry.parameter is not None)
-        experts = {adapted_names(entry)[0]: _num_experts(spec, entry) for entry in three_d}
+    experts = expert_counts(spec)
     return sum(
         rank * (in_features + out_features) * experts.get(module, 1)
         for module, (in_features, out_features) in linear_shapes(spec).items()
@@ -98,6 +95,14 @@ def lora_parameters(spec: AnySpec, rank: int, names: Collection[str] | None = No
 def adapted_names(entry: WeightEntry) -> list[str]:
     """The Hugging Face names by which adapters know the linear layers that a parameter holds."""
     return [name.removesuffix(".weight") for name in ((entry.parameter,) if entry.parameter else entry.theirs)]
+
+
+def expert_counts(spec: AnySpec) -> dict[str, int]:
+    """How many experts each 3-D parameter holds, by its name among `linear_shapes`, whose shape is that of one."""
+    if isinstance(spec, BorrowedSpec):
+        return {}
+    three_d = (entry for entry in weight_map(spec) if entry.parameter is not None)
+    return {adapted_names(entry)[0]: _num_experts(spec, entry) for entry in three_d}
 
 
 def _num_experts(spec: ArchSpec, entry: WeightEntry) -> int:

@@ -10,8 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from stoker.adapters.experts import LoraExperts
-from stoker.nn.moe import ExpertLinear, interleave
+from stoker.adapters.experts import ExpertLinear, LoraExperts, interleave
 
 _INNER = ".base_layer"
 

@@ -90,7 +90,13 @@ def estimate(
 
 def frozen_weight_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> int:
     """Returns the bytes of a frozen base: its layers' linear weights quantised, the rest in the compute type."""
-    shapes = arithmetic.linear_shapes(spec).values()
+    # Experts are kept in NF4 or in the compute type, in no other format.
+    experts = arithmetic.expert_counts(spec)
+    shapes = [
+        (into * experts.get(name, 1), out)
+        for name, (into, out) in arithmetic.linear_shapes(spec).items()
+        if quantization == "nf4" or name not in experts
+    ]
     values, rows = sum(into * out for into, out in shapes), sum(out for _, out in shapes)
     rest = (arithmetic.num_parameters(spec) - values) * value_bytes
     if quantization == "nf4":
@@ -102,7 +108,9 @@ def frozen_weight_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> i
 
 def transposed_bytes(spec: AnySpec) -> int:
     """Returns the bytes of a transposed copy of every fp8 weight, a byte a value."""
-    return sum(into * out for into, out in arithmetic.linear_shapes(spec).values())
+    experts = arithmetic.expert_counts(spec)
+    shapes = arithmetic.linear_shapes(spec).items()
+    return sum(into * out for name, (into, out) in shapes if name not in experts)
 
 
 def scratch_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> int:
@@ -114,8 +122,8 @@ def scratch_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> int:
 
 
 def _fused_sizes(spec: AnySpec, layer: LayerSpec) -> list[int]:
-    """Values of a layer's weights, those of one input kept as one."""
-    return [linear.weights for linear in arithmetic.linears(layer, spec.hidden_size).values()]
+    """Values of a layer's weights, those of one input or of all experts kept as one."""
+    return [linear.weights * max(1, linear.experts) for linear in arithmetic.linears(layer, spec.hidden_size).values()]
 
 
 def _largest_layer(spec: AnySpec) -> int:
