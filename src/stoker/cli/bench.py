@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from stoker.cli.options import Overrides, RunFile
+from stoker.cli.options import AllowUnknown, Overrides, RunFile
 
 
 def command(
     run_file: RunFile,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default, nothing changes it
+    allow_unknown: AllowUnknown = False,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps, after three to warm up.")] = 8,
     peers: Annotated[str, typer.Option(help="Other trainers to run beside it: hf,liger,unsloth.")] = "",
     out: Annotated[Path | None, typer.Option(help="Write results to this JSON file, and a CSV beside it.")] = None,
@@ -33,12 +34,12 @@ def command(
     """
     from rich.console import Console
 
-    from stoker.config.load import load
+    from stoker.cli.read import read
     from stoker.errors import ConfigError
 
     if out is not None and out.suffix != ".json":
         raise ConfigError(f"--out {out} must end in .json; the CSV goes beside it.")
-    config = load(run_file, overrides)
+    config = read(run_file, overrides, allow_unknown=allow_unknown, to_stderr=True).config
 
     from stoker.compose.bench.run import Options, bench, parse_peers
 

@@ -2,22 +2,23 @@
 
 import typer
 
-from stoker.cli.options import Overrides, RunFile
+from stoker.cli.options import AllowUnknown, Overrides, RunFile
 
 
 def command(
     run_file: RunFile,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default, nothing changes it
+    allow_unknown: AllowUnknown = False,
 ) -> None:
     """Find every mistake in a YAML, with its line and what to write instead; loads nothing, asks no network.
 
     Example: stoker check run.yaml --set train.learning_rate=1e-4
     """
     from stoker.cli import preflight
-    from stoker.config.load import load_with_origins
+    from stoker.cli.read import read
     from stoker.errors import ConfigError
 
-    loaded = load_with_origins(run_file, overrides)
+    loaded = read(run_file, overrides, allow_unknown=allow_unknown)
     spec, problems = preflight.look(loaded)
     if problems:
         raise ConfigError(problems)

@@ -4,12 +4,13 @@ from typing import Annotated
 
 import typer
 
-from stoker.cli.options import Overrides, RunFile
+from stoker.cli.options import AllowUnknown, Overrides, RunFile
 
 
 def command(
     run_file: RunFile,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default, nothing changes it
+    allow_unknown: AllowUnknown = False,
     model: Annotated[
         str | None,
         typer.Option("--model", help="What to evaluate: a run's, adapter's or model's folder. Default: output.folder."),
@@ -21,12 +22,12 @@ def command(
 
     Example: stoker eval run.yaml --set data.validation=held-out.jsonl
     """
-    from stoker.config.load import load
+    from stoker.cli.read import read
     from stoker.errors import ConfigError
 
     if base and model is not None:
         raise ConfigError("--base evaluates model.base, so --model has no meaning with it.", fix="Give one of them.")
-    config = load(run_file, overrides)
+    config = read(run_file, overrides, allow_unknown=allow_unknown, to_stderr=True).config
 
     from stoker.compose.evaluate import evaluate
 

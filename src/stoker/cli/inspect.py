@@ -4,12 +4,13 @@ from typing import Annotated
 
 import typer
 
-from stoker.cli.options import Overrides, RunFile
+from stoker.cli.options import AllowUnknown, Overrides, RunFile
 
 
 def command(
     run_file: RunFile,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default, nothing changes it
+    allow_unknown: AllowUnknown = False,
     rows: Annotated[int, typer.Option("--rows", "-n", min=0, help="How many rows to show.")] = 3,
     split: Annotated[str, typer.Option(help="train or validation.")] = "train",
 ) -> None:
@@ -17,12 +18,12 @@ def command(
 
     Example: stoker inspect run.yaml -n 5
     """
-    from stoker.config.load import load
+    from stoker.cli.read import read
     from stoker.errors import ConfigError
 
     if split not in ("train", "validation"):
         raise ConfigError(f"--split {split!r} is not a split.", fix="Use train or validation.")
-    config = load(run_file, overrides)
+    config = read(run_file, overrides, allow_unknown=allow_unknown).config
 
     from stoker.compose.inspect import inspect
 

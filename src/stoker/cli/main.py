@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from stoker import __version__
-from stoker.cli import bench, chat, check, doctor, evaluate, generate, init, inspect, merge, models, train
+from stoker.cli import bench, chat, check, convert, doctor, evaluate, generate, init, inspect, merge, models, train
 from stoker.errors import StokerError
 
 _PLACES_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -45,6 +45,7 @@ def root(
 
 app.command("init")(init.command)
 app.command("check")(check.command)
+app.command("convert")(convert.command)
 app.command("inspect")(inspect.command)
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)

@@ -9,6 +9,9 @@ RunFile = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run to re
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set train.learning_rate=1e-4.")
 ]
+AllowUnknown = Annotated[
+    bool, typer.Option("--allow-unknown", help="Let keys through that Axolotl does not know, with a warning.")
+]
 Trained = Annotated[
     str,
     typer.Argument(

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from stoker.cli.options import Overrides, RunFile
+from stoker.cli.options import AllowUnknown, Overrides, RunFile
 
 
 def command(
@@ -14,17 +14,18 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew in a folder that holds another run.")
     ] = False,
+    allow_unknown: AllowUnknown = False,
 ) -> None:
-    """Train what the YAML describes; Ctrl-C saves and stops.
+    """Train what the YAML describes, Stoker's or Axolotl's; Ctrl-C saves and stops.
 
     Example: stoker train run.yaml --set train.learning_rate=1e-4
     """
-    from stoker.config.load import load_with_origins
+    from stoker.cli.read import read
     from stoker.errors import ConfigError
 
     if resume and overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite throws it away.", fix="Give one of them.")
-    loaded = load_with_origins(run_file, overrides)
+    loaded = read(run_file, overrides, allow_unknown=allow_unknown)
 
     from stoker.compose.train import train
 

@@ -1,6 +1,6 @@
 """A base model and its tokenizer, from a folder, the Hub or `builtin:`, as the rooms take them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +8,7 @@ from stoker import builtin
 from stoker.arch.borrowed import BorrowedSpec
 from stoker.arch.families.stored import stored_quantization
 from stoker.arch.spec import ArchSpec
+from stoker.compose.vocabulary import Tokens
 from stoker.config.schema import RunConfig
 from stoker.errors import ConfigError, ModelError
 from stoker.plan import limits
@@ -33,6 +34,17 @@ class Base:
     def stored_quantization(self) -> str:
         """How the folder's weights are stored: "nf4", or "none" in full."""
         return stored_quantization(self.config, str(self.folder / "config.json"))
+
+    def with_tokens(self, tokenizer: "PreTrainedTokenizerBase") -> "Base":
+        """Returns the base with a vocabulary that holds all of the tokenizer's tokens, and its special ones' ids."""
+        ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad")}
+        config = self.config | {name: value for name, value in ids.items() if value is not None}
+        if len(tokenizer) <= self.spec.vocab_size:
+            return replace(self, config=config)
+        if not isinstance(self.spec, ArchSpec) or "vocab_size" not in self.config:
+            raise ModelError("tokens are added to native models only.", fix="Use tokens of the model's vocabulary.")
+        grown = replace(self.spec, vocab_size=len(tokenizer))
+        return replace(self, config=config | {"vocab_size": len(tokenizer)}, spec=grown)
 
     def quantization(self, asked: str) -> str:
         """Returns the format that the weights will have in memory: the one asked for, or the one they are stored in.
@@ -86,11 +98,15 @@ def read_facts(folder: Path, config: dict[str, Any], *, trust_remote_code: bool 
 
 
 def load_tokenizer(
-    base: Base, *, override: str | Path | None = None, chat_template: str | None = None
+    base: Base,
+    *,
+    override: str | Path | None = None,
+    chat_template: str | None = None,
+    tokens: Tokens | None = None,
 ) -> "PreTrainedTokenizerBase":
     """Returns the base's tokenizer, or that of `override` (folder or Hub id), with `chat_template` put in if given.
 
-    `chat_template` is the name of a shipped template or a Jinja file.
+    `tokens` get their roles or are added. `chat_template` is the name of a shipped template or a Jinja file.
     """
     from stoker.data import template
     from stoker.models import folder as folders
@@ -102,6 +118,8 @@ def load_tokenizer(
             where=str(override or base.folder),
             fix="Use the tokenizer that belongs to the model.",
         )
+    if tokens is not None:
+        tokens.apply(tokenizer, base.spec.vocab_size)
     if chat_template is not None:
         tokenizer.chat_template = template.source_of(tokenizer, chat_template)
     return tokenizer

@@ -19,6 +19,7 @@ from stoker.compose.hardware import probe, with_loaded
 from stoker.compose.model import Base, fitted, load_decoder, load_tokenizer, open_base, pad_id
 from stoker.compose.run_folder import Journal, RunFolder, now, versions
 from stoker.compose.session import Session
+from stoker.compose.trained import embedding_noise, keep_only
 from stoker.compose.trainer import Engine, add_adapter, compute_dtype, describe, make_engine, make_trainer
 from stoker.compose.vocabulary import Tokens, grow
 from stoker.config import show
@@ -191,7 +192,9 @@ def _run(
             notes.add(before={split: asdict(one) for split, one in losses.measure(engine, console).items()})
         before = {split: losses.Measured(**one) for split, one in notes.facts["before"].items()}
         trainer = make_trainer(config, engine, folder, observers=observers, description={"title": describe(config)})
-        result = trainer.run(resume=resume_run)
+        assert model.decoder is not None
+        with embedding_noise(model.decoder, config.train.embedding_noise):
+            result = trainer.run(resume=resume_run)
     notes.add(
         outcome=result.reason,
         finished=now(),
@@ -239,6 +242,8 @@ def _make_engine(config: RunConfig, plan: Plan, model: Model, data: Data, consol
             model.base = model.base.with_tokens(model.tokenizer)
         if config.adapter is not None:
             add_adapter(model.decoder, config.adapter, seed=config.train.seed)
+    if config.train.only is not None:
+        keep_only(model.decoder, model.base.spec, config.train.only)
     return make_engine(config, plan, model.decoder, data, pad_id=pad_id(model.tokenizer))
 
 

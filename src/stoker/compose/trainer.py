@@ -3,18 +3,22 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stoker.compose import trained
 from stoker.compose.data import Data, loader
 from stoker.compose.run_folder import RunFolder
 from stoker.config.schema import Adapter, Optimizer, RunConfig, WarmupStableDecay
 from stoker.data.loader import Documents, StepLoader
+from stoker.errors import ConfigError
 from stoker.observe.observer import Observer
 from stoker.optim import optimizers, schedules
+from stoker.optim.groups import RateScale
 from stoker.plan.plan import Plan
 from stoker.tasks.supervised import SupervisedTask
 from stoker.train.loop import Trainer
-from stoker.train.settings import Checkpoints, EarlyStopping, Every, Settings
+from stoker.train.settings import Checkpoints, EarlyStopping, Every, LossLimit, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +52,16 @@ def compute_dtype(plan: Plan) -> "torch.dtype":
 
 
 def add_adapter(decoder: "Model", adapter: Adapter, *, seed: int) -> None:
-    """Puts a new adapter on the model and freezes the rest."""
+    """Puts a new adapter, or the one of `adapter.start_from`, on the model and freezes the rest.
+
+    Raises:
+        ConfigError: the adapter to start from has other settings.
+    """
     from stoker.adapters.lora import add_lora
 
+    if adapter.start_from is not None:
+        _go_on_from(decoder, adapter, Path(adapter.start_from).expanduser())
+        return
     add_lora(
         decoder,
         rank=adapter.rank,
@@ -61,6 +72,30 @@ def add_adapter(decoder: "Model", adapter: Adapter, *, seed: int) -> None:
         dora=adapter.kind == "dora",
         seed=seed,
     )
+
+
+def _go_on_from(decoder: "Model", adapter: Adapter, folder: Path) -> None:
+    from dataclasses import replace
+
+    from stoker.adapters.lora import lora_layers
+    from stoker.export import adapter as folders
+
+    folders.load(decoder, folder)
+    layers = list(lora_layers(decoder))
+    found = layers[0].settings
+    pairs = {
+        "rank": (adapter.rank, found.rank),
+        "alpha": (adapter.alpha, found.alpha),
+        "rank_stabilized": (adapter.rank_stabilized, found.rank_stabilized),
+        "kind": (adapter.kind, "dora" if found.dora else "lora"),
+    }
+    for name, (asked, there) in pairs.items():
+        if asked != there:
+            raise ConfigError(
+                f"adapter.{name} = {asked}, but the adapter in {folder} has {there}.", fix=f"Set it to {there}."
+            )
+    for layer in layers:
+        layer.settings = replace(layer.settings, dropout=adapter.dropout)
 
 
 def make_engine(config: RunConfig, plan: Plan, decoder: "Model", data: Data, *, pad_id: int) -> Engine:
@@ -75,7 +110,9 @@ def make_engine(config: RunConfig, plan: Plan, decoder: "Model", data: Data, *, 
     strategy = SingleDevice(plan.device, precision=plan.precision, on_discard=on_discard)
     strategy.prepare(
         SupervisedTask(decoder, kernels=plan.kernels),
-        lambda named: make_optimizer(named, config.train.optimizer, config.train.learning_rate),
+        lambda named: make_optimizer(
+            named, config.train.optimizer, config.train.learning_rate, rate_scale=trained.rate_scale(config.train)
+        ),
     )
 
     def batches(documents: Documents, *, mixed: bool = False) -> StepLoader:
@@ -96,10 +133,16 @@ def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
 
 
 def make_optimizer(
-    named_parameters: "Iterable[tuple[str, torch.nn.Parameter]]", chosen: Optimizer, learning_rate: float
+    named_parameters: "Iterable[tuple[str, torch.nn.Parameter]]",
+    chosen: Optimizer,
+    learning_rate: float,
+    *,
+    rate_scale: RateScale | None = None,
 ) -> "torch.optim.Optimizer":
     """Returns the optimiser that the configuration names, over `named_parameters`."""
-    return optimizers.build(list(named_parameters), learning_rate=learning_rate, **chosen.model_dump())
+    return optimizers.build(
+        list(named_parameters), learning_rate=learning_rate, rate_scale=rate_scale, **chosen.model_dump()
+    )
 
 
 def make_schedule(config: RunConfig, steps: int) -> schedules.Schedule:
@@ -131,6 +174,7 @@ def make_trainer(
         max_gradient_norm=train.max_gradient_norm,
         evaluate=Every(train.evaluate_every_steps, train.evaluate_every_epochs),
         early_stopping=EarlyStopping(stopping.patience, stopping.min_improvement) if stopping else None,
+        loss_limit=LossLimit(train.loss_limit.above, train.loss_limit.patience) if train.loss_limit else None,
         log_every_steps=train.log_every_steps,
     )
     return Trainer(

@@ -10,6 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from stoker.config import describe, document, messages, rules
+from stoker.config.axolotl.report import TranslationError
+from stoker.config.axolotl.translate import Translation, is_axolotl, translate
 from stoker.config.document import Path
 from stoker.config.overrides import apply_override
 from stoker.config.schema import RunConfig
@@ -27,28 +29,47 @@ _MAX_MENDINGS = 3
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration and where its values came from: `run.yaml:14` or `--set a.b=c`; defaults are not listed."""
+    """A configuration and where its values came from: `run.yaml:14` or `--set a.b=c`; defaults are not listed.
+
+    `translation`: how it came about, when the file is Axolotl's.
+    """
 
     config: RunConfig
     origins: Mapping[Path, str] = field(default_factory=dict)
+    translation: Translation | None = None
 
 
-def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: str | pathlib.Path, overrides: Sequence[str] = (), *, allow_unknown: bool = False) -> RunConfig:
     """Returns the configuration in the YAML file at `path`, with overrides such as `train.learning_rate=1e-4`.
 
+    A file of Axolotl's, with a `base_model` at the top level, is translated; overrides are in our terms there too.
+    `allow_unknown` lets keys of such a file through that Axolotl does not know.
+
     Raises:
-        ConfigError: the file cannot be read, or anything in it or in an override is wrong; it carries every problem.
+        ConfigError: the file cannot be read, or anything in it or in an override is wrong; it carries every problem
+            (and is `TranslationError`, with the report, when a key of Axolotl's is refused).
     """
-    return load_with_origins(path, overrides).config
+    return load_with_origins(path, overrides, allow_unknown=allow_unknown).config
 
 
-def load_with_origins(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Loaded:
+def load_with_origins(
+    path: str | pathlib.Path, overrides: Sequence[str] = (), *, allow_unknown: bool = False
+) -> Loaded:
     """Returns what `load` does together with where each value came from (for `show.to_yaml`)."""
     name = str(path)
     found = document.read(_text(pathlib.Path(path)), name)
     if found.problems and found.value is None:
         raise ConfigError(found.problems)
     origins: dict[Path, str] = {key: f"{name}:{line}" for key, line in found.lines.items()}
+    if is_axolotl(found.value):
+        return _translated(
+            found.value,
+            overrides,
+            lines=origins,
+            where=name,
+            problems=found.problems,
+            allow_unknown=allow_unknown,
+        )
     return _resolve(found.value, overrides, origins=origins, where=name, problems=found.problems)
 
 
@@ -58,7 +79,29 @@ def parse(values: Mapping[str, Any], overrides: Sequence[str] = (), *, where: st
     Raises:
         ConfigError: anything is wrong; it carries every problem, and `where` stands for the file.
     """
-    return _resolve(_plain(values), overrides, origins={}, where=where, problems=[]).config
+    plain = _plain(values)
+    if is_axolotl(plain):
+        return _translated(plain, overrides, lines={}, where=where).config
+    return _resolve(plain, overrides, origins={}, where=where, problems=[]).config
+
+
+def _translated(
+    values: dict[str, Any],
+    overrides: Sequence[str],
+    *,
+    lines: Mapping[Path, str],
+    where: str,
+    problems: Sequence[Problem] = (),
+    allow_unknown: bool = False,
+) -> Loaded:
+    """Returns the configuration of a file of Axolotl's, with how each of its keys became it."""
+    found = translate(values, lines, file=where, allow_unknown=allow_unknown)
+    problems = [*problems, *found.problems]
+    if problems:
+        raise TranslationError(sorted(problems, key=_line), found.report)
+    # A copy, because overrides are put into it and the translation is what the file alone says.
+    loaded = _resolve(copy.deepcopy(found.values), overrides, origins=dict(found.origins), where=where, problems=[])
+    return Loaded(loaded.config, loaded.origins, found)
 
 
 def _text(path: pathlib.Path) -> str:
@@ -93,12 +136,6 @@ def _resolve(
     if not isinstance(values, dict):
         raise ConfigError(
             f"{where} holds no settings.", fix="Write sections such as model, data, train; see `stoker init`."
-        )
-    if "base_model" in values and "model" not in values:
-        raise ConfigError(
-            "this is an Axolotl configuration (base_model at the top level), which this version does not translate.",
-            where=origins.get(("base_model",), where),
-            fix=f"`stoker init --model {values['base_model']} --data YOUR_DATA` writes the equivalent for Stoker.",
         )
     problems = [*problems]
     for override in overrides:

@@ -205,6 +205,28 @@ def offloading_needs_a_gpu(config: RunConfig) -> Iterator[Finding]:
         yield Finding(("engine", "offload_activations"), what, "Use false, or auto and let the plan choose.")
 
 
+def adapters_have_their_own_settings(config: RunConfig) -> Iterator[Finding]:
+    """What is said of an adapter needs one, and under one no weight of the model trains."""
+    train, has_adapter = config.train, config.adapter is not None
+    if train.lora_plus_ratio is not None and not has_adapter:
+        what = "train.lora_plus_ratio is about an adapter's matrices, but there is no adapter."
+        yield Finding(("train", "lora_plus_ratio"), what, "Add an adapter (adapter: {kind: lora}), or remove it.")
+    for name in ("only", "embedding_learning_rate"):
+        if getattr(train, name) is not None and has_adapter:
+            what = f"train.{name} is about the model's own weights, which an adapter leaves frozen."
+            yield Finding(("train", name), what, "Remove it, or the section adapter.")
+
+
+def names_are_patterns(config: RunConfig) -> Iterator[Finding]:
+    """Entries of train.only are regular expressions."""
+    for index, pattern in enumerate(config.train.only or ()):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            what = f"train.only[{index}] = {pattern!r} is not a regular expression: {error}."
+            yield Finding(("train", "only", index), what, "Mend it.")
+
+
 RULES = (
     one_length,
     one_interval,
@@ -223,4 +245,6 @@ RULES = (
     only_a_frozen_base_is_quantized,
     offloading_needs_a_gpu,
     remote_code_is_pinned,
+    adapters_have_their_own_settings,
+    names_are_patterns,
 )

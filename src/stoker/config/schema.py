@@ -50,6 +50,19 @@ def _unless_set(values: Any, **defaults: Any) -> Any:
     return values | missing
 
 
+class SpecialTokens(Section):
+    """Tokens with a role; the tokenizer's own unless set. One that it does not know is added to it."""
+
+    bos: Text | None = None
+    """Begins a text."""
+    eos: Text | None = None
+    """Ends a text, and most templates' turns."""
+    pad: Text | None = None
+    """Fills rows; it is never seen."""
+    unk: Text | None = None
+    """Stands for what the tokenizer does not know."""
+
+
 class Model(Section):
     """The model to start from."""
 
@@ -65,6 +78,10 @@ class Model(Section):
     chat_template: Text | None = None
     """A name in docs/data.md (`chatml`, `llama3`, ...), `tokenizer_default`, `tokenizer_default_fallback_chatml`, a
     Jinja file, or Jinja itself; the tokenizer's own unless set."""
+    special_tokens: SpecialTokens = SpecialTokens()
+    """Tokens with a role: `{pad: <|finetune_right_pad_id|>}`."""
+    new_tokens: list[Text] = []
+    """Tokens to add to the tokenizer: each is one token from here on, with a row of its own in the embedding."""
     quantization: Literal["none", "nf4", "int8", "fp8"] = "none"
     """Format of the frozen base's linear layers under an adapter: `none` as stored, `nf4` 4.1 bits a weight, `int8` 8
     bits, `fp8` 8 bits and products in fp8 on GPUs that have them. A bitsandbytes 4-bit folder is NF4 by itself."""
@@ -81,6 +98,8 @@ class Adapter(Section):
     """The adapter's output is scaled by alpha / rank."""
     dropout: Ratio = 0.0
     """Share of the adapter's inputs dropped in training."""
+    start_from: Text | None = None
+    """Folder of an adapter in PEFT's format to go on from, instead of a new one; its settings must be those here."""
     targets: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"
     """`all-linear`, a list of layer names such as `[q_proj, v_proj]`, or a regular expression for full names."""
     rank_stabilized: bool = False
@@ -433,6 +452,15 @@ class EarlyStopping(Section):
     """How much lower the loss must be to count."""
 
 
+class LossLimit(Section):
+    """Stop a run that has broken down: its loss stays above a value."""
+
+    above: Positive
+    """The loss of a step that counts; about twice the loss at the start is a sign of a broken run."""
+    patience: Count = 3
+    """Steps above it in a row after which the run stops."""
+
+
 class Train(Section):
     """How long and how fast to learn."""
 
@@ -444,6 +472,16 @@ class Train(Section):
     """Sequences of one optimiser step, over all devices; the plan splits it into micro-batches."""
     learning_rate: Positive
     """The highest rate of the schedule. 2e-4 suits most adapters, 2e-5 most full fine-tuning."""
+    embedding_learning_rate: Positive | None = None
+    """The same for the embedding and the head of a model whose every weight is trained; `learning_rate` unless set."""
+    lora_plus_ratio: Positive | None = None
+    """The rate of adapters' B over that of their A (LoRA+, arXiv:2402.12354, which finds 16 good); 1 unless set."""
+    only: Annotated[list[Text], Field(min_length=1)] | None = None
+    """Train only weights whose names one of these regular expressions matches, from the name's start. The names are
+    those of the model's files: `model.layers.0.self_attn.q_proj.weight`. Every weight unless set."""
+    embedding_noise: Positive | None = None
+    """Noise on the embedding's output in training (NEFTune, arXiv:2310.05914, whose alpha this is: 5 to 15); none
+    unless set."""
     schedule: Schedule = Cosine(warmup_ratio=0.03)
     """How the rate changes over the run."""
     optimizer: Optimizer = AdamW()
@@ -458,6 +496,8 @@ class Train(Section):
     """The same in epochs; 1 when there are validation rows, unless this or `evaluate_every_steps` is set."""
     early_stopping: EarlyStopping | None = None
     """When to stop before the end; never unless set."""
+    loss_limit: LossLimit | None = None
+    """When a high loss stops the run, as one that is not a number always does; never unless set."""
     log_every_steps: Count = 1
     """Steps between two lines of `metrics.jsonl`."""
 
@@ -488,8 +528,26 @@ class Engine(Section):
     """Number format of the matrix products; trained weights stay fp32."""
     kernels: Literal["auto", "reference", "triton"] = "auto"
     """Which implementation of each operation runs: `triton`, fused for CUDA GPUs, or `reference`, plain PyTorch."""
+    tf32: bool = False
+    """Let products of fp32 matrices round their factors to TF32 (10 bits) on GPUs that have it. Those of `precision`
+    bf16 and fp16 are not affected."""
     num_threads: Literal["auto"] | Count = "auto"
     """CPU threads of PyTorch."""
+
+
+class WeightsAndBiases(Section):
+    """Where a run is logged; what is not set, its own environment variables and defaults say."""
+
+    project: Text | None = None
+    """Project of the run."""
+    entity: Text | None = None
+    """User or team that owns it."""
+    name: Text | None = None
+    """Name of the run; that of `output.folder` unless set."""
+    run_id: Text | None = None
+    """Id of the run, to go on with one."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """Whether it is sent."""
 
 
 class Output(Section):
@@ -507,6 +565,10 @@ class Output(Section):
     """Also keep the checkpoint with the lowest validation loss, when there are validation rows."""
     trackers: Literal["auto"] | list[Literal["tensorboard", "wandb", "mlflow"]] = "auto"
     """Where curves are sent besides `metrics.jsonl`; `auto`: TensorBoard when it is installed."""
+    wandb: WeightsAndBiases = WeightsAndBiases()
+    """Settings of the tracker `wandb`."""
+    resume: bool = False
+    """Go on from the last checkpoint when `folder` holds a run, as `--resume` does; start where there is none."""
     questions: list[Text] = []
     """Asked of the tuned model at the end of the run, to hear how it sounds."""
 

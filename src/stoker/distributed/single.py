@@ -78,9 +78,12 @@ class SingleDevice:
             torch.mps.empty_cache()
 
     def step(self, learning_rate: float, *, max_gradient_norm: float | None) -> StepResult:
-        """Clips to `max_gradient_norm` (None: not at all) and steps, unless the gradient's norm is not finite."""
+        """Clips to `max_gradient_norm` (None: not at all) and steps, unless the gradient's norm is not finite.
+
+        A group of the optimiser with a `rate_scale` steps at so many times the rate.
+        """
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate_scale", 1.0)
         self._scaler.unscale_(self._optimizer)
         parameters = [parameter for parameter in self._trained.values() if parameter.grad is not None]
         norm_tensor = nn.utils.get_total_norm(

@@ -19,15 +19,22 @@ def is_installed(name: str) -> bool:
     return importlib.util.find_spec(INSTALL[name]) is not None
 
 
-def build(names: Sequence[str], folder: Path, *, run_name: str, config: Mapping[str, Any]) -> list[Observer]:
-    """Returns one observer per tracker name.
+def build(
+    names: Sequence[str],
+    folder: Path,
+    *,
+    run_name: str,
+    config: Mapping[str, Any],
+    wandb: Mapping[str, str | None] | None = None,
+) -> list[Observer]:
+    """Returns one observer per tracker name; `wandb`: project, entity, name, run_id and mode of that tracker.
 
     Raises:
         ConfigError: a tracker is unknown, or its package is not installed.
     """
     makers: dict[str, Callable[[], Observer]] = {
         "tensorboard": lambda: TensorBoard(folder / "tensorboard"),
-        "wandb": lambda: WeightsAndBiases(folder, run_name, config),
+        "wandb": lambda: WeightsAndBiases(folder, run_name, config, wandb or {}),
         "mlflow": lambda: MLflow(run_name, config),
     }
     for name in names:
@@ -72,12 +79,18 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Logs scalars to a Weights & Biases run; its own environment variables (mode, project, key) apply."""
+    """Logs scalars to a Weights & Biases run; where `settings` is silent, its own environment variables apply."""
 
-    def __init__(self, folder: Path, run_name: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, run_name: str, config: Mapping[str, Any], settings: Mapping[str, str | None]
+    ) -> None:
         import wandb
 
-        self._run = wandb.init(dir=str(folder), name=run_name, config=dict(config))
+        given = {name: value for name, value in settings.items() if value is not None}
+        name, run_id = given.pop("name", run_name), given.pop("run_id", None)
+        if run_id is not None:
+            given |= {"id": run_id, "resume": "allow"}
+        self._run = wandb.init(dir=str(folder), name=name, config=dict(config), **given)
 
     def handle(self, event: Event) -> None:
         """Logs the event's scalars."""

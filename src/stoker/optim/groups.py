@@ -1,6 +1,6 @@
 """Sorts parameters by how they are trained: which decay towards zero, and which are hidden matrices."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch.nn import Parameter
@@ -41,10 +41,23 @@ def is_hidden_matrix(name: str, parameter: Parameter) -> bool:
     return parameter.ndim == 2 and is_hidden
 
 
-def by_decay(named_parameters: NamedParameters, *, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:
-    """Returns optimiser groups: those that decay, then those that do not; an empty group is left out."""
-    named = list(named_parameters)
-    decaying = [parameter for name, parameter in named if decay_all or decays(name, parameter)]
-    others = [parameter for name, parameter in named if not (decay_all or decays(name, parameter))]
-    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+RateScale = Callable[[str], float]
+"""From a parameter's name to the multiple of the learning rate that it is trained at."""
+
+
+def by_decay(
+    named_parameters: NamedParameters,
+    *,
+    weight_decay: float,
+    decay_all: bool,
+    rate_scale: RateScale | None = None,
+) -> list[dict[str, Any]]:
+    """Returns optimiser groups: those that decay, then those that do not, each by `rate_scale`; none is empty."""
+    groups: dict[tuple[float, float], list[Parameter]] = {}
+    for name, parameter in named_parameters:
+        decay = weight_decay if decay_all or decays(name, parameter) else 0.0
+        groups.setdefault((decay, 1.0 if rate_scale is None else rate_scale(name)), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, **({} if scale == 1.0 else {"rate_scale": scale})}
+        for (decay, scale), parameters in sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1]))
+    ]

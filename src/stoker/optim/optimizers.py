@@ -8,7 +8,7 @@ import torch
 from torch.nn import Parameter
 
 from stoker.errors import PlanError
-from stoker.optim.groups import NamedParameters, by_decay, is_hidden_matrix
+from stoker.optim.groups import NamedParameters, RateScale, by_decay, is_hidden_matrix
 
 KINDS = ("adamw", "adamw_8bit", "sgd", "adafactor", "muon")
 
@@ -26,11 +26,13 @@ def build(
     betas: Sequence[float] = (0.9, 0.999),
     epsilon: float = 1e-8,
     momentum: float | None = None,
+    rate_scale: RateScale | None = None,
 ) -> torch.optim.Optimizer:
     """Returns the optimiser `kind` over those of `named_parameters` that require a gradient.
 
     `weight_decay` acts on matrices only, unless `decay_all`: norms, biases and embeddings are left alone. `betas` and
     `epsilon` are AdamW's (and of Muon's AdamW part); `momentum` is SGD's (0 unless set) and Muon's (0.95 unless set).
+    `rate_scale` gives parameters, by name, a multiple of the rate, which the strategy applies at each step.
 
     Raises:
         PlanError: the kind needs a package that is not installed.
@@ -42,7 +44,7 @@ def build(
     first_beta, second_beta = betas
 
     def groups(named: NamedParameters) -> list[dict[str, Any]]:
-        return by_decay(named, weight_decay=weight_decay, decay_all=decay_all)
+        return by_decay(named, weight_decay=weight_decay, decay_all=decay_all, rate_scale=rate_scale)
 
     def adamw(named: Sequence[tuple[str, Parameter]]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(

@@ -8,6 +8,7 @@ import torch
 from stoker.distributed.strategy import Result, Strategy
 from stoker.errors import TrainingError
 from stoker.train.batches import Batch
+from stoker.train.settings import LossLimit
 
 _REMEDY = (
     "Lower train.learning_rate, warm up longer or set train.max_gradient_norm; with engine.precision fp16, use bf16 or "
@@ -29,6 +30,30 @@ def gradient_error(gradient_norm: float, step: int) -> TrainingError:
     return TrainingError(
         f"The gradient norm of step {step} is {gradient_norm}; the weights were left alone.", fix=_REMEDY
     )
+
+
+class LossGuard:
+    """Stops a run whose loss stays above a limit; None sets none."""
+
+    def __init__(self, limit: LossLimit | None) -> None:
+        self._limit = limit
+        self._num_above = 0
+
+    def check(self, loss: float, step: int) -> None:
+        """Counts the steps in a row whose loss is above the limit.
+
+        Raises:
+            TrainingError: there have been as many as the limit allows.
+        """
+        if self._limit is None:
+            return
+        self._num_above = self._num_above + 1 if loss > self._limit.above else 0
+        if self._num_above >= self._limit.patience:
+            raise TrainingError(
+                f"The training loss was above train.loss_limit.above = {self._limit.above:g} for {self._num_above} "
+                f"steps in a row; at step {step} it is {loss:.4f}.",
+                fix=_REMEDY,
+            )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

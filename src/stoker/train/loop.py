@@ -15,7 +15,7 @@ from stoker.observe.events import CheckpointSaved, Evaluated, Event, Notice, Run
 from stoker.observe.observer import Observer
 from stoker.train.batches import Batches, StepSource
 from stoker.train.evaluate import evaluate_unless
-from stoker.train.guard import MemoryGuard, check_finite
+from stoker.train.guard import LossGuard, MemoryGuard, check_finite
 from stoker.train.interrupt import Interrupt
 from stoker.train.settings import Checkpoints, Settings
 from stoker.train.state import TrainState
@@ -68,6 +68,7 @@ class Trainer:
         self._observers = tuple(observers)
         self._description = dict(description or {})
         self._guard = MemoryGuard(strategy, self._warn)
+        self._loss_guard = LossGuard(settings.loss_limit)
         self._interrupt = Interrupt()
         self._saved: tuple[int, int] | None = None
         self._last_checkpoint: Path | None = None
@@ -80,7 +81,8 @@ class Trainer:
         step, with a checkpoint.
 
         Raises:
-            TrainingError: the loss or a gradient is not finite, or memory is exhausted with a single document.
+            TrainingError: the loss or a gradient is not finite, the loss stays above its limit, or memory is exhausted
+                with a single document.
             CheckpointError: a checkpoint cannot be written (the last good one stands) or none can be read.
             DataError: the validation rows hold no trained token.
         """
@@ -130,6 +132,7 @@ class Trainer:
         self.state.max_positions = self._guard.max_positions
         self.state.num_trained_tokens += outcome.num_trained_tokens
         self._log(outcome, learning_rate, time.perf_counter() - started)
+        self._loss_guard.check(outcome.loss, self.state.step)
 
     def _log(self, outcome: StepOutcome, learning_rate: float, seconds: float) -> None:
         """Emits the step's own figures; the speed is that of all steps since the last line."""

@@ -36,6 +36,14 @@ class EarlyStopping:
 
 
 @dataclass(frozen=True)
+class LossLimit:
+    """Stop when the loss of `patience` steps in a row is above `above`."""
+
+    above: float
+    patience: int = 3
+
+
+@dataclass(frozen=True)
 class Checkpoints:
     """Where checkpoints go, when, and how many stay: the last `keep_last`, and the best unless `keep_best` is off."""
 
@@ -55,4 +63,5 @@ class Settings:
     max_gradient_norm: float | None = 1.0
     evaluate: Every = Every()
     early_stopping: EarlyStopping | None = None
+    loss_limit: LossLimit | None = None
     log_every_steps: int = 1

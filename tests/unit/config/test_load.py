@@ -140,14 +140,6 @@ def test_a_list_at_the_top_holds_no_settings(write):
         load(write("- 1"))
 
 
-def test_an_axolotl_file_gets_one_error_that_says_what_to_do(write):
-    with pytest.raises(ConfigError) as caught:
-        load(write("base_model: org/name\ndatasets: [{path: x, type: alpaca}]\nsequence_len: 512\n"))
-    (problem,) = caught.value.problems
-    assert "Axolotl" in problem.what
-    assert "stoker init --model org/name" in str(problem.fix)
-
-
 def test_parse_takes_paths_and_tuples_from_python():
     config = parse(
         {
