@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from oracle import CHECKS, check_lora, pair
+from oracle import CHECKS, assert_close, check_lora, pair
 from transformers import (
+    AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
     GptOssConfig,
@@ -14,7 +15,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from stoker.adapters.lora import add_lora, linear_shapes
 from stoker.data.batch import Batch
+from stoker.export import adapter, merged
 from stoker.tasks.supervised import SupervisedTask
 
 # Routing makes sums reorder.
@@ -123,3 +126,37 @@ def test_load_balancing_loss_of_a_padded_batch_equals_transformers():
     assert (router - made.theirs.model.layers[0].mlp.gate.weight.grad).abs().max() < 1e-6
     made.theirs.zero_grad()
     assert not task.eval()(batch).metrics
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_merged_model_is_base_and_adapter_in_transformers(name, tmp_path):
+    made = pair(CASES[name], tolerance=TOLERANCE)
+    model = made.fresh()
+    add_lora(model, rank=2, alpha=4)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    adapter.save(model, tmp_path / "adapter", base_name=str(made.folder))
+    report = merged.merge(made.folder, tmp_path / "adapter", tmp_path / "merged")
+    assert report.num_layers == len(linear_shapes(made.ours))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    ids = made.tokens(2, 16)
+    with torch.no_grad():
+        assert_close(model.logits(model(ids)), loaded(ids, use_cache=False).logits, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
+def test_recomputed_layers_have_the_same_gradients(name):
+    gradients = []
+    for recompute in (False, True):
+        model = pair(CASES[name], tolerance=TOLERANCE).fresh().train()
+        add_lora(model, rank=2, alpha=4)
+        for block in model.blocks:
+            block.recompute = recompute
+        model(torch.arange(5, 25)[None]).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    # A and B of qkv, out, gate_up and down, and of the shared expert's two.
+    assert len(gradients[0]) == 2 * len(model.blocks) * (6 if name == "qwen2_moe" else 4)
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
