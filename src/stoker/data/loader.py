@@ -8,7 +8,7 @@ import numpy as np
 from stoker.data.batch import Batch
 from stoker.data.collate import Collator, Example
 from stoker.data.mixture import Mixture
-from stoker.data.pack import Layout
+from stoker.data.pack import Layout, next_fit
 from stoker.data.shuffle import shuffled
 from stoker.errors import DataError
 
@@ -188,7 +188,7 @@ class _Pool:
             self._layout = Layout(lengths[examples], capacity)
             self._examples = examples[_by_falling_length(lengths[examples])]
         elif capacity is not None:
-            self._ends = _next_fit(lengths[examples], capacity)
+            self._ends = next_fit(lengths[examples], capacity)
 
     def __len__(self) -> int:
         return len(self._ends) if self._layout is None else len(self._layout)
@@ -234,13 +234,3 @@ def _by_falling_length(lengths: np.ndarray) -> np.ndarray:
     """Returns the stable order by falling length; sixteen bits are sorted in linear time (radix)."""
     falling = lengths.max() - lengths
     return np.argsort(falling.astype(np.uint16) if falling.max() < 1 << 16 else falling, kind="stable")
-
-
-def _next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Returns where each row of neighbours ends: as many as fit, then the next row."""
-    totals = np.concatenate([[0], np.cumsum(lengths)])
-    ends, start = [], 0
-    while start < len(lengths):
-        start = int(np.searchsorted(totals, totals[start] + capacity, side="right")) - 1
-        ends.append(start)
-    return np.array(ends, dtype=np.int64)

@@ -84,6 +84,16 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     ]
 
 
+def next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Returns where each row of neighbours ends, int64: as many as fit, then the next row. Keeps the order."""
+    totals = np.concatenate([[0], np.cumsum(lengths)])
+    ends, start = [], 0
+    while start < len(lengths):
+        start = int(np.searchsorted(totals, totals[start] + capacity, side="right")) - 1
+        ends.append(start)
+    return np.array(ends, dtype=np.int64)
+
+
 def _best_fit(counts: np.ndarray, capacity: int) -> list[_Group]:
     """Returns the groups of rows that best-fit decreasing gives for `counts[length]` documents of each length."""
     full: list[_Group] = []
