@@ -34,19 +34,37 @@ Rows = Sequence[Mapping[str, Any]] | str | Path
 Messages = Sequence[Mapping[str, str]]
 
 
-def load(name: str, *, base: str | None = None, device: str = "auto", quantization: str | None = None) -> "Model":
+def load(
+    name: str,
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    quantization: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> "Model":
     """Returns a model ready to answer and to be trained.
 
     `name` is a Hub id, a local folder, `builtin:tiny-llama`, an adapter's folder (with its base, or the one given as
     `base`) or a run's folder. `device` is "auto", "cpu", "cuda" or "mps". `quantization` ("nf4", "int8", "fp8") keeps
     the base's linear weights in that format, for an adapter to be trained on; None: as a run has them, or as stored.
+    `revision` is a branch, tag or commit of a Hub id. `trust_remote_code` lets code that comes with the model run, where
+    neither Stoker nor Transformers has its class; a Hub id then needs a commit as its revision.
 
     Raises:
         ModelError: it cannot be found or loaded. ConfigError: there is no such device here.
     """
     if quantization not in (None, "none", *FORMATS):
         raise ConfigError(f"quantization = {quantization!r}.", fix=f"Use one of {', '.join(FORMATS)}.")
-    return Model(open_session(name, base=base, device=device, quantization=quantization))
+    session = open_session(
+        name,
+        base=base,
+        device=device,
+        quantization=quantization,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    return Model(session)
 
 
 class Model:
@@ -175,7 +193,12 @@ class Model:
         """Returns a configuration's values; sections that a call does not need hold what the schema asks for."""
         base = self._session.base
         needed = {
-            "model": {"base": base.name, "revision": base.revision, "quantization": self._session.quantization},
+            "model": {
+                "base": base.name,
+                "revision": base.revision,
+                "quantization": self._session.quantization,
+                "trust_remote_code": getattr(base.spec, "is_remote", False),
+            },
             "data": {"train": [{"path": "rows"}]},
             "train": {"learning_rate": 1e-4},
             "output": {"folder": "runs"},
