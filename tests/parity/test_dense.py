@@ -105,6 +105,18 @@ def test_longrope_changes_its_factors_past_the_original_context():
         assert_close(found, models.theirs(document[None], use_cache=False).logits[0])
 
 
+@torch.no_grad()
+def test_decoding_past_the_original_context_of_longrope_equals_transformers():
+    models = pair(CASES["phi4 mini"])
+    CHECKS["generation"](models, prompt_tokens=58, new_tokens=16)
+    ids = models.tokens(2, 80)
+    cache = models.ours.new_cache(capacity=80, batch_size=2)
+    pieces = [models.ours(piece, cache=cache) for piece in ids.split([60, 1, 3, 1, 15], dim=1)]
+    assert [piece.shape[1] for piece in pieces] == [60, 1, 3, 1, 15]
+    expected = models.theirs(ids, use_cache=False).logits
+    assert_close(models.ours.logits(torch.cat(pieces[3:], 1)), expected[:, 64:])
+
+
 @pytest.mark.parametrize("targets", [["qkv_proj"], ["qkv_proj", "down_proj"]])
 def test_adapters_of_some_layers_of_phi3_load_in_peft(targets):
     CHECKS["lora"](pair(CASES["phi3"]), targets)

@@ -1,7 +1,7 @@
 """A decoder-only language model: embedding, blocks, final norm, head."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class Decoder(nn.Module):
         self.position_embedding = nn.Embedding(learned_positions, hidden_size) if learned_positions else None
         self.blocks = nn.ModuleList(blocks)
         self._rotaries: list[Rotary | None] = [getattr(block.mixing, "rotary", None) for block in blocks]
+        lengths = [rotary.renewed_past for rotary in self._rotaries if rotary is not None]
+        self._renewed_past = min((length for length in lengths if length is not None), default=None)
         self.final_norm = final_norm
         self.head = None if tied_head else nn.Linear(hidden_size, vocab_size, bias=head_bias)
 
@@ -78,9 +80,11 @@ class Decoder(nn.Module):
         them. None: every row is one document. `positions` [B, T]: instead of 0, 1, ... in every document. `cache`: the
         ids continue the positions it holds, and it is extended in place. Raises ValueError when they do not fit it.
         """
-        start = 0 if cache is None else cache.length
+        num_new = input_ids.shape[1]
         if cache is not None:
-            cache.require(input_ids.shape[1])
+            cache.require(num_new)
+            input_ids = cache.take(input_ids)
+        start = 0 if cache is None else cache.length
         x = self._embed(input_ids, document_lengths, positions, start)
         tables = self._rotary_tables(input_ids, document_lengths, positions, start)
         for index, block in enumerate(self.blocks):
@@ -88,12 +92,12 @@ class Decoder(nn.Module):
             if cache is not None:
                 x = block(x, cos, sin, cache=cache.layers[index], cache_length=start)
             elif block.recompute and torch.is_grad_enabled():
-                x = block.recomputed(x, cos, sin, document_lengths=document_lengths)
+                x = cast("Block", block).recomputed(x, cos, sin, document_lengths=document_lengths)
             else:
                 x = block(x, cos, sin, document_lengths=document_lengths)
         if cache is not None:
             cache.advance(input_ids.shape[1])
-        return self.final_norm(x)
+        return self.final_norm(x[:, -num_new:])
 
     def balancing(self) -> tuple[list[Tensor], float, int]:
         """What a load-balancing loss is made of: the routers' logits of the last training forward, [B T, E] each, its
@@ -116,7 +120,8 @@ class Decoder(nn.Module):
         weight = self.embedding.weight
         options = {"batch_size": batch_size, "capacity": capacity, "dtype": weight.dtype, "device": weight.device}
         mixers: list[Any] = [block.mixing for block in self.blocks]
-        return KVCache([None if mixer is None else mixer.new_cache(**options) for mixer in mixers], capacity=capacity)
+        layers = [None if mixer is None else mixer.new_cache(**options) for mixer in mixers]
+        return KVCache(layers, capacity=capacity, renewed_past=self._renewed_past)
 
     def _embed(
         self, input_ids: Tensor, document_lengths: Documents | None, positions: Tensor | None, start: int

@@ -26,6 +26,15 @@ class Rotary:
         self.scaling = scaling
         self._table: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def renewed_past(self) -> int | None:
+        """The length past which a sequence is turned by other angles from its first position on; None: there is none.
+
+        LongRoPE's models compute the whole sequence again there (Transformers does too); those with dynamic theta keep
+        what they have cached.
+        """
+        return self.scaling["original_max_positions"] if self.kind == "longrope" else None
+
     def span(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions start to end - 1 of a document of `end` tokens: each [1, T, dim/2], fp32."""
         if self.kind in _BY_LENGTH and end > self.scaling["original_max_positions"]:
