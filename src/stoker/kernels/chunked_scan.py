@@ -23,9 +23,10 @@ Backward, with G the gradient of S', L_ts = exp(c_t − c_s) and V_ts = δ_s dy_
     Z_ts = L_ts V_ts (C_t · B_s),  r_t = exp(c_t) dy_t · S C_t,  q_s = exp(c − c_s) u_s · G B_s,  u = δ x
     gradient of δ_t A:  Σ_{t' ≥ t} (Σ_s Z_t's − Σ_s Z_st' + r_t' − q_t') + Σ_s q_s + exp(c) ⟨S, G⟩
 
-whence those of δ (with x · du), A, the bias and dt. Saved for backward: the inputs alone; step sizes and the states
-between chunks are computed again. Products of half-precision inputs run on tensor cores and are summed in fp32; the
-states between chunks are kept in the inputs' dtype, the one that is returned is not rounded.
+whence those of δ (with x · du), A, the bias and dt. Saved for backward: the inputs, step sizes with their sums, and the
+states between chunks (as large as x times N / 64; a caller short of memory runs all of it again). Products of
+half-precision inputs run on tensor cores and are summed in fp32; the states between chunks are kept in the inputs'
+dtype, the one that is returned is not rounded.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ def _skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
 
 
 class _ChunkedScanTriton(torch.autograd.Function):
-    """Saves the inputs alone."""
+    """Saves the inputs, the step sizes and the states between chunks."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd passes positions
@@ -204,23 +205,25 @@ class _ChunkedScanTriton(torch.autograd.Function):
         if x.shape[3] > MAX_CHANNELS:
             raise ValueError(f"heads of {x.shape[3]} channels; the kernel takes up to {MAX_CHANNELS}. Use 'reference'.")
         inputs = inputs_of(x, dt, A, B, C, D, dt_bias, initial_state, documents, limits)
-        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, initial_state, documents)
+        out, end, between = launch_forward(inputs)
+        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, initial_state, documents, *between)
         ctx.limits = limits
         ctx.set_materialize_grads(False)
-        return launch_forward(inputs)
+        return out, end
 
     @staticmethod
     @once_differentiable
     # The decorator's type hides the name of `ctx`.
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Gradients of all tensors; those of A, D and the bias only where one of them is asked for."""
-        saved = ctx.saved_tensors
+        saved, between = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
         grad, grad_end = grads
         if grad is None:
             grad = torch.zeros_like(saved[0])
         needs = ctx.needs_input_grad
         results = launch_backward(
             inputs_of(*saved, ctx.limits),  # pyrefly: ignore[bad-argument-count]
+            between,
             contiguous_channels(grad),
             None if grad_end is None else grad_end.contiguous(),
             parameters=needs[2] or needs[5] or needs[6],

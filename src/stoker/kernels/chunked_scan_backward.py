@@ -1,8 +1,8 @@
 """Kernels of Mamba-2's chunked scan (`kernels.chunked_scan` has the formulas), backward.
 
-The states before each chunk are computed again, and the gradients of those after each, from the last chunk to the
-first. Then one launch gives what belongs to a head (x, dt, and shares of A, D and the bias), another what heads share
-(B and C); shares are added in a fixed order, without atomics, so that two runs agree bit for bit.
+First the gradients of the states after each chunk, from the last chunk to the first. Then one launch gives what belongs
+to a head (x, dt, and shares of A, D and the bias), another what heads share (B and C); shares are added in a fixed
+order, without atomics, so that two runs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stoker.kernels.chunked_scan_forward import STAGES, Inputs, between, decays, launch_states, launch_steps
+from stoker.kernels.chunked_scan_forward import STAGES, Inputs, between, decays, launch_states
 from stoker.kernels.recurrent import or_empty, sigmoid, softplus, sum_of_parts
 from stoker.kernels.triton_support import dot, jit, tl
 
@@ -231,13 +231,17 @@ def _grad_shared_kernel(  # noqa: PLR0917
 
 
 def launch_backward(
-    inputs: Inputs, grad: Tensor, grad_end: Tensor | None, *, parameters: bool
+    inputs: Inputs,
+    between: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor,
+    grad_end: Tensor | None,
+    *,
+    parameters: bool,
 ) -> tuple[Tensor | None, ...]:
     """Returns the gradients of x, dt, A, B, C, D, the bias and the initial state; A's, D's and the bias' are None
-    unless `parameters`."""
+    unless `parameters`. `between`: what `launch_forward` gave for it."""
     x, B, C = inputs.x, inputs.B, inputs.C
-    steps, logs = launch_steps(inputs)
-    states, _ = launch_states(inputs, x, B, steps, logs, inputs.initial_state, backward=False)
+    steps, logs, states = between
     grad_states, grad_begin = launch_states(inputs, grad, C, steps, logs, grad_end, backward=True)
     grad_x, grad_dt = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, inputs.dt))
     batch, _, heads, channels = x.shape

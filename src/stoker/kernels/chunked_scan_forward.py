@@ -393,8 +393,9 @@ def launch_states(  # noqa: PLR0917
     return all_states, end
 
 
-def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Returns the outputs [B, T, H, P] and the state after the last position."""
+def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Returns the outputs [B, T, H, P], the state after the last position, and what the backward needs besides the
+    inputs: step sizes, their cumulated decays, the state before each chunk."""
     x = inputs.x
     steps, logs = launch_steps(inputs)
     states, end = launch_states(inputs, x, inputs.B, steps, logs, inputs.initial_state, backward=False)
@@ -419,4 +420,4 @@ def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
         STAGES=STAGES,
         num_warps=WARPS,
     )
-    return out, end
+    return out, end, (steps, logs, states)

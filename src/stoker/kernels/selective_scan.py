@@ -9,6 +9,15 @@ In a packed row the state is zero before each document's first position, which i
 Time is cut into chunks. With s the sum of δ from a chunk's start to t, the state at t is that of a scan from zero plus
 exp(s A) times the state before the chunk; so chunks are scanned side by side, and only their last states follow one
 another. No factor exceeds one, whatever δ.
+
+Backward, with dy = dout · silu(z), g the gradient of h_t and b_ten = δ_te B_tn x_te:
+
+    g_ten = C_tn dy_te + a_{t+1,en} g_{t+1,en}               dz = dout · y · σ(z) (1 + z (1 − σ(z)))
+    dB_tn = Σ_e g_ten δ_te x_te        dC_tn = Σ_e h_ten dy_te        dx = δ Σ_n g B + D dy
+    dδ_te = Σ_n g_ten (x_te B_tn + A_en (h_ten − b_ten))     dA_en = Σ_t g_ten δ_te (h_ten − b_ten)
+
+Saved for backward: the inputs and the states between chunks (as large as x times N / 16 in fp32; a caller short of
+memory runs all of it again). States within a chunk are computed again and never leave the registers.
 """
 
 from __future__ import annotations
@@ -23,7 +32,7 @@ from torch.nn import functional as F
 
 from stoker.kernels.documents import DocumentLengths, document_ids, starts
 from stoker.kernels.recurrent import contiguous_channels
-from stoker.kernels.selective_scan_triton import inputs_of, launch_backward, launch_forward
+from stoker.kernels.selective_scan_triton import Inputs, inputs_of, launch_backward, launch_forward
 from stoker.kernels.triton_support import check_implementation
 
 
@@ -137,7 +146,7 @@ def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> 
 
 
 class _SelectiveScanTriton(torch.autograd.Function):
-    """Saves the inputs alone."""
+    """Saves the inputs and the states between chunks."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd passes positions
@@ -154,28 +163,32 @@ class _SelectiveScanTriton(torch.autograd.Function):
         documents: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """x: [B, T, E]; the others as `selective_scan` has them."""
-        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_state, documents)
+        inputs = inputs_of(x, dt, A, B, C, D, z, dt_bias, initial_state, documents)
+        out, end, between = launch_forward(inputs)
+        ctx.save_for_backward(*inputs, *between)
+        ctx.dtypes = [None if v is None else v.dtype for v in (x, dt, A, B, C, D, z, dt_bias, initial_state)]
         ctx.set_materialize_grads(False)
-        return launch_forward(inputs_of(x, dt, A, B, C, D, z, dt_bias, initial_state, documents))
+        return out, end
 
     @staticmethod
     @once_differentiable
     # The decorator's type hides the name of `ctx`.
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Gradients of all tensors; those of A, D and the bias only where one of them is asked for."""
-        saved = ctx.saved_tensors
+        inputs = Inputs(*ctx.saved_tensors[:10])
         grad, grad_end = grads
         if grad is None:
-            grad = torch.zeros_like(saved[0])
+            grad = torch.zeros_like(inputs.x)
         needs = ctx.needs_input_grad
         results = launch_backward(
-            inputs_of(*saved),
+            inputs,
+            ctx.saved_tensors[10:],
             contiguous_channels(grad),
             grad_end,
             parameters=needs[2] or needs[5] or needs[7],
         )
         typed = (
-            result.to(source.dtype) if need and result is not None else None
-            for result, source, need in zip(results, saved[:9], needs[:9], strict=True)
+            result.to(dtype) if need and result is not None else None
+            for result, dtype, need in zip(results, ctx.dtypes, needs[:9], strict=True)
         )
         return (*typed, None)

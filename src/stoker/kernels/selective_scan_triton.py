@@ -12,8 +12,7 @@ agree bit for bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -375,8 +374,7 @@ def _scan_backward_kernel(  # noqa: PLR0915, PLR0917
         tl.store(grad_bias_ptr + place, tl.sum(grad_dt, axis=0), mask=columns)
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """The arguments of `selective_scan` as kernels read them.
 
     Channels are contiguous; A is [N, E], B and C are [B, N, T'] with T' whole chunks, all fp32.
@@ -533,8 +531,9 @@ def _launch_states(
     return all_states, end.transpose(1, 2)
 
 
-def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Returns the outputs [B, T, E] and the state after the last position [B, E, N], fp32."""
+def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Returns the outputs [B, T, E], the state after the last position [B, E, N], fp32, and what the backward needs
+    besides the inputs: the sum of the step sizes of each chunk and the state before it."""
     x, B, C = inputs.x, inputs.B, inputs.C
     totals = torch.empty((x.shape[0], inputs.num_chunks, x.shape[2]), dtype=torch.float32, device=x.device)
     states, end = _launch_states(inputs, x, B, totals, inputs.begin, backward=False)
@@ -556,19 +555,18 @@ def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
         **inputs.constants,
         HAS_D=inputs.D is not None,
     )
-    return out, end
+    return out, end, (totals, states)
 
 
 def launch_backward(
-    inputs: Inputs, grad: Tensor, grad_end: Tensor | None, *, parameters: bool
+    inputs: Inputs, between: tuple[Tensor, Tensor], grad: Tensor, grad_end: Tensor | None, *, parameters: bool
 ) -> tuple[Tensor | None, ...]:
     """Returns the gradients of x, dt, A, B, C, D, z, the bias and the initial state; A's, D's and the bias' are None
-    unless `parameters`."""
+    unless `parameters`. `between`: what `launch_forward` gave for it."""
     x, B, C = inputs.x, inputs.B, inputs.C
     batch, (length, num_chunks, channels, states) = x.shape[0], inputs.sizes
     options = {"dtype": torch.float32, "device": x.device}
-    totals = torch.empty((batch, num_chunks, channels), **options)
-    before, _ = _launch_states(inputs, x, B, totals, inputs.begin, backward=False)
+    totals, before = between
     after, grad_begin = _launch_states(inputs, grad, C, totals, _states_first(grad_end), backward=True)
     grad_x, grad_dt = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, inputs.dt))
     grad_z = None if inputs.z is None else torch.empty(x.shape, dtype=inputs.z.dtype, device=x.device)
