@@ -24,6 +24,7 @@ import torch
 import triton
 from engine import BF16, GIB, clocks, copy_bandwidth, loss_of, milliseconds, report, timed_step, training_step
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from stoker.adapters.lora import add_lora
 from stoker.arch.families import read
@@ -37,6 +38,7 @@ from stoker.kernels import (
     selective_scan_triton,
 )
 from stoker.models import native
+from stoker.nn import mamba1, mamba2
 from stoker.nn.decoder import Decoder
 
 ROWS, LENGTH = 4, 2048
@@ -72,19 +74,24 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One training step: the model, and whether it is replayed as a CUDA graph or its layers are recomputed whole."""
+    """One training step: the model, and whether it is replayed as a CUDA graph, its layers are recomputed whole, or
+    mixers keep what they otherwise run again in the backward."""
 
     config: dict
     graph: bool = False
     recompute: bool = False
+    keep: bool = False
 
 
 SETTINGS = {
     "130M": Setting(MAMBA_130M),
     "130M-graph": Setting(MAMBA_130M, graph=True),
+    "130M-keep": Setting(MAMBA_130M, keep=True),
+    "130M-keep-graph": Setting(MAMBA_130M, keep=True, graph=True),
     "130M-recompute": Setting(MAMBA_130M, recompute=True),
     "780M": Setting(MAMBA2_780M),
     "780M-graph": Setting(MAMBA2_780M, graph=True),
+    "780M-keep": Setting(MAMBA2_780M, keep=True),
     "780M-recompute": Setting(MAMBA2_780M, recompute=True),
 }
 
@@ -355,12 +362,19 @@ def run_tiles(out: Path) -> None:
         torch.cuda.empty_cache()
 
 
+def call(function: Callable[..., Tensor], *arguments: object, **_: object) -> Tensor:
+    """In place of `checkpoint`: runs `function` and keeps what it saves."""
+    return function(*arguments)
+
+
 def build(setting: Setting, *, kernels: str = "triton") -> Decoder:
     spec = read(setting.config, "benchmark")
     model = native.build(spec, device="cuda", dtype=BF16, kernels=kernels)
     add_lora(model, rank=16, alpha=16)
     for block in model.blocks:
         block.recompute = setting.recompute
+    for module in (mamba1, mamba2):
+        module.checkpoint = call if setting.keep else checkpoint
     return model
 
 
