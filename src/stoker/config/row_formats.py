@@ -8,7 +8,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
-from stoker.config.schema import Source
+from stoker.config.schema import Section, Source
 
 FORMATS = {
     "auto": "what most of the first rows have",
@@ -202,12 +202,17 @@ def expanded(source: Source) -> Source:
             update={
                 key: value
                 for key, value in getattr(preset, part).items()
-                if key not in getattr(source, part).model_fields_set
+                if getattr(getattr(source, part), key) == _default(getattr(source, part), key)
             }
         )
         for part in ("fields", "prompt", "chat")
     }
     return source.model_copy(update={"format": preset.format, **sections})
+
+
+def _default(section: Section, key: str) -> Any:
+    """What the schema says of a key: a run's own config.yaml spells out what nobody set, which must mean the same."""
+    return type(section).model_fields[key].get_default(call_default_factory=True)
 
 
 def of_axolotl(type_name: str, *, rl: str | None = None) -> str:

@@ -63,3 +63,9 @@ def test_a_format_that_cannot_be_read_is_named(name, message):
 def test_axolotls_types_have_a_name_here(theirs, rl, ours):
     assert row_formats.of_axolotl(theirs, rl=rl) == ours
     assert row_formats.problem(ours) is None
+
+
+def test_a_preset_means_the_same_once_a_run_has_spelt_out_what_nobody_set():
+    source = Source(path="rows.jsonl", format="alpaca_instruct")
+
+    assert row_formats.expanded(Source.model_validate(source.model_dump())) == row_formats.expanded(source)
