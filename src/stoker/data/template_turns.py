@@ -2,7 +2,8 @@
 
 This tells what the model writes where contents do not: a message that calls tools, or a template that changes its
 contents. The answer of the assistant is what its turn prints after the prompt for an answer (what
-`add_generation_prompt` adds); any other content must stand exactly once in what its turn prints.
+`add_generation_prompt` adds). Any other content must stand between what its turn prints around another content in
+its place.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,7 +36,6 @@ class Turns:
     def __init__(
         self, source: str, variables: Mapping[str, Any], tokenizer: Any, render_plain: Callable[..., str]
     ) -> None:
-        self._source = source
         self._template = TurnTemplate(source)
         self._variables = dict(variables)
         self._render_plain = render_plain
@@ -53,16 +53,19 @@ class Turns:
         Raises DataError naming the first of them whose place is not certain.
         """
         places = self._places(messages, tools, truth)
+        asked = [
+            index
+            for index, message in enumerate(messages)
+            if (roles is None or message.get("role") in roles)
+            and (message.get("role") == "assistant" or _says_something(message))
+        ]
+        around = self._around(messages, tools, asked)
         turns = []
-        for index, message in enumerate(messages):
-            is_asked = roles is None or message.get("role") in roles
-            if not is_asked or (message.get("role") != "assistant" and not _says_something(message)):
-                continue
-            if not places[index]:
-                if _says_something(message):
-                    _refuse_if_printed(truth, index, message)
-                continue
-            turns.append(self._turn(truth, places[index], index, messages))
+        for index in asked:
+            if places[index]:
+                turns.append(self._turn(truth, places[index], around.get(index), index, messages))
+            elif _says_something(messages[index]):
+                _refuse_if_printed(truth, index, messages[index])
         turns.sort(key=lambda turn: turn.start)
         return Rendered(truth, tuple(turns), by_turns=True)
 
@@ -80,11 +83,7 @@ class Turns:
         return replace(rendered, turns=tuple(turns))
 
     def _places(self, messages: list[dict[str, Any]], tools: Sequence[Any] | None, truth: str) -> list[list[Place]]:
-        variables = self._variables | ({"tools": list(tools)} if tools else {})
-        try:
-            text, places = self._template.render(messages, add_generation_prompt=False, **variables)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"the chat template refuses this conversation: {error}") from error
+        text, places = self._rendered(messages, tools)
         if text != truth:
             raise DataError(
                 "the chat template prints this conversation otherwise when its turns are told apart, so what to train "
@@ -93,35 +92,64 @@ class Turns:
             )
         return places
 
-    def _turn(self, text: str, places: list[Place], index: int, messages: list[dict[str, Any]]) -> Turn:
-        """Returns the place of a content that stands exactly once in its turn; else an assistant's whole turn."""
+    def _rendered(self, messages: list[dict[str, Any]], tools: Sequence[Any] | None) -> tuple[str, list[list[Place]]]:
+        variables = self._variables | ({"tools": list(tools)} if tools else {})
+        try:
+            return self._template.render(messages, add_generation_prompt=False, **variables)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise DataError(f"the chat template refuses this conversation: {error}") from error
+
+    def _turn(
+        self, text: str, places: list[Place], around: tuple[str, str] | None, index: int, messages: list[dict[str, Any]]
+    ) -> Turn:
+        """Returns the place of a content that stands where it must; else an assistant's whole turn.
+
+        An answer must begin where its prompt ends; any other content must stand between what the template prints
+        `around` another content in its place.
+        """
         message = messages[index]
         role, content = str(message.get("role")), message.get("content")
         says_more = message.get("tool_calls") or any(key in message for key in THOUGHT_KEYS) or "think>" in str(content)
         if isinstance(content, str) and content.strip() and not says_more and len(places) == 1:
             start, end = places[0]
+            if around and text.startswith(around[0], start) and text.endswith(around[1], start, end):
+                first, last = start + len(around[0]), end - len(around[1])
+                # All that stands there is what the template makes of the content.
+                return Turn(index, role, *(_content(text, content, first, last, whole=True) or (first, last)))
             first = self._after_prompt(text, start, index, messages) if role == "assistant" else None
-            found = self._content(text, content, start if first is None else first, end, known_start=first is not None)
+            found = None if first is None else _content(text, content, first, end)
             if found is not None:
                 return Turn(index, role, *found)
         if role != "assistant":
             raise _uncertain(index, message, "changes the content of")
         return self._whole(text, places, index, messages)
 
-    def _content(self, text: str, content: str, start: int, end: int, *, known_start: bool) -> Place | None:
-        """Returns where a content stands in `text[start:end]`, None if that is not certain.
+    def _around(
+        self, messages: list[dict[str, Any]], tools: Sequence[Any] | None, asked: Collection[int]
+    ) -> dict[int, tuple[str, str]]:
+        """Returns what the template prints before and behind contents of the messages, seen with others in their place.
 
-        Unless the answer is known to begin there (`known_start`), what stands there may be the template's own text.
+        One render for all; answers, and messages of which it does not tell, are left out.
         """
-        core = content.strip()
-        found = text.find(core, start, end)
-        if found < 0 or text.find(core, found + 1, end) >= 0 or (not known_start and core in self._source):
-            return None
-        lead, trail = content[: content.find(core)], content[content.find(core) + len(core) :]
-        stop = found + len(core)
-        stop += len(trail) if text.startswith(trail, stop) and stop + len(trail) <= end else 0
-        keeps_lead = known_start and text.endswith(lead, start, found)
-        return (found - len(lead) if keeps_lead else found, stop)
+        words = {index: f"probe{index}x" for index in asked if messages[index].get("role") != "assistant"}
+        if not words:
+            return {}
+        probed = [
+            message | {"content": words[index]} if index in words else dict(message)
+            for index, message in enumerate(messages)
+        ]
+        try:
+            text, places = self._rendered(probed, tools)
+        except DataError:  # the template wants something of its contents
+            return {}
+        found = {}
+        for index, word in words.items():
+            if len(places[index]) == 1:
+                start, end = places[index][0]
+                before, is_there, behind = text[start:end].partition(word)
+                if is_there and word not in behind:
+                    found[index] = (before, behind)
+        return found
 
     def _whole(self, text: str, places: list[Place], index: int, messages: list[dict[str, Any]]) -> Turn:
         """Returns what the turn prints after the prompt for an answer, which stands in it or right before it."""
@@ -158,6 +186,21 @@ class Turns:
         except DataError:  # a template that takes no such conversation has nothing to say here
             return None
         return asked.removeprefix(without) if asked.startswith(without) else None
+
+
+def _content(text: str, content: str, first: int, last: int, *, whole: bool = False) -> Place | None:
+    """Returns where a content stands that begins at `first` (and ends at `last` if `whole`), white space aside.
+
+    None if it does not.
+    """
+    core = content.strip()
+    start = first + len(text[first:last]) - len(text[first:last].lstrip())
+    stop = start + len(core)
+    if not text.startswith(core, start) or stop > last or (whole and text[stop:last].strip()):
+        return None
+    lead, trail = content[: content.find(core)], content[content.find(core) + len(core) :]
+    stop += len(trail) if text.startswith(trail, stop) and stop + len(trail) <= last else 0
+    return (start - len(lead) if text.endswith(lead, first, start) else start, stop)
 
 
 def _says_something(message: Mapping[str, Any]) -> bool:

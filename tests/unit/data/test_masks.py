@@ -7,7 +7,7 @@ import time
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 
 from stoker.data.options import ChatOptions
 from stoker.data.prepare import SourceOptions, prepare
@@ -127,6 +127,9 @@ def test_rewritten_contents_train_as_generation_tags_say_or_are_refused(name, ma
 
     @settings(max_examples=25, deadline=None, suppress_health_check=FIXTURES)
     @given(talk=st.lists(st.tuples(words, words), min_size=1, max_size=2))
+    @example(talk=[("", "</s>")])
+    @example(talk=[("", "<|im_end|>"), ("no", "")])
+    @example(talk=[("assistant", "assistant")])
     def check(talk):
         messages = [
             {"role": role, "content": text}

@@ -140,13 +140,17 @@ def test_absent_tools_look_as_they_do_in_transformers(make_tokenizer):
     assert not rendered.by_turns
 
 
-def test_content_that_the_template_changes_is_searched_or_refused(make_tokenizer):
+def test_content_that_the_template_changes_is_placed_by_its_turn_or_refused(make_tokenizer):
     cutting = resolve(make_tokenizer("{% for m in messages %}{{ m.content[:3] }};{% endfor %}"))
-    rendered = cutting.render([{"role": "user", "content": "yes"}, {"role": "assistant", "content": "yes"}])
+    messages = [{"role": "user", "content": "yes"}, {"role": "assistant", "content": "yes"}]
+    rendered = cutting.render(messages, roles=("assistant",))
     assert rendered.by_turns
-    assert [(turn.start, turn.end) for turn in rendered.turns] == [(0, 3), (4, 7)]
+    assert [(turn.start, turn.end) for turn in rendered.turns] == [(4, 7)]
     with pytest.raises(DataError, match=r"changes the content of message 0 \(user\)"):
-        cutting.render([{"role": "user", "content": "longer"}])
+        cutting.render(messages)
+    escaping = resolve(make_tokenizer("{% for m in messages %}{{ m.role + m.content | tojson }};{% endfor %}"))
+    rendered = escaping.render([{"role": "user", "content": "hot?\n"}])
+    assert [rendered.text[turn.start : turn.end] for turn in rendered.turns] == ["hot?\\n"]
 
 
 def test_content_that_the_template_rewrites_keeps_its_place(make_tokenizer):
@@ -156,14 +160,14 @@ def test_content_that_the_template_rewrites_keeps_its_place(make_tokenizer):
     assert not rendered.by_turns
 
 
-def test_template_with_private_use_characters_is_searched(make_tokenizer):
+def test_template_with_private_use_characters_is_placed_by_its_turns(make_tokenizer):
     template = resolve(make_tokenizer("\U000f0000" + LOOP))
     rendered = template.render(MESSAGES)
     assert rendered.by_turns
     assert [rendered.text[turn.start : turn.end] for turn in rendered.turns] == ["hot?", "yes"]
 
 
-def test_private_use_characters_outside_contents_are_searched(make_tokenizer):
+def test_private_use_characters_outside_contents_are_no_obstacle(make_tokenizer):
     template = resolve(make_tokenizer("{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}"))
     rendered = template.render([{"role": "user", "name": "\U000f0000", "content": "hot?"}])
     assert rendered.by_turns
