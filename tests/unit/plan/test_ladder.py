@@ -9,8 +9,8 @@ from stoker.plan.ladder import TILE_TOKENS, Ladder, ladders, words
 
 SIZES = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 LLAMA = families.read({**SIZES, "num_hidden_layers": 1}, "config.json").layers[0]
-# A layer as Gemma's, which the layer kernel cannot run.
-GEMMA = replace(LLAMA, norm=replace(LLAMA.norm, weight_offset=1.0))
+# A layer as Gemma 2 has it, which the layer kernel cannot run.
+GEMMA = replace(LLAMA, placement="sandwich")
 
 
 def _ladders(*, layers=(LLAMA,) * 3, **changes):
