@@ -48,8 +48,8 @@ def load(
     `name` is a Hub id, a local folder, `builtin:tiny-llama`, an adapter's folder (with its base, or the one given as
     `base`) or a run's folder. `device` is "auto", "cpu", "cuda" or "mps". `quantization` ("nf4", "int8", "fp8") keeps
     the base's linear weights in that format, for an adapter to be trained on; None: as a run has them, or as stored.
-    `revision` is a branch, tag or commit of a Hub id. `trust_remote_code` lets code that comes with the model run, where
-    neither Stoker nor Transformers has its class; a Hub id then needs a commit as its revision.
+    `revision` is a branch, tag or commit of a Hub id. `trust_remote_code` lets code that comes with the model run,
+    where neither Stoker nor Transformers has its class; a Hub id then needs a commit as its revision.
 
     Raises:
         ModelError: it cannot be found or loaded. ConfigError: there is no such device here.

@@ -7,7 +7,7 @@ from torch.nn import Parameter
 
 NamedParameters = Iterable[tuple[str, Parameter]]
 
-_EMBEDDINGS = ("embedding", "embed", "wte", "wpe")
+_EMBEDDINGS = ("embedding", "embeddings", "embed", "wte", "wpe", "word_embeddings", "tokens_embed", "positions_embed")
 _HEADS = ("head", "lm_head", "embed_out", "score")
 # Decay rates, skips and step sizes of state spaces: near zero they mean something else, so none is pulled there (the
 # authors of Mamba mark them so). By their last name alone: Hugging Face's and ours are the same.

@@ -89,7 +89,7 @@ def attend(
     if attention_mask is not None or is_causal is False or not getattr(module, "is_causal", True) or wanted:
         raise UnsupportedError(f"{type(module).__name__} wants {', '.join(wanted) or 'a mask of its own'}")
     call.windows.append(sliding_window)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = (_in_compute_type(x).transpose(1, 2) for x in (query, key, value))
     scores: dict[str, Any] = {"window": sliding_window, "scale": scaling, "softcap": softcap, "sinks": s_aux}
     if key.shape[2] != query.shape[2]:
         return attend_cached(q, k, v, **scores), None
@@ -99,6 +99,12 @@ def attend(
             raise UnsupportedError(f"{type(module).__name__} drops attention weights and changes scores besides")
         return _with_dropout(q, k, v, call.documents, scale=scaling, dropout=dropout), None
     return attention(q, k, v, document_lengths=call.documents, implementation=call.kernels, **scores), None
+
+
+def _in_compute_type(x: Tensor) -> Tensor:
+    """The tensor in autocast's dtype where that is on, which PyTorch's own attention sees to, but no other kernel."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _with_dropout(

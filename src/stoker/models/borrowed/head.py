@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 # Logits that the probe reaches: far beyond what a soft-cap leaves alone.
 _PROBE_LOGITS = 100.0
+_ROWS_AT_ONCE = 8192
 # Of the largest logit; the probe's arithmetic is fp32.
 _TOLERANCE = 1e-4
 
@@ -37,9 +38,10 @@ class HeadTap(nn.Module):
         return nn.functional.linear(hidden, self.weight, self.bias) if self.computes else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The plain linear layer, in fp32."""
-        bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+        """The plain linear layer, in fp32; a piece of the weight at a time, which whole would be a large copy."""
+        pieces = [hidden.float() @ rows.float().T for rows in self.weight.split(_ROWS_AT_ONCE)]
+        scores = torch.cat(pieces, dim=-1)
+        return scores if self.bias is None else scores + self.bias.float()
 
 
 @dataclass(frozen=True)

@@ -41,19 +41,20 @@ def replace_gated(model: nn.Module, *, kernels: str) -> int:
     """
     count = 0
     for name, module in list(model.named_modules()):
-        ours = _gated(name, module, kernels=kernels)
+        ours = _gated(name, module)
         if ours is None:
             continue
         for activation in ACTIVATIONS:
             ours.activation = activation
             if _computes_the_same(module, ours, ours.gate_up.in_features):
+                ours.kernels = kernels  # not before: the weights are still on the CPU, where Triton has none
                 _put(model, name, ours)
                 count += 1
                 break
     return count
 
 
-def _gated(name: str, module: nn.Module, *, kernels: str) -> GatedFeedForward | None:
+def _gated(name: str, module: nn.Module) -> GatedFeedForward | None:
     """Our module with the same weights, if `module` is made of the parts of a gated feed-forward."""
     linears = [getattr(module, part, None) for part in _GATED]
     if any(type(linear) is not nn.Linear for linear in linears):
@@ -72,7 +73,6 @@ def _gated(name: str, module: nn.Module, *, kernels: str) -> GatedFeedForward | 
             gate_up_names=(f"{name}.gate_proj", f"{name}.up_proj"),
             down_names=(f"{name}.down_proj",),
             bias=biases[0],
-            kernels=kernels,
         )
     ours.gate_up = _fused([(f"{name}.gate_proj", gate), (f"{name}.up_proj", up)])
     ours.down = _fused([(f"{name}.down_proj", down)])
