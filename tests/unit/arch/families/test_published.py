@@ -1,4 +1,4 @@
-"""Models as published have the published number of parameters: the shape from their config.json, the rest by default."""
+"""Published models have the published number of parameters: their config.json gives the shape, defaults the rest."""
 
 import pytest
 
