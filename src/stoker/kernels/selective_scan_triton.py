@@ -339,7 +339,10 @@ def _scan_backward_kernel(  # noqa: PLR0915, PLR0917
         carried = tl.where(row[:, None] == 0, decay * before[None, :], 0.0)
         _, state = tl.associative_scan((decay, added + carried), 0, _compose)
         direct = grad_y * C_n[:, None] + tl.where(row[:, None] == CHUNK - 1, grad_after[None, :], 0.0)
-        _, _, grad_state = tl.associative_scan((decay, one, direct), 0, _compose_back, reverse=True)
+        # Flipped by hand, which within a thread renames registers; `reverse=True` moves every value across the warp.
+        backwards = (tl.flip(decay, 0), one, tl.flip(direct, 0))
+        _, _, grad_state = tl.associative_scan(backwards, 0, _compose_back)
+        grad_state = tl.flip(grad_state, 0)
         y += state * C_n[:, None]
         grad_scaled += grad_state * B_n[:, None]
         through_decay = grad_state * (state - added)
