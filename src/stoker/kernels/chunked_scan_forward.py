@@ -6,6 +6,7 @@ Three launches: step sizes and decays; the state before each chunk, one after th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -244,6 +245,12 @@ def _output_kernel(  # noqa: PLR0917
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=rows & columns)
 
 
+@lru_cache
+def _has_tensor_cores(device: torch.device) -> bool:
+    """Whether Triton multiplies half precision on tensor cores there (and for the interpreter, as if so)."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The arguments of `chunked_scan` with contiguous channels, and the tiles that fit them."""
@@ -259,26 +266,23 @@ class Inputs:
     documents: Tensor | None
     limits: Limits
 
-    @property
+    @cached_property
     def largest(self) -> tuple[int, int]:
         """Positions a chunk and states a tile at most."""
-        x = self.x
-        on_tensor_cores = x.element_size() <= 2 and not (
-            x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0)
-        )
+        on_tensor_cores = self.x.element_size() <= 2 and _has_tensor_cores(self.x.device)
         return (MAX_CHUNK, MAX_STATES) if on_tensor_cores else (MAX_CHUNK // 2, MAX_STATES // 2)
 
-    @property
+    @cached_property
     def chunk(self) -> int:
         """Positions a chunk."""
         return max(16, min(self.largest[0], next_power_of_2(self.x.shape[1])))
 
-    @property
+    @cached_property
     def num_chunks(self) -> int:
         """Chunks a row."""
         return -(-self.x.shape[1] // self.chunk)
 
-    @property
+    @cached_property
     def tiles(self) -> dict[str, Any]:
         """Compile-time sizes that all kernels but the first share."""
         channels, states = self.x.shape[3], self.B.shape[3]
@@ -289,18 +293,18 @@ class Inputs:
             "PACKED": self.documents is not None,
         }
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Length, chunks, heads, heads a group, channels and states, as kernels take them."""
         heads = self.x.shape[2]
         return self.x.shape[1], self.num_chunks, heads, heads // self.B.shape[2], self.x.shape[3], self.B.shape[3]
 
-    @property
+    @cached_property
     def ids(self) -> Tensor:
         """The documents, or what a kernel does not read."""
         return or_empty(self.documents, self.dt)
 
-    @property
+    @cached_property
     def skip_strides(self) -> tuple[int, int]:
         """From head to head and from channel to channel."""
         return (0, 0) if self.D is None else (self.D.stride(0), self.D.stride(1) if self.D.ndim == 2 else 0)
