@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -166,8 +167,8 @@ def time_layer(out: Path, name: str, config: dict[str, Any], inner: int) -> None
         "gate_up back": (wide, up, {"transposed": True}, a_up),
         "down back": (x, down, {"rows": index, "transposed": True}, a_down),
     }
-    for product, (left, weight, options, factor) in products.items():
-        kernel = f"{name} {product}"
+    for label, (left, weight, options, factor) in products.items():
+        kernel = f"{name} {label}"
         time_tiles(out, kernel, left, weight, order.ends, options, {"product": low, "factor": factor})
         beside_torch(out, kernel, left, weight, order.ends, options)
     matmul = partial(grouped.grouped_matmul, implementation="triton")
@@ -204,15 +205,23 @@ def time_tiles(  # noqa: PLR0917
     """The product under each tile, without and with its low-rank update."""
     flops = 2.0 * update["product"].shape[0] * weight.shape[1] * weight.shape[2]
     run = partial(grouped.grouped_matmul, left, weight, ends, implementation="triton", **options)
-    default = grouped.WIDE
-    for tile in TILES:
-        grouped.WIDE = tile
+    default = grouped.WIDE, grouped.BOXES
+    for tile, boxes in product(TILES, (False, True)):
+        grouped.WIDE, grouped.BOXES = tile, boxes
         try:
             plain, updated = milliseconds(run), milliseconds(partial(run, **update))
-            report(out, kernel=kernel, tile=list(tile), ms=plain, with_update_ms=updated, tflops=flops / plain * 1e-9)
+            report(
+                out,
+                kernel=kernel,
+                tile=list(tile),
+                boxes=boxes,
+                ms=plain,
+                with_update_ms=updated,
+                tflops=flops / plain * 1e-9,
+            )
         except (RuntimeError, triton.errors.TritonError) as error:  # does not fit; the rest goes on
-            report(out, kernel=kernel, tile=list(tile), error=str(error)[:120])
-    grouped.WIDE = default
+            report(out, kernel=kernel, tile=list(tile), boxes=boxes, error=str(error)[:120])
+    grouped.WIDE, grouped.BOXES = default
 
 
 def beside_torch(  # noqa: PLR0917

@@ -47,12 +47,18 @@ FLOATS |= dict.fromkeys(("epsilon", "scale", "scaling", "cap", "smoothing", "z_l
 ROUTES = dict.fromkeys(("ends_ptr", "rows_ptr", "left_rows_ptr", "right_rows_ptr", "place_ptr"), "*i32")
 
 
-def grouped(tile: grouped_matmul.Tile, *, transposed: bool) -> tuple:
+def grouped(tile: grouped_matmul.Tile, *, transposed: bool, boxes: bool = False) -> tuple:
     """A case of the grouped matmul with all it can do, for the GPUs that have such tiles."""
     flags = dict.fromkeys(("GATHERED", "HAS_BIAS", "HAS_UPDATE", "EVEN"), True)
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "RANK": 16, "rank": 16}
-    constants |= {"EXPERTS": 128, "TRANSPOSED": transposed, "FLAT": False}
-    return (grouped_matmul._matmul_kernel, constants | flags, tile.warps, ROUTES, tile.stages)
+    constants |= {"EXPERTS": 128, "TRANSPOSED": transposed, "BOXES": boxes}
+    types = ROUTES | {"x_box": "i32", "weight_box": "i32"}
+    if boxes:
+        flags["GATHERED"] = False
+        shape = (tile.depth, tile.columns) if transposed else (tile.columns, tile.depth)
+        boxed = zip(("x_box", "weight_box"), ((tile.rows, tile.depth), shape), strict=True)
+        types |= {name: f"tensordesc<bf16[{size[0]}, {size[1]}]>" for name, size in boxed}
+    return (grouped_matmul._matmul_kernel, constants | flags, tile.warps, types, tile.stages)
 
 
 def outer(tile: grouped_matmul.Tile) -> tuple:
@@ -124,6 +130,7 @@ CASES = [
     (dropout._drop_kernel, {"LANES": 512, "ADDS": True}, 4, {"seed": "i64"}),
     (fp8._quantize_rows_kernel, {"BLOCK": 4096, "HAS_FACTOR": True}, 4, {"out_ptr": "*fp8e4nv"}),
     *(grouped(tile, transposed=t) for tile in (grouped_matmul.SMALL, grouped_matmul.WIDE) for t in (False, True)),
+    *(grouped(grouped_matmul.WIDE, transposed=t, boxes=True) for t in (False, True)),
     grouped(grouped_matmul.SKINNY, transposed=False),
     outer(grouped_matmul.SMALL),
     outer(grouped_matmul.OUTER),
@@ -147,7 +154,11 @@ def compile_case(case: tuple, capability: int) -> dict:
         default = working if name.endswith("_ptr") else "i32"
         signature[name] = "constexpr" if name in constants else (FLOATS | types).get(name, default)
     # As at a launch with aligned tensors and sizes: everything but floats is divisible by 16.
-    aligned = [i for i, name in enumerate(names) if signature[name] not in ("constexpr", "fp32")]
+    aligned = [
+        i
+        for i, name in enumerate(names)
+        if signature[name] not in ("constexpr", "fp32") and "desc" not in signature[name]
+    ]
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -162,7 +173,10 @@ def compile_case(case: tuple, capability: int) -> dict:
         "capability": capability,
         "shared_bytes": compiled.metadata.shared,
         "wide_loads": sum(
-            ("ld.global" in line and (".v4." in line or ".v2." in line)) or "cp.async.cg" in line for line in lines
+            ("ld.global" in line and (".v4." in line or ".v2." in line))
+            or "cp.async.cg" in line
+            or "cp.async.bulk" in line
+            for line in lines
         ),
     }
 

@@ -17,11 +17,13 @@ def ends_of(counts, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize(
+    ("counts", "sizes"), [(counts, (24, 40)) for counts in COUNTS] + [((140, 0, 3, 1), (160, 128))]
+)
 def test_grouped_matmul_with_gathered_rows_bias_and_update(
-    assert_as_exact_as_eager, draw, device, counts, transposed, dtype
+    assert_as_exact_as_eager, draw, device, counts, sizes, transposed, dtype
 ):
-    num_out, num_in, rank, num_rows = 24, 40, 3, sum(counts)
+    (num_out, num_in), rank, num_rows = sizes, 3, sum(counts)
     depth, columns = (num_out, num_in) if transposed else (num_in, num_out)
     rows = torch.randint(9, (num_rows,), generator=torch.Generator().manual_seed(3)).to(device, torch.int32)
     inputs = [
@@ -153,3 +155,16 @@ def test_two_runs_agree_bit_for_bit(draw, device):
         )
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_grouped_matmul_of_rows_that_are_sorted(assert_as_exact_as_eager, draw, device, transposed):
+    counts, num_out, num_in = (70, 0, 129, 1), 192, 128
+    inputs = [draw(sum(counts), num_out if transposed else num_in), draw(4, num_out, num_in, scale=0.2)]
+
+    def run(implementation):
+        return lambda x, weight: grouped_matmul(
+            x, weight, ends_of(counts, device), transposed=transposed, implementation=implementation
+        )
+
+    assert_as_exact_as_eager(run("triton"), run("reference"), inputs, dtype=torch.bfloat16, gradients=False)

@@ -19,12 +19,12 @@ Grouped kernels for mixtures of experts: MegaBlocks (Gale et al. 2022, arXiv:221
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stoker.kernels.triton_support import check_implementation, dot, jit, next_power_of_2, tl, triton
+from stoker.kernels.triton_support import TensorDescriptor, check_implementation, dot, jit, next_power_of_2, tl, triton
 
 MAX_RANK = 64
 """Above it the low-rank factors no longer fit beside a tile: the update is then a second product."""
@@ -44,6 +44,8 @@ WIDE = Tile(128, 256, 64, 8, 3)
 SKINNY = Tile(128, 16, 128, 4, 3)
 SMALL = Tile(64, 64, 32, 4, 2)
 """For GPUs before sm_80, whose programs have 64 KB of shared memory, for float32, and for the interpreter."""
+BOXES = True
+"""Whether Hopper's tensor descriptors read the tiles."""
 OUTER = Tile(64, 128, 64, 4, 3)
 OUTER_WIDE = Tile(128, 128, 64, 8, 3)
 
@@ -115,9 +117,11 @@ def _place(tile: tl.tensor, ends_ptr: tl.tensor, num_experts: tl.tensor, ROWS: t
 
 
 @jit
-def _matmul_kernel(  # noqa: PLR0917
+def _matmul_kernel(  # noqa: PLR0912, PLR0915, PLR0917 - one kernel, most of it chosen as it compiles
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
+    x_box: tl.tensor,
+    weight_box: tl.tensor,
     ends_ptr: tl.tensor,
     rows_ptr: tl.tensor,
     bias_ptr: tl.tensor,
@@ -141,11 +145,11 @@ def _matmul_kernel(  # noqa: PLR0917
     HAS_BIAS: tl.constexpr,
     HAS_UPDATE: tl.constexpr,
     EVEN: tl.constexpr,
-    FLAT: tl.constexpr,
+    BOXES: tl.constexpr,
 ) -> None:
-    # FLAT: the grid's fast axis runs over the rows of one block of columns, so that they share the expert's matrix.
-    tile = tl.program_id(0 if FLAT else 1)
-    block = tl.program_id(1 if FLAT else 0)
+    # BOXES: descriptors read tiles of the weights, and of rows that are sorted already, in the hardware's own way.
+    # They may reach into the next expert's rows, whose results are not stored.
+    tile, block = tl.program_id(1), tl.program_id(0)
     expert, first, end = _place(tile, ends_ptr, num_experts, ROWS, EXPERTS)
     if expert < num_experts:
         row = first + tl.arange(0, ROWS)
@@ -165,12 +169,20 @@ def _matmul_kernel(  # noqa: PLR0917
             w = matrix + column[None, :].to(tl.int64) * depth + k[:, None]
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for start in range(0, depth, DEPTH):
-            if EVEN:
+            left = k < depth - start
+            if BOXES and not GATHERED:
+                x_tile = x_box.load([first, start])
+            elif EVEN:
                 x_tile = tl.load(x)
+            else:
+                x_tile = tl.load(x, mask=left[None, :], other=0.0)
+            if BOXES and TRANSPOSED:
+                w_tile = weight_box.load([expert * depth + start, block * COLUMNS])
+            elif BOXES:
+                w_tile = weight_box.load([expert * num_columns + block * COLUMNS, start]).T
+            elif EVEN:
                 w_tile = tl.load(w)
             else:
-                left = k < depth - start
-                x_tile = tl.load(x, mask=left[None, :], other=0.0)
                 w_tile = tl.load(w, mask=left[:, None] & in_columns[None, :], other=0.0)
             total += dot(x_tile, w_tile)
             x += DEPTH
@@ -247,6 +259,24 @@ def tile_for(x: Tensor, num_columns: int) -> Tile:
     return WIDE
 
 
+def _boxes(x: Tensor, weight: Tensor, tile: Tile, *, transposed: bool) -> tuple[Any, Any] | None:
+    """Descriptors of tiles of `x` and of `weight` [E out, in]; None where the device or the layout has none."""
+    if TensorDescriptor is None or not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
+        return None
+    flat = weight.flatten(0, 1)
+    pitches = (x.stride(0), flat.stride(0))
+    aligned = all(16 % tensor.element_size() == 0 and tensor.data_ptr() % 16 == 0 for tensor in (x, flat))
+    if not aligned or any(pitch * x.element_size() % 16 for pitch in pitches):
+        return None
+    if weight.shape[1 if transposed else 2] % tile.depth:  # a box would reach into the next expert's depth
+        return None
+    shape = [tile.depth, tile.columns] if transposed else [tile.columns, tile.depth]
+    return (
+        TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [tile.rows, tile.depth]),
+        TensorDescriptor(flat, list(flat.shape), [flat.stride(0), 1], shape),
+    )
+
+
 def grouped_matmul(
     x: Tensor,
     weight: Tensor,
@@ -278,9 +308,12 @@ def grouped_matmul(
     tile = tile_for(x, num_columns)
     out = torch.empty((num_rows, num_columns), dtype=x.dtype, device=x.device)
     tiles, blocks = triton.cdiv(num_rows, tile.rows) + num_experts - 1, triton.cdiv(num_columns, tile.columns)
+    boxes = _boxes(x, weight, tile, transposed=transposed) if tile is WIDE and BOXES else None
     _matmul_kernel[(blocks, tiles)](
         x,
         weight,
+        ends if boxes is None else boxes[0],
+        ends if boxes is None else boxes[1],
         ends,
         ends if rows is None else rows,
         x if bias is None else bias,
@@ -304,7 +337,7 @@ def grouped_matmul(
         HAS_BIAS=bias is not None,
         HAS_UPDATE=product is not None,
         EVEN=depth % tile.depth == 0 and num_columns % tile.columns == 0,
-        FLAT=False,
+        BOXES=boxes is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

@@ -18,6 +18,13 @@ try:
 except ImportError:
     _triton = _language = None
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor as _TensorDescriptor
+except ImportError:  # before 3.4
+    _TensorDescriptor = None
+
+TensorDescriptor: Any = _TensorDescriptor
+"""Triton's view of a tensor in boxes, which Hopper copies by itself; None without it."""
 triton: Any = _triton
 tl: Any = _language
 
