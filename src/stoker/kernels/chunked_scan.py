@@ -216,7 +216,8 @@ class _ChunkedScanTriton(torch.autograd.Function):
     # The decorator's type hides the name of `ctx`.
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Gradients of all tensors; those of A, D and the bias only where one of them is asked for."""
-        saved, between = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+        kept = ctx.saved_tensors  # read once: a checkpoint gives them once
+        saved, between = kept[:9], kept[9:]
         grad, grad_end = grads
         if grad is None:
             grad = torch.zeros_like(saved[0])

@@ -175,14 +175,15 @@ class _SelectiveScanTriton(torch.autograd.Function):
     # The decorator's type hides the name of `ctx`.
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Gradients of all tensors; those of A, D and the bias only where one of them is asked for."""
-        inputs = Inputs(*ctx.saved_tensors[:10])
+        kept = ctx.saved_tensors  # read once: a checkpoint gives them once
+        inputs = Inputs(*kept[:10])
         grad, grad_end = grads
         if grad is None:
             grad = torch.zeros_like(inputs.x)
         needs = ctx.needs_input_grad
         results = launch_backward(
             inputs,
-            ctx.saved_tensors[10:],
+            kept[10:],
             contiguous_channels(grad),
             grad_end,
             parameters=needs[2] or needs[5] or needs[7],
