@@ -240,3 +240,16 @@ def test_a_step_that_is_broken_off_lets_go_of_what_else_is_held():
     strategy.prepare(torch.nn.Linear(2, 2))
     strategy.discard_gradients()
     assert calls == ["let go"]
+
+
+def test_a_group_may_step_at_a_multiple_of_the_rate(toy_strategy, toy_batch):
+    strategy, task = toy_strategy("sgd")
+    for group in strategy._optimizer.param_groups:
+        group["rate_scale"] = 0.5
+    before = task.hidden.weight.detach().clone()
+    strategy.forward_backward(toy_batch(4), divisor=32.0, is_last=True)
+    gradient = task.hidden.weight.grad.clone()
+
+    strategy.step(0.1, max_gradient_norm=None)
+
+    torch.testing.assert_close(task.hidden.weight, before - 0.05 * gradient)

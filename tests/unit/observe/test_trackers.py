@@ -1,3 +1,7 @@
+import importlib.machinery
+import sys
+import types
+
 import pytest
 
 from stoker.errors import ConfigError
@@ -31,3 +35,24 @@ def test_unknown_tracker_is_refused(tmp_path):
 
 def test_nested_settings_are_flattened_with_dots():
     assert trackers.flatten({"train": {"seed": 1}, "x": "y"}) == [("train.seed", "1"), ("x", "y")]
+
+
+def test_weights_and_biases_gets_its_settings(tmp_path, monkeypatch):
+    asked = {}
+    module = types.ModuleType("wandb")
+    module.init = lambda **settings: asked.update(settings)
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    settings = {"project": "p", "entity": None, "name": "mine", "run_id": "abc", "mode": "offline"}
+
+    trackers.build(["wandb"], tmp_path, run_name="run", config={"a": 1}, wandb=settings)
+
+    assert asked == {
+        "dir": str(tmp_path),
+        "name": "mine",
+        "config": {"a": 1},
+        "project": "p",
+        "mode": "offline",
+        "id": "abc",
+        "resume": "allow",
+    }

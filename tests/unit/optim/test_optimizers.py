@@ -143,3 +143,31 @@ def test_unknown_kind_and_nothing_to_train_are_refused():
         optimizers.build(Model().named_parameters(), kind="adam", learning_rate=1e-3)
     with pytest.raises(ValueError, match="no parameter"):
         optimizers.build([], kind="adamw", learning_rate=1e-3)
+
+
+def test_parameters_may_have_a_multiple_of_the_rate():
+    model = Model()
+    scales = {"embedding.weight": 0.1, "head.weight": 0.1}
+
+    optimizer = optimizers.build(
+        model.named_parameters(),
+        kind="adamw",
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        rate_scale=lambda name: scales.get(name, 1.0),
+    )
+
+    found = {
+        name: (group.get("rate_scale", 1.0), group["weight_decay"])
+        for name, parameter in model.named_parameters()
+        for group in optimizer.param_groups
+        if any(parameter is other for other in group["params"])
+    }
+    assert found == {
+        "embedding.weight": (0.1, 0.0),
+        "hidden.weight": (1.0, 0.1),
+        "hidden.bias": (1.0, 0.0),
+        "norm.weight": (1.0, 0.0),
+        "norm.bias": (1.0, 0.0),
+        "head.weight": (0.1, 0.1),
+    }

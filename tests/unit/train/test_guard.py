@@ -5,7 +5,8 @@ import torch
 
 from stoker.errors import TrainingError
 from stoker.train.evaluate import evaluate
-from stoker.train.guard import MemoryGuard, is_out_of_memory
+from stoker.train.guard import LossGuard, MemoryGuard, is_out_of_memory
+from stoker.train.settings import LossLimit
 
 
 class SmallMemory:
@@ -162,3 +163,19 @@ def test_a_real_lack_of_device_memory_is_split_and_loss_and_gradients_are_unchan
     for name, gradient in expected.items():
         # Only the order of fp32 sums differs.
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_a_loss_above_the_limit_stops_only_after_as_many_steps_in_a_row():
+    guard = LossGuard(LossLimit(5.0, patience=2))
+
+    for step, loss in enumerate([6.0, 4.0, 6.0, 5.0], start=1):
+        guard.check(loss, step)
+    guard.check(5.1, 5)
+    with pytest.raises(TrainingError, match=r"above train.loss_limit.above = 5 for 2 steps in a row; at step 6"):
+        guard.check(7.0, 6)
+
+
+def test_without_a_limit_no_loss_is_too_high():
+    guard = LossGuard(None)
+    for step in range(10):
+        guard.check(1e9, step)

@@ -9,7 +9,7 @@ from stoker.errors import CheckpointError, TrainingError
 from stoker.observe.events import CheckpointSaved, Evaluated, Notice, RunEnded, RunStarted, StepLogged
 from stoker.optim import optimizers
 from stoker.train.loop import Trainer
-from stoker.train.settings import Checkpoints, EarlyStopping, Every
+from stoker.train.settings import Checkpoints, EarlyStopping, Every, LossLimit
 
 
 class StopsAfter:
@@ -395,3 +395,12 @@ def test_a_failure_is_announced_before_it_is_raised(make):
     with pytest.raises(TrainingError, match="step 1"):
         trainer.run()
     assert recorder.events[-1].reason == "failed"
+
+
+def test_a_run_whose_loss_stays_high_ends_in_an_error(make):
+    trainer, _, recorder = make(total_steps=8, loss_limit=LossLimit(0.01, patience=3))
+
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        trainer.run()
+
+    assert [event.step for event in recorder.of(StepLogged)] == [1, 2, 3]

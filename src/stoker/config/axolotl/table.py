@@ -574,7 +574,7 @@ KEYS: dict[str, Entry] = {
     "rl": custom(
         "refused",
         f"{_RL}. {_SFT}",
-        lambda reading: Outcome("refused", f"rl: {reading.value}: {_RL}. {_SFT}"),
+        lambda reading: Outcome("refused", f"{reading.value}: {_RL}. {_SFT}"),
     ),
     **_all(
         "rl_beta dpo_beta dpo_use_weighting dpo_label_smoothing dpo_use_liger_kernel dpo_padding_free dpo_loss_type "
