@@ -13,7 +13,21 @@ from typing import Annotated
 import typer
 
 from stoker import __version__
-from stoker.cli import bench, chat, check, convert, doctor, evaluate, generate, init, inspect, merge, models, train
+from stoker.cli import (
+    bench,
+    chat,
+    check,
+    convert,
+    doctor,
+    evaluate,
+    generate,
+    init,
+    inspect,
+    merge,
+    models,
+    prepare,
+    train,
+)
 from stoker.errors import StokerError
 
 _PLACES_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -46,6 +60,7 @@ def root(
 app.command("init")(init.command)
 app.command("check")(check.command)
 app.command("convert")(convert.command)
+app.command("prepare")(prepare.command)
 app.command("inspect")(inspect.command)
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)

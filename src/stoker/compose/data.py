@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from stoker.compose.prepare import prepare_sources
+from stoker.compose.streams import is_windowed, preparation_of, sample
 from stoker.config.schema import RunConfig
 from stoker.data.audit import Audit, problems, warnings
 from stoker.data.loader import Documents, StepLoader
 from stoker.data.pack import Layout
+from stoker.data.preparation import Preparation
 from stoker.data.prepare import split
 from stoker.errors import DataError, Problem
 
@@ -26,10 +28,14 @@ class Data:
     validation: Documents | None
     audits: dict[str, Audit]
     notices: tuple[str, ...]
+    windows: Preparation | None = None
+    """What the rows to train on are made from, if training begins before they are prepared; `train` is a sample."""
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest document."""
+        """Tokens of the longest document; the limit where not all are known."""
+        if self.windows is not None:
+            return self.windows.sequence_length
         return max(int(part.lengths.max(initial=0)) for part in (self.train, self.validation) if part is not None)
 
 
@@ -40,6 +46,8 @@ def prepare_data(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", *, con
         DataError: a source or a row is wrong; faults that the audit finds are for `refuse_faults`.
     """
     held_out = config.data.validation
+    if is_windowed(config):
+        return _windowed(config, tokenizer, console=console)
     whole = prepare_sources(config, config.data.train, tokenizer, console=console, label="train")
     notices = list(whole.notices)
     if held_out is None:
@@ -50,6 +58,20 @@ def prepare_data(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", *, con
     other = prepare_sources(config, held_out, tokenizer, console=console, label="validation")
     notices += other.notices
     return Data(whole, other, {"train": whole.audit, "validation": other.audit}, tuple(notices))
+
+
+def _windowed(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", *, console: Console) -> Data:
+    preparation = preparation_of(config, tokenizer)
+    first = sample(preparation)
+    how = "streamed" if config.data.streaming else "prepared while training runs"
+    notices = [f"data.train is {how}: what is said of it here is of its first {first.audit.rows:,} rows."]
+    held_out, validation = config.data.validation, None
+    audits = {"train": first.audit}
+    if isinstance(held_out, list):
+        validation = prepare_sources(config, held_out, tokenizer, console=console, label="validation")
+        notices += validation.notices
+        audits["validation"] = validation.audit
+    return Data(first, validation, audits, tuple(notices), preparation)
 
 
 def refuse_faults(audits: dict[str, Audit]) -> list[str]:

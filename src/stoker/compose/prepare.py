@@ -17,10 +17,12 @@ from stoker.config.schema import Data, Pretrain, RunConfig, Source
 from stoker.data import cache_list
 from stoker.data.options import ChatOptions, PromptTexts
 from stoker.data.prepare import Prepared, Progress, Report, SourceOptions, prepare
+from stoker.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_DEFAULT_CACHE = Data.model_fields["cache_folder"].default
 _MIN_SECONDS = 1.0
 """A preparation that takes less is not worth a line."""
 
@@ -128,6 +130,48 @@ def progress(console: Console, label: str) -> Iterator[Report]:
             bars.update(task, description=text, completed=state.share or 0.0, total=1.0 if known else None)
 
         yield report
+
+
+def prepare_ahead(config: RunConfig, *, console: Console | None = None) -> None:
+    """Prepares the rows that a run will read, training and validation, and says what they hold.
+
+    Raises:
+        DataError: the data cannot be read, or the audit finds a fault.
+    """
+    from stoker.compose.data import prepare_data, refuse_faults, summary
+    from stoker.compose.model import load_tokenizer, open_base
+    from stoker.plan.limits import fitted
+
+    console = console or Console()
+    base = open_base(config.model.base, revision=config.model.revision)
+    config = fitted(config, base.spec)
+    if config.data.streaming:
+        raise ConfigError("data.streaming = true keeps nothing, so there is nothing to prepare.", fix="Train at once.")
+    # Whatever `data.prepare` says: this command is the time ahead.
+    config = config.model_copy(update={"data": config.data.model_copy(update={"prepare": "ahead"})})
+    tokenizer = load_tokenizer(base, override=config.model.tokenizer, chat_template=config.model.chat_template)
+    data = prepare_data(config, tokenizer, console=console)
+    for name, text in summary(config, data):
+        say(console, f"{name:<10}  {text}")
+    for sentence in [*data.notices, *refuse_faults(data.audits)]:
+        say(console, sentence, style="yellow")
+
+
+def look_after_cache(
+    config: RunConfig | None,
+    *,
+    list_entries: bool,
+    prune: bool,
+    unused_days: float | None = None,
+    console: Console | None = None,
+) -> None:
+    """Removes what is stale (`prune`), then lists what is kept; of the configuration's cache or the default one."""
+    console = console or Console()
+    folder = Path(_DEFAULT_CACHE).expanduser() / "data" if config is None else cache_folder(config.data)
+    if prune:
+        prune_cache(folder, unused_days=unused_days, console=console)
+    if list_entries:
+        list_cache(folder, console=console)
 
 
 def list_cache(folder: Path, *, console: Console) -> None:

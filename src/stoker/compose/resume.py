@@ -25,7 +25,7 @@ _FIXED = (
     "train.optimizer.kind",
 )
 _EXACT = ("micro_batch_size", "precision", "kernels", "num_threads")
-_FREE = ("data.cache_folder", "data.on_bad_row")
+_FREE = ("data.cache_folder", "data.on_bad_row", "data.num_workers")
 
 
 def changes(config: RunConfig, folder: RunFolder) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,7 +143,8 @@ def train(
         notices=[{"level": "warning", "message": sentence} for sentence in warnings],
         layers_not_in_fp8=not_in_fp8,
     )
-    return _run(config, plan, model, engine, folder=folder, notes=notes, resume_run=resume_run, console=console)
+    with closing(engine):
+        return _run(config, plan, model, engine, folder=folder, notes=notes, resume_run=resume_run, console=console)
 
 
 def _open(config: RunConfig) -> Model:

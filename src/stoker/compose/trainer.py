@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from stoker.compose import trained
 from stoker.compose.data import Data, loader
 from stoker.compose.run_folder import RunFolder
+from stoker.compose.streams import stream_loader
 from stoker.config.schema import Adapter, Optimizer, RunConfig, WarmupStableDecay
 from stoker.data.loader import Documents, StepLoader
+from stoker.data.stream_loader import StreamLoader
 from stoker.errors import ConfigError
 from stoker.observe.observer import Observer
 from stoker.optim import optimizers, schedules
@@ -33,9 +35,14 @@ class Engine:
     """What runs the steps: the strategy with the task prepared in it, and the batches."""
 
     strategy: "SingleDevice"
-    train: StepLoader
+    train: StepLoader | StreamLoader
     validation: StepLoader | None
     total_steps: int
+
+    def close(self) -> None:
+        """Ends what prepares rows beside the training."""
+        if isinstance(self.train, StreamLoader):
+            self.train.close()
 
     def validation_batches(self) -> "Iterable[Batch]":
         """Yields the held-out rows in order."""
@@ -118,7 +125,11 @@ def make_engine(config: RunConfig, plan: Plan, decoder: "Model", data: Data, *, 
     def batches(documents: Documents, *, mixed: bool = False) -> StepLoader:
         return loader(config, documents, micro_batch_size=plan.micro_batch_size, pad_id=pad_id, mixed=mixed)
 
-    train = batches(data.train, mixed=True)
+    train: StepLoader | StreamLoader = batches(data.train, mixed=data.windows is None)
+    if data.windows is not None:
+        train = stream_loader(
+            config, data.windows, micro_batch_size=plan.micro_batch_size, pad_id=pad_id, first=list(train.all())
+        )
     validation = batches(data.validation) if data.validation is not None else None
     return Engine(strategy, train, validation, total_steps(config, train.steps_per_epoch))
 

@@ -57,6 +57,10 @@ class GrowingWindows:
         assert self._whole is not None
         return self._whole
 
+    def join(self, seconds: float) -> None:
+        """Waits so long for the preparation to end, whatever comes of it."""
+        self._thread.join(seconds)
+
     def read(self, place: Place) -> Iterator[Window]:
         """Yields the windows from a place on, pass after pass, without end; waits for documents that are not there."""
         first_pass, first = place

@@ -1,7 +1,7 @@
 """What the trainer needs of batches: the data room's `Batch` and `StepLoader` have this shape."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,6 +42,17 @@ class StepSource(Protocol):
 
     def step(self, index: int) -> Sequence[Batch]:
         """Returns this rank's micro-batches of the step with this index (from 0)."""
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """A step source that reads a stream: where it stands must be kept beside the step's number."""
+
+    def position(self) -> Mapping[str, Any]:
+        """Returns where the next step stands, as JSON values."""
+
+    def seek(self, index: int, position: Mapping[str, Any]) -> None:
+        """Goes to where `position` was taken, before the step with this index."""
 
 
 Batches = Callable[[], Iterable[Batch]]

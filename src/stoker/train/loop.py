@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stoker.checkpoint import rng
 from stoker.checkpoint.folder import set_aside
@@ -13,7 +14,7 @@ from stoker.checkpoint.write import save
 from stoker.distributed.strategy import Strategy, StrategyState
 from stoker.observe.events import CheckpointSaved, Evaluated, Event, Notice, RunEnded, RunStarted, StepLogged
 from stoker.observe.observer import Observer
-from stoker.train.batches import Batches, StepSource
+from stoker.train.batches import Batches, StepSource, Streamed
 from stoker.train.evaluate import evaluate_unless
 from stoker.train.guard import LossGuard, MemoryGuard, check_finite
 from stoker.train.interrupt import Interrupt
@@ -212,7 +213,7 @@ class Trainer:
             self._checkpoints.folder,
             self.state.step,
             tensors={"weights": state.weights, "optimizer": state.optimizer, "rng": rng_tensors},
-            values={"train": self.state.to_values(), "strategy": state.values, "rng": rng_values},
+            values={"train": self.state.to_values(), "strategy": state.values, "rng": rng_values} | self._position(),
         )
         best = [self.state.best_step] if self._checkpoints.keep_best and self.state.best_step else []
         keep(self._checkpoints.folder, last=self._checkpoints.keep_last, steps=best)
@@ -230,6 +231,10 @@ class Trainer:
         self._restore(loaded)
         return [*notices, Notice(f"Resuming from {loaded.path} after step {loaded.step}.")]
 
+    def _position(self) -> dict[str, Any]:
+        """Where a stream of batches stands; other batches need only the step's number."""
+        return {"batches": self._batches.position()} if isinstance(self._batches, Streamed) else {}
+
     def _restore(self, loaded: Loaded) -> None:
         self.state = TrainState.from_values(loaded.values["train"])
         self._guard.max_positions = self.state.max_positions
@@ -237,6 +242,8 @@ class Trainer:
             StrategyState(loaded.tensors["weights"], loaded.tensors["optimizer"], loaded.values["strategy"])
         )
         rng.restore(loaded.tensors["rng"], loaded.values["rng"])
+        if isinstance(self._batches, Streamed):
+            self._batches.seek(self.state.step, loaded.values["batches"])
         self._saved, self._last_checkpoint = (self.state.step, self.state.evaluated_step), loaded.path
 
     # Events

@@ -1,0 +1,129 @@
+"""Training rows that come in windows: streamed, or prepared while training runs."""
+
+import threading
+from collections.abc import Callable
+
+from stoker.compose.prepare import cache_folder, row_options, source_options
+from stoker.config.schema import RunConfig
+from stoker.data import cache
+from stoker.data.batch import Batch
+from stoker.data.collate import Collator
+from stoker.data.growing import GrowingWindows
+from stoker.data.preparation import Preparation
+from stoker.data.prepare import Prepared, Progress, describe, pool_for, through_cache
+from stoker.data.stream_loader import StreamLoader
+from stoker.data.streaming import StreamedWindows
+from stoker.data.windows import RowStream, Windows
+from stoker.data.workers import InProcess
+from stoker.data.writers import MemoryWriter
+
+_JOIN_SECONDS = 10.0
+
+
+def is_windowed(config: RunConfig) -> bool:
+    """Whether training begins before all rows are prepared."""
+    return config.data.streaming or config.data.prepare == "overlap"
+
+
+def preparation_of(config: RunConfig, tokenizer: object) -> Preparation:
+    """Returns what the training rows are made from; sources are found, their first rows are not looked at yet."""
+    sources = [source_options(source) for source in config.data.train]
+    return describe(sources, tokenizer=tokenizer, streaming=config.data.streaming, **row_options(config))
+
+
+def sample(preparation: Preparation) -> Prepared:
+    """Returns the documents of each source's first rows, whose audit stands for the rest.
+
+    Raises:
+        DataError: a source is empty or malformed, or one of these rows is wrong.
+    """
+    maker, writer, tally = preparation.maker, MemoryWriter(), preparation.tally.taken()
+    for number in range(len(preparation.sources)):
+        writer.begin_source()
+        chunk, _ = next(preparation.chunks(number))
+        made = maker.make(chunk)
+        writer.add(made.tokens)
+        tally.merge(made.tally)
+    wanted = preparation.training.end_of_turn != "none"
+    audit = tally.audit(train_on=preparation.training.train_on, end_of_turn_wanted=wanted)
+    return writer.finish(audit, documents_per_example=preparation.documents_per_example)
+
+
+def stream_loader(
+    config: RunConfig, preparation: Preparation, *, micro_batch_size: int, pad_id: int, first: list[Batch]
+) -> StreamLoader:
+    """Returns the batches of rows in windows; `first` are those to measure the loss on."""
+    data, together = config.data, preparation.documents_per_example
+    collator = Collator(
+        micro_batch_size=micro_batch_size,
+        sequence_length=data.sequence_length,
+        packing=data.packing,
+        pad_id=pad_id,
+        documents_per_example=together,
+    )
+    window_tokens = data.window_sequences * collator.row_tokens
+    weights = [source.weight for source in data.train if source.weight is not None]
+    windows, ahead, close = (_streamed if data.streaming else _overlapped)(config, preparation, window_tokens)
+    streams = [
+        RowStream(
+            one,
+            seed=config.train.seed,
+            salt=number,
+            capacity=collator.row_tokens if data.packing else None,
+            shuffle=data.shuffle,
+            ahead=ahead,
+        )
+        for number, one in enumerate(windows)
+    ]
+    assert config.train.steps is not None  # a rule of the configuration
+    return StreamLoader(
+        streams,
+        collator=collator,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        steps_per_epoch=config.train.steps,
+        weights=weights or None,
+        sample=first,
+        on_close=close,
+    )
+
+
+_Opened = tuple[list[Windows], bool, Callable[[], None]]
+"""The windows, whether to fetch them in a thread, and what ends it all."""
+
+
+def _streamed(config: RunConfig, preparation: Preparation, window_tokens: int) -> _Opened:
+    pool = pool_for(preparation, config.data.num_workers)
+    pool.__enter__()
+    numbers = range(len(preparation.sources))
+    is_mixed = config.data.train[0].weight is not None
+    parts = [(number,) for number in numbers] if is_mixed else [tuple(numbers)]
+    windows: list[Windows] = [StreamedWindows(preparation, part, pool, window_tokens=window_tokens) for part in parts]
+    # One maker in this process serves one thread at a time.
+    return windows, not isinstance(pool, InProcess), lambda: pool.__exit__(None, None, None)
+
+
+class _EnoughError(Exception):
+    """Training has ended before the preparation has."""
+
+
+def _overlapped(config: RunConfig, preparation: Preparation, window_tokens: int) -> _Opened:
+    place, stopped = cache_folder(config.data), threading.Event()
+    folder = place / cache.key(preparation.identity(cache.Digests(place)))
+
+    def report(_: Progress) -> None:
+        if stopped.is_set():
+            raise _EnoughError
+
+    def prepare() -> Prepared:
+        return through_cache(preparation, place, num_workers=config.data.num_workers, report=report)
+
+    windows = GrowingWindows(
+        prepare, folder, window_tokens=window_tokens, documents_per_example=preparation.documents_per_example
+    )
+
+    def close() -> None:
+        stopped.set()
+        windows.join(_JOIN_SECONDS)
+
+    return [windows], True, close
