@@ -51,6 +51,19 @@ def loading_notice(spec: AnySpec, targets: str | list[str]) -> str:
     )
 
 
+def experts_problem(spec: AnySpec, adapter: Adapter) -> Problem | None:
+    """Returns why experts cannot have this adapter, or None: in PEFT it has neither dropout nor DoRA there."""
+    experts = arithmetic.expert_counts(spec).keys() & set(targeted(spec, adapter.targets))
+    if not experts or (adapter.kind != "dora" and adapter.dropout == 0.0):
+        return None
+    what = "no DoRA" if adapter.kind == "dora" else f"no dropout, and adapter.dropout is {adapter.dropout}"
+    name = sorted(experts)[0].rpartition(".")[2]
+    return Problem(
+        f"an adapter on experts ({name} of this mixture) has {what}.",
+        fix="Use kind: lora and dropout: 0.0, or name targets outside of the experts.",
+    )
+
+
 def adapter_parameters(spec: AnySpec, adapter: Adapter) -> int:
     """Returns how many parameters the adapter trains: two matrices a layer, and DoRA's magnitude of each output row."""
     names = targeted(spec, adapter.targets)

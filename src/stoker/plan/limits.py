@@ -8,7 +8,7 @@ from stoker.arch.spec import DynamicScaling, LinearScaling
 from stoker.config.document import Path
 from stoker.config.schema import RunConfig
 from stoker.errors import Problem
-from stoker.plan.adapter import targets_problem
+from stoker.plan.adapter import experts_problem, targets_problem
 
 
 def max_sequence_length(spec: AnySpec) -> int:
@@ -57,6 +57,7 @@ def problems(config: RunConfig, spec: AnySpec) -> list[tuple[Path, Problem]]:
     ]
     if config.adapter is not None:
         found.append((("adapter", "targets"), targets_problem(spec, config.adapter.targets)))
+        found.append((("adapter",), experts_problem(spec, config.adapter)))
     return [(path, problem) for path, problem in found if problem is not None]
 
 

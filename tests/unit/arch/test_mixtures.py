@@ -4,7 +4,9 @@ import pytest
 
 from stoker.arch import activations, arithmetic, families
 from stoker.arch.activations import Micro
+from stoker.config.load import parse
 from stoker.errors import ModelError
+from stoker.plan import limits
 from stoker.plan.memory import frozen_weight_bytes, scratch_bytes
 
 QWEN = {
@@ -45,6 +47,23 @@ def test_experts_are_kept_in_nf4_or_in_the_compute_type():
     assert frozen_weight_bytes(spec, "nf4", 2) < dense - 1.4 * experts
     assert frozen_weight_bytes(spec, "int8", 2) > dense - experts
     assert scratch_bytes(spec, "nf4", 2) == 2 * 128 * 2048 * 1536
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (["adapter.dropout=0.1"], "no dropout, and adapter.dropout is 0.1"),
+        (["adapter.kind=dora"], "no DoRA"),
+        (["adapter.dropout=0.1", "adapter.targets=[q_proj]"], None),
+        ([], None),
+    ],
+)
+def test_dropout_and_dora_on_experts_are_a_problem_before_the_run(overrides, what):
+    values = {"model": {"base": "some/model"}, "adapter": {"rank": 4}, "data": {"train": [{"path": "rows.jsonl"}]}}
+    config = parse({**values, "train": {"learning_rate": 1e-4}, "output": {"folder": "runs/x"}}, overrides)
+    found = [problem.what for path, problem in limits.problems(config, spec_of()) if path == ("adapter",)]
+    assert len(found) == (0 if what is None else 1)
+    assert what is None or what in found[0]
 
 
 def test_a_mixture_that_is_run_again_keeps_its_input_beside_the_layer_s():
