@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from stoker.adapters.lora import add_lora
 from stoker.adapters.merge import merge_into
+from stoker.arch.activations import Micro, op_by_op
 from stoker.data.batch import Batch
 from stoker.export import adapter
 from stoker.export.merged import merge
@@ -179,3 +180,23 @@ def test_every_weight_is_trained_and_written_as_transformers_would(model_type, t
                 parameter.sub_(parameter.grad)
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(dict(borrowed.tensors(model))[name], parameter, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["arcee", "bitnet", "codegen", "gpt_bigcode", "opt", "seed_oss"])
+def test_the_plans_estimate_of_what_layers_keep_is_within_a_factor_of_two(model_type):
+    spec = borrowed.read(folder_of(model_type), why="it is a test", is_remote=False)
+    model, ids = adapted(model_type).train(), ids_of(4, 60)
+    of_model = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in of_model:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(ids)
+    measured = sum(size for size, _ in kept.values())
+    estimated = sum(op_by_op(layer, spec.hidden_size, Micro(ids.numel(), 4), "all").kept for layer in spec.layers)
+    assert 0.5 < estimated / measured < 2.0

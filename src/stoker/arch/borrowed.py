@@ -14,12 +14,14 @@ class BorrowedMixer:
     """All that a layer of Transformers' class computes, as one: feed-forward, norms and residuals included.
 
     `linears`: (Hugging Face's name within the layer, in features, out features). `attention_width`: channels of all
-    query heads together, 0 where the layer mixes tokens without attention.
+    query heads together, 0 where the layer mixes tokens without attention. `score_values`: values a token of
+    attention's scores, which a class that computes attention by itself keeps for the backward.
     """
 
     kind: ClassVar[str] = "borrowed"
     linears: tuple[tuple[str, int, int], ...]
     attention_width: int = 0
+    score_values: int = 0
 
     @property
     def saved_values(self) -> int:
@@ -29,12 +31,13 @@ class BorrowedMixer:
         norms and activations.
         """
         inputs = {into for _, into, _ in self.linears}
-        return sum(inputs) + sum(out for _, _, out in self.linears) + 2 * max(inputs, default=0)
+        outputs = sum(out for _, _, out in self.linears)
+        return sum(inputs) + outputs + 2 * max(inputs, default=0) + self.score_values
 
     @property
     def widest(self) -> int:
         """The largest number of channels in the layer."""
-        return max((max(into, out) for _, into, out in self.linears), default=0)
+        return max((self.score_values, *(max(into, out) for _, into, out in self.linears)))
 
 
 @dataclass(frozen=True)

@@ -52,3 +52,21 @@ def test_what_does_not_go_together_is_refused(complaints, overrides, words):
 )
 def test_what_goes_together_is_accepted(parsed, overrides):
     assert parsed(*overrides).model.base == "builtin:tiny-llama"
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize("revision", ["main", COMMIT[:10]])
+def test_remote_code_from_the_hub_needs_a_pinned_commit(complaints, revision):
+    (message,) = complaints("model.base=a/b", "model.trust_remote_code=true", f"model.revision='{revision}'")
+    assert "can be changed by others at any time" in message
+    assert "40 hexadecimal digits" in message
+    assert complaints("model.base=a/b", "model.trust_remote_code=true")
+
+
+def test_remote_code_of_a_pinned_commit_or_of_a_folder_is_allowed(parsed, tmp_path):
+    assert (
+        parsed("model.base=a/b", "model.trust_remote_code=true", f"model.revision='{COMMIT}'").model.revision == COMMIT
+    )
+    assert parsed(f"model.base={tmp_path}", "model.trust_remote_code=true").model.trust_remote_code

@@ -127,6 +127,11 @@ def takes_attention(model: nn.Module) -> bool:
     return bool(getattr(model, "_supports_attention_backend", False))
 
 
+def has_fused_attention(model: nn.Module) -> bool:
+    """Whether the class says that it can use PyTorch's attention, or ours, which keep no scores."""
+    return takes_attention(model) or bool(getattr(model, "_supports_sdpa", False))
+
+
 def remote_class(config: Mapping[str, Any]) -> str | None:
     """Returns the name of the causal model's class that comes with the model, if its config.json names one."""
     auto_map = config.get("auto_map")

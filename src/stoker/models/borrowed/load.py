@@ -24,6 +24,9 @@ _MAX_NAMED = 8
 # Masks and tables that follow from the configuration, which old checkpoints hold among their weights.
 _OLD_BUFFERS = (".attn.bias", ".attention.bias", ".masked_bias", ".causal_mask", ".inv_freq", ".position_ids")
 _NUM_INPUTS = 32
+# Scores are quadratic in a row's length, which facts do not know: rows are taken to be of the usual length. Kept are
+# the softmax's result, and a copy of it in another type or after dropout.
+_ROW_TOKENS, _SCORE_COPIES = 2048, 2
 
 
 def read(folder: Path, *, why: str, is_remote: bool) -> BorrowedSpec:
@@ -40,13 +43,16 @@ def read(folder: Path, *, why: str, is_remote: bool) -> BorrowedSpec:
     hidden_size = getattr(text, "hidden_size", head.in_features)
     num_heads = getattr(text, "num_attention_heads", None) or 0
     head_dim = getattr(text, "head_dim", None) or (hidden_size // num_heads if num_heads else 0)
-    layers = (_layer(block, num_heads * head_dim) for block in blocks)
+    positions = find.max_positions(config)
+    keeps_scores = num_heads > 0 and not find.has_fused_attention(model)
+    score_values = _SCORE_COPIES * num_heads * min(positions, _ROW_TOKENS) if keeps_scores else 0
+    layers = (_layer(block, num_heads * head_dim, score_values) for block in blocks)
     return BorrowedSpec(
         model_type=str(config.model_type),
         class_name=type(model).__name__,
         vocab_size=head.out_features,
         hidden_size=hidden_size,
-        max_positions=find.max_positions(config),
+        max_positions=positions,
         layers=tuple(layers),
         layers_name=path,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -56,10 +62,10 @@ def read(folder: Path, *, why: str, is_remote: bool) -> BorrowedSpec:
     )
 
 
-def _layer(block: nn.Module, attention_width: int) -> LayerSpec:
+def _layer(block: nn.Module, attention_width: int, score_values: int) -> LayerSpec:
     found = ((name, module) for name, module in block.named_modules() if find.is_linear(module))
     linears = tuple((name, *find.linear_shape(module)) for name, module in found)
-    mixer: Any = BorrowedMixer(linears, attention_width)
+    mixer: Any = BorrowedMixer(linears, attention_width, score_values)
     return LayerSpec(mixer=mixer, feed_forward=None, norm=NormSpec())
 
 

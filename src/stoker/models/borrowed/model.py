@@ -31,8 +31,8 @@ class BorrowedModel(nn.Module):
 
     Its parameters keep their names below `model.`. `head_weight` is None for a class whose logits are no scaled or
     capped linear function of the hidden states: then `forward` returns the logits themselves, and `logits` nothing
-    else. `packs`: packed rows run at once; otherwise (`why_not_packed`) one document after the other. `caches`: the class decodes from its
-    own state (None: not looked at yet); otherwise each token runs the whole text again.
+    else. `packs`: packed rows run at once; otherwise (`why_not_packed`) one document after the other. `caches`: the
+    class decodes from its own state (None: not looked at yet); otherwise each token runs the whole text again.
     """
 
     def __init__(self, model: nn.Module, *, kernels: str = "reference") -> None:
