@@ -9,6 +9,7 @@ from oracle import CHECKS, assert_close, pair
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -26,6 +27,9 @@ from stoker.errors import ModelError
 from stoker.export import adapter
 from stoker.export.merged import merge
 from stoker.models import native
+from stoker.models.folder import read_config
+from stoker.nn.frozen_linear import FrozenLinear
+from stoker.nn.linear import FusedLinear
 
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {
@@ -207,3 +211,38 @@ def test_adapters_that_peft_made_on_fused_layers_load_and_merge(name, kind, tmp_
     with torch.no_grad():
         assert_close(ours.eval().logits(ours(ids)), expected)
         assert_close(merged(ids, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize(("quantization", "allowed"), [("int8", 0.03), ("fp8", 0.2)])
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gemma3", "phi3", "phi", "falcon 7b", "falcon 40b", "gpt2"])
+@torch.no_grad()
+def test_frozen_formats_take_every_layer_and_keep_the_logits(name, quantization, allowed):
+    """Tiny layers average out little: of models of ordinary width, the formats move logits much less."""
+    models = pair(CASES[name])
+    model = models.fresh(quantization=quantization)
+    frozen = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    assert len(frozen) == sum(isinstance(module, FusedLinear) for module in models.ours.modules())
+    ids = models.tokens(2, 12)
+    expected = models.ours.logits(models.ours(ids))
+    difference = (model.logits(model(ids)) - expected).norm() / expected.norm()
+    assert 0 < difference < allowed
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3"])
+def test_folders_that_bitsandbytes_wrote_load_as_they_are(name, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    wide = {"n_embd": 64} if name == "gpt2" else {"hidden_size": 64, "intermediate_size": 128}
+    config = type(CASES[name])(**{**CASES[name].to_dict(), **wide})
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        pair(config).folder, quantization_config=settings, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    theirs.save_pretrained(tmp_path)
+    spec = families.read(read_config(tmp_path), str(tmp_path))
+    ours = native.load(tmp_path, spec, quantization="nf4")
+    frozen = [module for module in ours.modules() if isinstance(module, FrozenLinear)]
+    assert len(frozen) == 8
+    for layer in frozen:
+        held = [theirs.get_submodule(key).weight for key in layer.names]
+        values = [bitsandbytes.functional.dequantize_4bit(one.data, one.quant_state) for one in held]
+        assert torch.equal(layer.weight, torch.cat(values))
