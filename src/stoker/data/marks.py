@@ -14,6 +14,7 @@ from stoker.data.template_engine import GENERATED_CLOSE, GENERATED_OPEN
 
 THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
 _MARKED_KEYS = (*THOUGHT_KEYS, "instruction", "input", "content")
+_MARKED = frozenset(_MARKED_KEYS)
 _OPEN, _CLOSE, _MAX_SLOTS = 0xF0000, 0x100000, 0xFF00
 # Rare white space that stands for what surrounds a core: one for before, one for after, so that neighbours stay apart.
 _LEAD, _TRAIL = "\u205f", "\u2007"
@@ -65,15 +66,17 @@ class Slot:
 def can_be_marked(messages: list[dict[str, Any]], tools: Sequence[Any] | None) -> bool:
     """Whether there are numbers enough, and no private-use characters where they cannot be replaced for the render."""
     others = [
-        {key: value for key, value in message.items() if key not in _MARKED_KEYS and key != "role"}
-        for message in messages
+        {key: value for key, value in message.items() if key not in _MARKED and key != "role"} for message in messages
     ]
-    if any(others) or tools:
+    if tools or any(others):
         text = json.dumps([others, tools], ensure_ascii=False, default=str)
         if MARK.search(text):
             return False
-    num_slots = sum(key in message for message in messages for key in _MARKED_KEYS)
-    return num_slots < _MAX_SLOTS and not any(MARK.search(str(message.get("role"))) for message in messages)
+    if len(messages) * len(_MARKED_KEYS) >= _MAX_SLOTS:
+        num_slots = sum(key in message for message in messages for key in _MARKED_KEYS)
+        if num_slots >= _MAX_SLOTS:
+            return False
+    return not any(MARK.search(str(role)) for role in {str(message.get("role")) for message in messages})
 
 
 def stand_ins(messages: list[dict[str, Any]]) -> dict[str, str] | None:
@@ -84,8 +87,8 @@ def stand_ins(messages: list[dict[str, Any]]) -> dict[str, str] | None:
     texts = [
         text
         for message in messages
-        for key in _MARKED_KEYS
-        if isinstance(text := message.get(key), str) and not text.isascii()
+        for key, text in message.items()
+        if key in _MARKED and isinstance(text, str) and not text.isascii()
     ]
     reserved = {character for text in texts for character in MARK.findall(text)}
     if not reserved:
@@ -102,12 +105,12 @@ def mark(
     marked, slots = [], []
     for index, message in enumerate(messages):
         copy = dict(message)
-        for key in _MARKED_KEYS:
-            text = message.get(key)
-            if not isinstance(text, str) or (not text and (key != "content" or message.get("tool_calls"))):
+        for key, text in message.items():
+            if key not in _MARKED or not isinstance(text, str):
+                continue
+            if not text and (key != "content" or message.get("tool_calls")):
                 continue  # templates ask whether a call of tools says something besides
-            if stand_ins:
-                text = text.translate(stand_ins)
+            text = text.translate(stand_ins) if stand_ins else text  # noqa: PLW2901 - the same text, safe for marks
             copy[key] = text
             if roles is None or message.get("role") in roles:
                 core = text.strip()

@@ -1,7 +1,9 @@
 """Token ids and loss masks from rendered text: a token trains if it overlaps a trained span of characters."""
 
+import gc
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -115,22 +117,23 @@ class Tokenizer:
 
     def _encode(self, texts: list[str], *, special: bool) -> tuple[list[list[int]], np.ndarray]:
         """Returns ids by text, and the character offsets of all tokens, int64 `[all tokens, 2]`."""
-        encoded = self._tokenizer(
-            texts,
-            add_special_tokens=special,
-            return_offsets_mapping=not special,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            truncation=False,
-            padding=False,
-            verbose=False,
-        )
-        ids = encoded["input_ids"]
-        if special:
-            return ids, np.empty((0, 2), dtype=np.int64)
-        count = 2 * sum(map(len, ids))
-        flat = np.fromiter(chain.from_iterable(chain.from_iterable(encoded["offset_mapping"])), np.int64, count)
-        return ids, flat.reshape(-1, 2)
+        with _collector_at_rest():
+            encoded = self._tokenizer(
+                texts,
+                add_special_tokens=special,
+                return_offsets_mapping=not special,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                truncation=False,
+                padding=False,
+                verbose=False,
+            )
+            ids = encoded["input_ids"]
+            if special:
+                return ids, np.empty((0, 2), dtype=np.int64)
+            count = 2 * sum(map(len, ids))
+            flat = np.fromiter(chain.from_iterable(chain.from_iterable(encoded["offset_mapping"])), np.int64, count)
+            return ids, flat.reshape(-1, 2)
 
     def _plain(self, texts: list[Texts]) -> list[Document]:
         """Text to continue: BOS as the tokenizer does it, EOS at the end, everything trained."""
@@ -264,6 +267,21 @@ class Tokenizer:
                 return True
             position += 1
         return False
+
+
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """Keeps Python's collector from walking over offsets again and again: a tuple a token, and no cycle among them.
+
+    Measured on 4,000 chats of 390 tokens: 8% of the time to prepare them.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _reaches_end(span: Span) -> bool:
