@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from stoker.adapters.fused_block import freeze_into, fuse_blocks
 from stoker.adapters.lora import add_lora
 from stoker.arch.families import read
-from stoker.kernels import adapted_glu_gradients, fp8, glu, linear_cross_entropy, low_rank, rms_norm, rope
+from stoker.kernels import fp8, glu, linear_cross_entropy, low_rank, rms_norm, rope
 from stoker.kernels.attention import attention
 from stoker.kernels.offload import HostOffload
 from stoker.models.build import on_meta
@@ -195,13 +195,7 @@ def adapter_cases(
 ) -> Iterator[tuple[str, int, Callable[[str], Callable[[], object]]]]:
     """The same for what runs adapters, rank 16."""
     tokens, inner = grad.shape
-    adapters = (random(tokens, 2 * rank), random(2 * inner, rank), random(tokens, rank))
-    product, size = random(tokens, rank), gate_up.numel() * 2
-    yield (
-        "swiglu backward with the adapters' gradients",
-        size * 5 // 2,
-        lambda kind: lambda: adapted_glu_gradients.backward(gate_up, grad, *adapters, scaling=1.0, implementation=kind),
-    )
+    product = random(tokens, rank)
     for name, rows, sizes in [
         ("gate_up", gate_up, (inner, inner)),
         ("qkv", qkv, (4096, 1024, 1024)),
@@ -458,17 +452,12 @@ Patch = tuple[object, str, object]
 
 LEVERS: dict[str, tuple[tuple[Patch, ...], dict[str, float]]] = {
     "as it is": ((), {}),
-    "glu gradients apart": (((adapted_glu_gradients, "takes", lambda *_: False),), {"A": 8.0, "E": 4.5, "F": 8.0}),
-    "glu gradients 32 x 128 by 8": (((adapted_glu_gradients, "TILE", adapted_glu_gradients.Tile(32, 128, 8)),), {}),
-    "glu gradients 64 x 64 by 4": (((adapted_glu_gradients, "TILE", adapted_glu_gradients.Tile(64, 64, 4)),), {}),
-    "glu gradients 32 x 128 by 4": (((adapted_glu_gradients, "TILE", adapted_glu_gradients.Tile(32, 128, 4)),), {}),
-    "glu gradients 64 x 128 by 8": (((adapted_glu_gradients, "TILE", adapted_glu_gradients.Tile(64, 128, 8)),), {}),
-    "glu gradients 32 x 64 by 4": (((adapted_glu_gradients, "TILE", adapted_glu_gradients.Tile(32, 64, 4)),), {}),
-    "glu gradients 16 x 128 by 4": (((adapted_glu_gradients, "TILE", adapted_glu_gradients.Tile(16, 128, 4)),), {}),
-    "glu gradients, 512 rows a program": (((adapted_glu_gradients, "ROWS_A_PROGRAM", 512),), {}),
-    "glu gradients, 2,048 rows a program": (((adapted_glu_gradients, "ROWS_A_PROGRAM", 2048),), {}),
     "dP and dB apart": (((low_rank, "takes", lambda *_: False),), {"A": 3.0, "E": 2.0, "F": 3.0}),
-    "as it is, in the middle": ((), {}),
+    "grad pairs of 32 rows": (((low_rank, "ROWS", 32),), {}),
+    "logits by 16 warps": (
+        ((linear_cross_entropy, "TURN_BLOCK", 8192), (linear_cross_entropy, "TURN_WARPS", 16)),
+        {"A": -0.2, "E": -0.4, "F": -0.2},
+    ),
 }
 """Ways to run a step that differ by a constant or a kernel: patches, and the milliseconds they should add or take."""
 

@@ -13,7 +13,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from stoker.kernels import (
-    adapted_glu_gradients,
     dropout,
     fp8,
     glu,
@@ -113,18 +112,6 @@ CASES = [
         low_rank._add_update_kernel,
         {"ROWS": low_rank.ROWS, "COLUMNS": low_rank.COLUMNS, "RANK": 16, "rank": 16, "HAS_Y": True},
         4,
-        {},
-    ),
-    (
-        adapted_glu_gradients._gradients_kernel,
-        {
-            "ROWS": adapted_glu_gradients.TILE.rows,
-            "COLUMNS": adapted_glu_gradients.TILE.columns,
-            "RANK": 16,
-            "rank": 16,
-            "ACTIVATION": "gelu",
-        },
-        adapted_glu_gradients.TILE.warps,
         {},
     ),
     (dropout._drop_kernel, {"LANES": 512, "ADDS": True}, 4, {"seed": "i64"}),

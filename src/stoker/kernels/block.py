@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stoker.kernels import adapted_glu_gradients, glu, rms_norm, rope
+from stoker.kernels import glu, rms_norm, rope
 from stoker.kernels.attention import DocumentLengths, attention
 from stoker.kernels.feed_forward import KEEP, BlockOptions, feed_forward, joined, tiles
 from stoker.kernels.kept_attention import Attend, KeptAttention
@@ -314,7 +314,7 @@ class _Backward:
         _, _, gate_up, down = self.projections
         grad, normed = grad[tile], None if normed is None else normed[tile]
         implementation = self.layout.options.implementation
-        activation, piece = self.layout.options.activation, Piece(implementation, tile.start)
+        piece = Piece(implementation, tile.start)
         product, product_down = (None if x is None else x[tile] for x in kept.products[2:])
         values = kept.gate_up
         if values is None and normed is not None:
@@ -325,40 +325,14 @@ class _Backward:
         self._add(4 * 3 + 3, grad_b)
         grad_activated = grad_input(down, grad, grad_down, piece)
         source = _Normed(mid[tile], kept.rstds[1][tile], normed)
-        if product is None or grad_down is None or not self._sums_in_glu():
-            grad_gate_up, activated = glu.gated_backward(
-                values, grad_activated, activation=activation, implementation=implementation
-            )
-            self._weight_grads(3, grad, activated, grad_down, piece)
-            grads = grad_product(gate_up, grad_gate_up, product, implementation=implementation)
-        else:
-            assert gate_up.b is not None
-            result = adapted_glu_gradients.backward(
-                values,
-                grad_activated,
-                product,
-                gate_up.b,
-                grad_down,
-                scaling=gate_up.scaling,
-                activation=activation,
-                implementation=implementation,
-            )
-            self._weight_grads(3, grad, None, None, piece)
-            self._add(4 * 3 + 2, result.a_down)
-            grad_gate_up, grads = result.gate_up, (result.product, result.b)
-        del grad_activated
+        grad_gate_up, activated = glu.gated_backward(
+            values, grad_activated, activation=self.layout.options.activation, implementation=implementation
+        )
+        self._weight_grads(3, grad, activated, grad_down, piece)
+        grads = grad_product(gate_up, grad_gate_up, product, implementation=implementation)
+        del grad_activated, activated
         self._grads_after_norm(2, grad_gate_up, grads, source, piece)
         return grad_input(gate_up, grad_gate_up, grads[0], piece)
-
-    def _sums_in_glu(self) -> bool:
-        """Whether the gate's backward gives the adapters' gradients: gate, up and down have one, and down is frozen.
-
-        Dropout needs the activation itself.
-        """
-        _, _, gate_up, down = self.projections
-        if self.layout.options.implementation != "triton" or self.needs[4 * 3] or down.rate > 0.0:
-            return False
-        return len(gate_up.slices) == 2 and adapted_glu_gradients.takes(gate_up.b, down.a)
 
     def _grads_after_norm(
         self,
