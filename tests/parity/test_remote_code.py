@@ -11,7 +11,9 @@ from remote_model import write
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from stoker.adapters.lora import add_lora
+from stoker.compose.merge import merge as merge_named
 from stoker.compose.model import open_base
+from stoker.compose.session import open_session
 from stoker.data.batch import Batch
 from stoker.errors import ConfigError, ModelError
 from stoker.export import adapter
@@ -107,3 +109,15 @@ def test_a_step_adapter_merge_and_answer_are_those_of_the_plain_class(folder, tm
         for _ in range(4):
             greedy = torch.cat((greedy, peft(input_ids=greedy).logits[:, -1:].argmax(-1)), dim=1)
     assert list(generate(model, ids[0, :5].tolist(), max_new_tokens=4)) == greedy[0, 5:].tolist()
+
+
+def test_an_adapter_without_its_run_needs_the_word_again(folder, tmp_path):
+    _, model = opened(folder)
+    add_lora(model, rank=2, alpha=4)
+    adapter.save(model, tmp_path / "adapter", base_name=str(folder))
+    for command in (merge_named, open_session):
+        options = {"output": tmp_path / "out"} if command is merge_named else {"device": "cpu"}
+        with pytest.raises(ModelError, match="--trust-remote-code"):
+            command(str(tmp_path / "adapter"), **options)
+    said = merge_named(str(tmp_path / "adapter"), tmp_path / "out", trust_remote_code=True)
+    assert "verified: logits differ" in said

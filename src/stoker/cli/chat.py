@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from stoker.cli.options import Base, Device, MaxNewTokens, Seed, Temperature, TopP, Trained
+from stoker.cli.options import (
+    Base,
+    Device,
+    MaxNewTokens,
+    Revision,
+    Seed,
+    Temperature,
+    TopP,
+    Trained,
+    TrustRemoteCode,
+)
 
 
 def command(
@@ -17,6 +27,8 @@ def command(
     seed: Seed = 0,
     base: Base = None,
     device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model; /new starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer.
 
@@ -24,7 +36,7 @@ def command(
     """
     from stoker.compose.session import open_session
 
-    session = open_session(model, base=base, device=device)
+    session = open_session(model, base=base, device=device, revision=revision, trust_remote_code=trust_remote_code)
     typer.echo(f"{session.description}\n/new starts over, /quit ends.")
     opening = [{"role": "system", "content": system}] if system else []
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}

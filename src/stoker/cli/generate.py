@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from stoker.cli.options import Base, Device, MaxNewTokens, Seed, Temperature, TopP, Trained
+from stoker.cli.options import (
+    Base,
+    Device,
+    MaxNewTokens,
+    Revision,
+    Seed,
+    Temperature,
+    TopP,
+    Trained,
+    TrustRemoteCode,
+)
 
 
 def command(
@@ -19,6 +29,8 @@ def command(
     seed: Seed = 0,
     base: Base = None,
     device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Answer one prompt and print it as it comes.
 
@@ -27,7 +39,7 @@ def command(
     from stoker.compose.session import open_session
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    session = open_session(model, base=base, device=device)
+    session = open_session(model, base=base, device=device, revision=revision, trust_remote_code=trust_remote_code)
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     if raw:
         pieces = session.stream_text(text, **settings)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stoker.cli.options import Revision, TrustRemoteCode
+
 if TYPE_CHECKING:
     from stoker.arch.support import Support
 
@@ -14,10 +16,8 @@ def command(
         str | None,
         typer.Argument(metavar="[MODEL]", help="A folder, a Hub id or a model type; leave it out for the whole table."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model, to look at its class.")
-    ] = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show which model types train natively and which through Transformers, and what works for each.
 

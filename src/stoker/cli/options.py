@@ -25,4 +25,12 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Toke
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
 TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Keep the likeliest tokens up to this share.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that comes with the model, if there is no other; of a Hub id only at a commit.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]

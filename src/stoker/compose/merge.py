@@ -9,8 +9,12 @@ from stoker.errors import ConfigError, ModelError
 _DTYPES = {"auto": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def merge(name: str, output: Path, *, base: str | None = None, dtype: str = "auto") -> str:
+def merge(
+    name: str, output: Path, *, base: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
+) -> str:
     """Merges the adapter that `name` stands for into its base, in `output`, and returns what was verified.
+
+    `trust_remote_code` lets code that comes with the base run, as a run's configuration may.
 
     Raises:
         ConfigError: an unknown dtype. ModelError: `name` is no adapter, or it does not fit. OutputError: `output` is
@@ -26,13 +30,14 @@ def merge(name: str, output: Path, *, base: str | None = None, dtype: str = "aut
     from stoker.export import merged
 
     chosen = _DTYPES[dtype]
-    opened = open_base(found.base, revision=found.revision, trust_remote_code=found.trust_remote_code)
+    trusted = trust_remote_code or found.trust_remote_code
+    opened = open_base(found.base, revision=found.revision, trust_remote_code=trusted)
     report = merged.merge(
         opened.folder,
         found.adapter,
         output,
         dtype=getattr(torch, chosen) if chosen else None,
-        trust_remote_code=found.trust_remote_code,
+        trust_remote_code=trusted,
     )
     written = str(report.dtype).removeprefix("torch.")
     return (

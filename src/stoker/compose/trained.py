@@ -54,7 +54,9 @@ def _file_names(decoder: "Model", spec: "Spec") -> dict[str, tuple[str, ...]]:
     if isinstance(spec, ArchSpec):
         known = {entry.ours: entry.theirs for entry in families.weight_map(spec)}
         return {name: known[name] for name, _ in decoder.named_parameters()}
-    return {name: (name.removeprefix("model."),) for name, _ in decoder.named_parameters()}
+    from stoker.models.borrowed.load import parameter_names
+
+    return parameter_names(cast("Any", decoder))
 
 
 def rate_scale(train: Train) -> Callable[[str], float] | None:

@@ -21,6 +21,8 @@ from stoker.adapters.lora import LoraPart, LoraSummary, add_lora, linear_shapes,
 from stoker.adapters.settings import LoraSettings
 from stoker.errors import ModelError, OutputError
 from stoker.export import expert_adapters, peft_config
+from stoker.models.borrowed.load import other_linears
+from stoker.models.borrowed.model import BorrowedModel
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLED_FILE = "adapter_model.bin"
@@ -113,9 +115,10 @@ def base_of(folder: Path) -> tuple[str, str | None]:
 
 
 def _linears(model: nn.Module) -> list[str]:
-    """Hugging Face's linear layers that can have an adapter; those of experts are none there."""
+    """Hugging Face's linear layers, on which PEFT may put adapters; those of experts are none there."""
     of_experts = {layer.name for layer in expert_layers(model)}
-    return [name for name in linear_shapes(model) if name not in of_experts]
+    own = other_linears(model) if isinstance(model, BorrowedModel) else []
+    return [*(name for name in linear_shapes(model) if name not in of_experts), *own]
 
 
 def _of_experts(model: nn.Module, layers: Sequence[LoraExperts]) -> dict[str, Tensor]:

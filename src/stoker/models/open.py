@@ -128,6 +128,6 @@ def _refuse_remote_code(config: Mapping[str, Any], where: str, *, trust_remote_c
             f'Transformers has no class for model_type "{model_type}"; the model brings its own code ({reference}), '
             "which would run with all your rights on this machine.",
             where=where,
-            fix="Read that code; then set model.trust_remote_code: true, and for a Hub id model.revision to the commit "
-            "that you read.",
+            fix="Read that code; then allow it: model.trust_remote_code: true in the YAML (elsewhere "
+            "--trust-remote-code), and for a Hub id a revision that is the commit which you read.",
         )

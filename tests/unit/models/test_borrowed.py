@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ArceeConfig, AutoModelForCausalLM, BertConfig, BertLMHeadModel, HeliumConfig, OPTConfig
 
+from stoker.adapters.lora import add_lora
 from stoker.errors import ModelError
+from stoker.export import adapter
 from stoker.models.borrowed import checks, load, swaps
 from stoker.models.borrowed.attention import Call, UnsupportedError, attend, calling
 from stoker.models.borrowed.head import HeadFit, HeadTap, fit
@@ -208,3 +211,25 @@ def test_facts_are_exact_where_the_plan_counts_on_them(folder):
     assert len(spec.linear_shapes()) == 12
     assert (spec.vocab_size, spec.hidden_size, spec.max_positions, len(spec.layers)) == (40, 16, 64, 2)
     assert spec.packs
+
+
+def test_peft_finds_the_adapted_layers_and_no_others_of_the_same_name(tmp_path):
+    torch.manual_seed(0)
+    sizes = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+    BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).save_pretrained(tmp_path / "base")
+    model = opened(tmp_path / "base")
+    add_lora(model, rank=2, alpha=4)
+    adapter.save(model, tmp_path / "adapter", base_name=str(tmp_path / "base"))
+    plain = BertLMHeadModel.from_pretrained(tmp_path / "base")
+    peft = PeftModel.from_pretrained(plain, tmp_path / "adapter")  # its head has a layer called dense, as its layers do
+    assert sorted(peft.base_model.targeted_module_names) == sorted(
+        load.read(tmp_path / "base", why="it is a test", is_remote=False).linear_shapes()
+    )
+
+
+def test_parameters_go_by_the_names_in_the_models_files(folder):
+    path = folder(HeliumConfig(**SIZES, head_dim=4))
+    names = load.parameter_names(opened(path))
+    fused = names["model.model.layers.0.mlp.gate_up.weight"]
+    assert fused == ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight")
+    assert {name for parts in names.values() for name in parts} == set(load_file(path / "model.safetensors"))

@@ -119,6 +119,24 @@ def tensors(model: BorrowedModel) -> Iterator[tuple[str, Tensor]]:
             yield (f"{path}.{name}" if path else name), tensor.detach()
 
 
+def parameter_names(model: BorrowedModel) -> dict[str, tuple[str, ...]]:
+    """The class's own names of what each parameter of `model` holds; gate and up, for example, are one here."""
+    names: dict[str, tuple[str, ...]] = {}
+    for name, _ in model.named_parameters():
+        names[name] = (name.removeprefix("model."),)
+    for path, module in model.named_modules():
+        if isinstance(module, FusedLinear):
+            for kind in ("weight", "bias"):
+                if f"{path}.{kind}" in names:
+                    names[f"{path}.{kind}"] = tuple(f"{part}.{kind}" for part in module.names)
+    return names
+
+
+def other_linears(model: BorrowedModel) -> list[str]:
+    """The class's names of the linear layers that are still its own, as those outside of the layers are."""
+    return [name for name, module in model.model.named_modules() if find.is_linear(module)]
+
+
 def _parts(layer: FusedLinear, transposed: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
     weight = layer.weight.detach()
     for name, rows in zip(layer.names, layer.slices, strict=True):
