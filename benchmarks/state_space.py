@@ -296,33 +296,30 @@ TILES: dict[str, dict[str, Patches]] = {
         for c, e, n, w in [
             (16, 64, 2, 1),
             (8, 64, 2, 1),
-            (32, 64, 2, 1),
-            (16, 128, 2, 2),
-            (8, 128, 2, 2),
             (8, 128, 4, 1),
-            (16, 32, 1, 1),
         ]
     },
     "chunked_scan 780M": {
         "as it is": (),
-        "4 warps backward": ((_BACKWARD, "WARPS", 4),),
-        "8 warps forward": ((_FORWARD, "WARPS", 8),),
-        "one stage": ((_FORWARD, "STAGES", 1), (_BACKWARD, "STAGES", 1)),
-        "three stages": ((_FORWARD, "STAGES", 3), (_BACKWARD, "STAGES", 3)),
+        "8 warps backward": ((_BACKWARD, "WARPS", 8),),
+        "two stages": ((_FORWARD, "STAGES", 2), (_BACKWARD, "STAGES", 2)),
+        "four stages": ((_FORWARD, "STAGES", 4), (_BACKWARD, "STAGES", 4)),
         "128 states a tile": ((_FORWARD, "MAX_STATES", 128),),
-        "32 states a tile": ((_FORWARD, "MAX_STATES", 32),),
-        "chunks of 128, 8 warps": ((_FORWARD, "MAX_CHUNK", 128), (_FORWARD, "WARPS", 8)),
-        "4 heads a program": ((_BACKWARD, "HEADS_PER_PROGRAM", 4),),
-        "12 heads a program": ((_BACKWARD, "HEADS_PER_PROGRAM", 12),),
-        "16 heads a program": ((_BACKWARD, "HEADS_PER_PROGRAM", 16),),
+        "128 states a tile, 8 warps backward": ((_FORWARD, "MAX_STATES", 128), (_BACKWARD, "WARPS", 8)),
+        "8 heads a program": ((_BACKWARD, "HEADS_PER_PROGRAM", 8),),
+        "24 heads a program": ((_BACKWARD, "HEADS_PER_PROGRAM", 24),),
     },
     "causal_conv 780M": {
-        f"{rows} rows, {channels} channels, {warps} warps": (
+        f"{rows} rows, {forward} and {backward} channels, {warps} warps": (
             (causal_conv, "ROWS", rows),
-            (causal_conv, "CHANNELS", channels),
+            (causal_conv, "FORWARD_CHANNELS", forward),
+            (causal_conv, "BACKWARD_CHANNELS", backward),
             (causal_conv, "WARPS", warps),
         )
-        for rows, channels, warps in [(16, 64, 4), (32, 64, 4), (16, 128, 4), (8, 128, 4), (32, 128, 8), (64, 32, 4)]
+        for rows, forward, backward, warps in [(16, 128, 64, 4), (8, 256, 64, 4), (16, 64, 32, 2), (8, 128, 64, 2)]
+    },
+    "gated_norm 780M": {
+        f"{warps} warps": ((gated_norm, "_num_warps", lambda _, warps=warps: warps),) for warps in (4, 8, 16)
     },
 }
 

@@ -8,7 +8,7 @@ from stoker.kernels import (
     selective_scan_triton,
 )
 
-WIDE = ["A", "bias", "D", "begin", "end", "grad_A", "grad_bias", "grad_D", "grad_B", "grad_C", "partial"]
+WIDE = ["A", "bias", "D", "begin", "end", "grad_A", "grad_bias", "grad_D", "shares", "key_shares", "partial"]
 FLOATS = {f"{name}_ptr": "*fp32" for name in WIDE} | {"documents_ptr": "*i32", "lowest": "fp32", "highest": "fp32"}
 CHUNKED = FLOATS | {"steps_ptr": "*fp32", "logs_ptr": "*fp32"}
 KEYS = {f"{name}_ptr": "*fp32" for name in ("B", "C", "keys", "states", "grad_states", "totals")}
@@ -31,8 +31,7 @@ def cases(capability: int) -> list[tuple]:
         "PACKED": True,
     }
     warps = selective_scan_triton.WARPS
-    conv = {"ROWS": causal_conv.ROWS, "CHANNELS": causal_conv.CHANNELS, "WIDTH": 4}
-    conv |= {"HAS_BIAS": True, "SILU": True, "PACKED": True}
+    conv = {"ROWS": causal_conv.ROWS, "WIDTH": 4, "HAS_BIAS": True, "SILU": True, "PACKED": True}
     carry = {"CHUNK": scan["CHUNK"], "BLOCK": 128, "HAS_BEGIN": True, "PACKED": True, "BACKWARD": True, "STAGES": 4}
     return [
         (chunked_scan_forward._steps_kernel, {"CHUNK": tile, "HEADS": 16, "HAS_BIAS": True}, 4, CHUNKED),
@@ -54,8 +53,13 @@ def cases(capability: int) -> list[tuple]:
             warps,
             SELECTIVE,
         ),
-        (causal_conv._forward_kernel, conv, causal_conv.WARPS, FLOATS),
-        (causal_conv._backward_kernel, conv | {"PARAMETER_GRADS": True}, causal_conv.WARPS, FLOATS),
+        (causal_conv._forward_kernel, conv | {"CHANNELS": causal_conv.FORWARD_CHANNELS}, causal_conv.WARPS, FLOATS),
+        (
+            causal_conv._backward_kernel,
+            conv | {"CHANNELS": causal_conv.BACKWARD_CHANNELS, "PARAMETER_GRADS": True},
+            causal_conv.WARPS,
+            FLOATS,
+        ),
         (gated_norm._forward_kernel, {"BLOCK": 4096, "GATE_FIRST": True}, 8, {}),
         (gated_norm._backward_kernel, {"BLOCK": 4096, "GATE_FIRST": True, "WEIGHT_GRAD": True}, 8, {}),
     ]

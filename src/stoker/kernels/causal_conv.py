@@ -22,9 +22,11 @@ from stoker.kernels.documents import DocumentLengths, document_ids
 from stoker.kernels.recurrent import contiguous_channels, or_empty, sigmoid
 from stoker.kernels.triton_support import check_implementation, jit, next_power_of_2, tl
 
-# Positions and channels a program: eight values of half precision a thread, which it reads at once.
+# Positions a program, and channels forward and backward: 16 or 8 values a thread, which reads 16 bytes at once. For
+# 8,192 x 3,328 values in bf16 an H200 takes 50 us forward (75 with 64 channels) and 155 backward (192 with 128).
 ROWS = 16
-CHANNELS = 64
+FORWARD_CHANNELS = 128
+BACKWARD_CHANNELS = 64
 WARPS = 4
 
 
@@ -246,19 +248,18 @@ def _backward_kernel(  # noqa: PLR0917
     tl.store(out, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
-def _grid(x: Tensor) -> tuple[int, int, int]:
+def _blocks(x: Tensor, largest: int) -> tuple[tuple[int, int, int], int]:
+    """The grid and the channels of its programs, at most `largest`."""
     batch, length, channels = x.shape
-    return -(-channels // _channels(x)), -(-length // ROWS), batch
-
-
-def _channels(x: Tensor) -> int:
-    return min(CHANNELS, next_power_of_2(x.shape[2]))
+    block = min(largest, next_power_of_2(channels))
+    return (-(-channels // block), -(-length // ROWS), batch), block
 
 
 def launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, documents: Tensor | None) -> Tensor:
     """Returns the convolution [B, T, C] of x whose channels are contiguous."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _forward_kernel[_grid(x)](
+    grid, block = _blocks(x, FORWARD_CHANNELS)
+    _forward_kernel[grid](
         x,
         weight,
         or_empty(bias, weight),
@@ -267,7 +268,7 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, d
         *x.stride()[:2],
         *x.shape[1:],
         ROWS=ROWS,
-        CHANNELS=_channels(x),
+        CHANNELS=block,
         WIDTH=weight.shape[1],
         HAS_BIAS=bias is not None,
         SILU=silu,
@@ -289,7 +290,8 @@ def launch_backward(  # noqa: PLR0917
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns the gradients of x, the weight and the bias, the last two fp32, or None unless `parameters`."""
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grid, width = _grid(x), weight.shape[1]
+    grid, block = _blocks(x, BACKWARD_CHANNELS)
+    width = weight.shape[1]
     # A share a program, added up in a fixed order: no atomics.
     shape = (grid[1] * grid[2], width + 1, x.shape[2])
     partial = torch.empty(shape, dtype=torch.float32, device=x.device) if parameters else None
@@ -305,7 +307,7 @@ def launch_backward(  # noqa: PLR0917
         *x.stride()[:2],
         *x.shape[1:],
         ROWS=ROWS,
-        CHANNELS=_channels(x),
+        CHANNELS=block,
         WIDTH=width,
         HAS_BIAS=bias is not None,
         SILU=silu,

@@ -15,8 +15,8 @@ from stoker.kernels.recurrent import or_empty, sigmoid, softplus, sum_of_parts
 from stoker.kernels.triton_support import dot, jit, tl
 
 # Heads whose shares in the gradients of B and C one program adds up.
-HEADS_PER_PROGRAM = 8
-WARPS = 8
+HEADS_PER_PROGRAM = 12
+WARPS = 4
 
 
 @jit
@@ -152,8 +152,7 @@ def _grad_shared_kernel(  # noqa: PLR0917
     documents_ptr: tl.tensor,
     states_ptr: tl.tensor,
     grad_states_ptr: tl.tensor,
-    grad_B_ptr: tl.tensor,
-    grad_C_ptr: tl.tensor,
+    shares_ptr: tl.tensor,
     grad_batch: tl.tensor,
     grad_token: tl.tensor,
     grad_head: tl.tensor,
@@ -225,9 +224,10 @@ def _grad_shared_kernel(  # noqa: PLR0917
     scores = grad_scores.to(B.dtype)
     grad_C += dot(scores, B)
     grad_B += dot(tl.trans(scores), C)
-    out = (((part * num_batches + batch) * length + token) * num_groups + group) * num_states + state_index
-    tl.store(grad_B_ptr + out, grad_B, mask=key_mask)
-    tl.store(grad_C_ptr + out, grad_C, mask=key_mask)
+    row_B = (2 * part * num_batches + batch) * length + token
+    row_C = ((2 * part + 1) * num_batches + batch) * length + token
+    tl.store(shares_ptr + (row_B * num_groups + group) * num_states + state_index, grad_B, mask=key_mask)
+    tl.store(shares_ptr + (row_C * num_groups + group) * num_states + state_index, grad_C, mask=key_mask)
 
 
 def launch_backward(
@@ -298,8 +298,7 @@ def _launch_grad_shared(  # noqa: PLR0917
     heads_per_program = min(HEADS_PER_PROGRAM, heads_per_group)
     parts = -(-heads_per_group // heads_per_program)
     groups = B.shape[2]
-    grad_B = torch.empty((parts, *B.shape), dtype=torch.float32, device=B.device)
-    grad_C = torch.empty_like(grad_B)
+    shares = torch.empty((parts, 2, *B.shape), dtype=torch.float32, device=B.device)
     _grad_shared_kernel[(-(-num_states // tiles["STATES"]) * parts * groups, num_chunks, x.shape[0])](
         grad,
         x,
@@ -310,8 +309,7 @@ def _launch_grad_shared(  # noqa: PLR0917
         inputs.ids,
         states,
         grad_states,
-        grad_B,
-        grad_C,
+        shares,
         *grad.stride()[:3],
         *x.stride()[:3],
         *B.stride()[:3],
@@ -329,4 +327,5 @@ def _launch_grad_shared(  # noqa: PLR0917
         STAGES=STAGES,
         num_warps=WARPS,
     )
-    return sum_of_parts(grad_B, B.shape, B.dtype), sum_of_parts(grad_C, C.shape, C.dtype)
+    grad_B, grad_C = sum_of_parts(shares, shares.shape[1:], B.dtype)
+    return grad_B, grad_C

@@ -270,8 +270,7 @@ def _scan_backward_kernel(  # noqa: PLR0915, PLR0917
     grad_x_ptr: tl.tensor,
     grad_gate_ptr: tl.tensor,
     grad_dt_ptr: tl.tensor,
-    grad_B_ptr: tl.tensor,
-    grad_C_ptr: tl.tensor,
+    key_shares_ptr: tl.tensor,
     grad_A_ptr: tl.tensor,
     grad_D_ptr: tl.tensor,
     grad_bias_ptr: tl.tensor,
@@ -324,7 +323,9 @@ def _scan_backward_kernel(  # noqa: PLR0915, PLR0917
         carries = (ids == _load_ids(documents_ptr, batch, token - 1, length))[:, None]
     keys = batch * num_states * num_chunks * CHUNK + token
     one = tl.full((CHUNK, CHANNELS), 1.0, dtype=tl.float32)
-    shares = block * num_batches * num_states * num_chunks * CHUNK + keys
+    every_key = num_batches * num_states * num_chunks * CHUNK
+    B_shares = key_shares_ptr + 2 * block * every_key + keys
+    C_shares = B_shares + every_key
     for state_index in range(num_states):
         A = tl.load(A_ptr + state_index * num_channels + channel, mask=columns, other=0.0)
         place = (program * num_states + state_index) * num_channels + channel
@@ -347,8 +348,8 @@ def _scan_backward_kernel(  # noqa: PLR0915, PLR0917
         grad_scaled += grad_state * B_n[:, None]
         through_decay = grad_state * (state - added)
         grad_step += through_decay * A[None, :]
-        tl.store(grad_B_ptr + shares + state_index * num_chunks * CHUNK, tl.sum(grad_state * scaled, axis=1))
-        tl.store(grad_C_ptr + shares + state_index * num_chunks * CHUNK, tl.sum(state * grad_y, axis=1))
+        tl.store(B_shares + state_index * num_chunks * CHUNK, tl.sum(grad_state * scaled, axis=1))
+        tl.store(C_shares + state_index * num_chunks * CHUNK, tl.sum(state * grad_y, axis=1))
         if PARAMETER_GRADS:
             tl.store(grad_A_ptr + place, tl.sum(through_decay * step, axis=0), mask=columns)
     # Read again: held across the loop they would cost registers.
@@ -573,7 +574,7 @@ def launch_backward(
     after, grad_begin = _launch_states(inputs, grad, C, totals, _states_first(grad_end), backward=True)
     grad_x, grad_dt = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, inputs.dt))
     grad_z = None if inputs.z is None else torch.empty(x.shape, dtype=inputs.z.dtype, device=x.device)
-    grad_B, grad_C = (torch.empty((inputs.grid[0], *B.shape), **options) for _ in range(2))
+    key_shares = torch.empty((inputs.grid[0], 2, *B.shape), **options)
     programs = batch * num_chunks
     shares = [torch.empty((programs, *rest, channels), **options) for rest in ((states,), (), ()) if parameters]
     _scan_backward_kernel[inputs.grid](
@@ -590,8 +591,7 @@ def launch_backward(
         grad_x,
         or_empty(grad_z, x),
         grad_dt,
-        grad_B,
-        grad_C,
+        key_shares,
         *(shares or (totals, totals, totals)),
         *grad.stride()[:2],
         *x.stride()[:2],
@@ -606,7 +606,7 @@ def launch_backward(
         HAS_D=inputs.D is not None,
         PARAMETER_GRADS=parameters,
     )
-    grad_B, grad_C = (v.sum(0)[:, :, :length].transpose(1, 2) for v in (grad_B, grad_C))
+    grad_B, grad_C = key_shares.sum(0)[..., :length].transpose(2, 3)
     grad_A = grad_D = grad_bias = None
     if parameters:
         grad_A, grad_D, grad_bias = (share.sum(0) for share in shares)
