@@ -1,4 +1,4 @@
-"""Writes what is generated: `docs/configuration.md` from the schema, the README's table of speed from result files.
+"""Writes what is generated: pages from the schema, the registry and Axolotl's keys, the README's tables from results.
 
 `python -m docs.generate`, or with `--check` fails on drift.
 """
@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docs import from_axolotl
+
 from stoker.arch import support
 from stoker.cli.init import Answers, starter
 from stoker.config import describe, foreign
@@ -19,6 +21,7 @@ from stoker.config.show import inline
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
 MODELS = ROOT / "docs" / "models.md"
+FROM_AXOLOTL = ROOT / "docs" / "from_axolotl.md"
 README = ROOT / "README.md"
 MAIN_JOB = ROOT / "benchmarks" / "results" / "main_job.json"
 SINGLE_GPU = ROOT / "benchmarks" / "results" / "single_gpu.json"
@@ -232,7 +235,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if a page differs from what would be written")
     check = parser.parse_args().check
-    pages = {PAGE: page, MODELS: models_page, README: readme}
+    pages = {PAGE: page, MODELS: models_page, FROM_AXOLOTL: from_axolotl.page, README: readme}
     drifted = [path for path, text in pages.items() if not _is_same(path, text())]
     for path in drifted:
         if check:

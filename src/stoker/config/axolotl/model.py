@@ -47,13 +47,13 @@ def _is_no(keys: Whole, name: str) -> bool:
 
 
 def fp8(reading: Reading) -> Outcome:
-    """`fp8`: products in fp8 over a frozen base; training every weight in fp8 is not done."""
+    """`fp8`: products in fp8 over a frozen base; where every weight is trained they are bf16, which is more exact."""
     if not flag(reading.value):
         return Outcome("no effect", "off, as it is here")
     if adapter.has_adapter(reading.whole):
         return honoured({at("model.quantization"): "fp8"})
-    nearest = "Remove it: products are bf16; or train an adapter, over a base in fp8."
-    return Outcome("refused", f"products in fp8 while every weight is trained are not done. {nearest}")
+    note = "products are bf16, more exact, where every weight is trained; fp8 is done over a base under an adapter"
+    return Outcome("no effect", note)
 
 
 def memory(reading: Reading) -> Outcome:
@@ -118,14 +118,14 @@ _ATTENTION = (
     "fp8",
     "s2",
 )
-_INEXACT = {"sage": "attention in 8 bits", "fp8": "attention in fp8", "s2": "shifted sparse attention"}
+_COARSE = {"sage": "8 bits", "fp8": "fp8"}
 
 
 def attention(reading: Reading) -> Outcome:
     """`attn_implementation`: every exact one gives the same result, so the plan chooses."""
     name = str(reading.value)
-    if name in _INEXACT:
-        return _inexact(name)
+    if name in _COARSE or name == "s2":
+        return _other(name)
     if name not in _ATTENTION and "/" not in name:
         short = {"flash": "flash_attention_2", "flex": "flex_attention", "sdp": "sdpa"}.get(name)
         raise UnreadableError(
@@ -134,9 +134,12 @@ def attention(reading: Reading) -> Outcome:
     return Outcome("automatic", "the plan chooses how attention runs; packed documents never see one another")
 
 
-def _inexact(name: str) -> Outcome:
-    nearest = "Remove it: attention is exact, in the run's precision."
-    return Outcome("refused", f"{_INEXACT[name]} ({name}) is not done. {nearest}")
+def _other(name: str) -> Outcome:
+    """Attention that is not the exact one: coarse numbers are not needed, and a sparse pattern is another model."""
+    if name in _COARSE:
+        return Outcome("automatic", f"attention is exact, in the run's precision, instead of {_COARSE[name]}")
+    nearest = "Remove it: every token sees all before it, as the model was trained."
+    return Outcome("refused", f"shifted sparse attention ({name}) is not done. {nearest}")
 
 
 def attention_flag(name: str) -> Any:
@@ -148,8 +151,8 @@ def attention_flag(name: str) -> Any:
         others = [other for other in ATTENTION_FLAGS if other != reading.name and _asks(reading.whole, other)]
         if others:
             raise UnreadableError(f"{reading.name} and {others[0]} are both true.", "Keep one of them.")
-        if name in _INEXACT:
-            return _inexact(name)
+        if name in _COARSE or name == "s2":
+            return _other(name)
         return Outcome("automatic", f"attn_implementation: {name} under its old name; the plan chooses")
 
     return read

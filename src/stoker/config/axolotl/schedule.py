@@ -81,7 +81,7 @@ def batch(reading: Reading) -> Outcome:
 
 # Warm-up and schedule
 
-_SCHEDULES = {
+SCHEDULES = {
     "cosine": "cosine",
     "cosine_with_restarts": "cosine",
     "cosine_with_min_lr": "cosine",
@@ -115,9 +115,9 @@ def schedule(reading: Reading) -> Outcome:
     name = str(reading.value)
     if name in NO_SCHEDULES:
         return Outcome("refused", f"the schedule {name} is not done. Use {NO_SCHEDULES[name]}.")
-    if name not in _SCHEDULES:
-        raise UnreadableError(f"it must be one of {', '.join(_SCHEDULES)}.")
-    settings: dict[tuple[str | int, ...], Any] = {at("train.schedule.kind"): _SCHEDULES[name]}
+    if name not in SCHEDULES:
+        raise UnreadableError(f"it must be one of {', '.join(SCHEDULES)}.")
+    settings: dict[tuple[str | int, ...], Any] = {at("train.schedule.kind"): SCHEDULES[name]}
     note = ""
     if name == "polynomial":
         settings[at("train.schedule.floor")] = min(1.0, _POLYNOMIAL_END / number(reading.other("learning_rate") or 1.0))

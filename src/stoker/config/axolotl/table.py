@@ -117,7 +117,7 @@ KEYS: dict[str, Entry] = {
     "use_onebitllms": refused("ternary weights are not trained", "Use a model in bf16."),
     # Precision and where it runs.
     **_all("bf16 fp16 bfloat16 float16 float32", custom("honoured", "`engine.precision`", model.precision)),
-    "fp8": unless_off("honoured", "`model.quantization: fp8` under an adapter; refused without", model.fp8),
+    "fp8": unless_off("honoured", "`model.quantization: fp8` under an adapter; products are bf16 without", model.fp8),
     **_all("fp8_config.recipe fp8_enable_fsdp_float8_all_gather", no_effect("only read with fp8; " + _ONE)),
     "tf32": becomes("engine.tf32", lambda value: value if value == "auto" else flag(value)),
     **_all("fp32_norms fp32_norm_classes", automatic("norms are computed in fp32")),

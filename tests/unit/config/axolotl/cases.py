@@ -300,7 +300,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 REFUSED = {
     "a mixture": ["model_config"],
-    "fp8": ["fp8"],
     "dpo": ["rl"],
     "kto": ["rl"],
 }

@@ -419,9 +419,15 @@ def test_two_of_the_old_names_are_refused(translated):
     assert "both true" in str(translated(flash_attention=True, sdp_attention=True).problems[0])
 
 
-@pytest.mark.parametrize("name", ["sage_attention", "s2_attention"])
-def test_attention_that_is_not_exact_is_refused(line, name):
-    assert line(**{name: True}).kind == "refused"
+def test_coarse_attention_is_exact_here_and_sparse_attention_is_refused(line):
+    assert line(sage_attention=True).kind == "automatic"
+    assert line(attn_implementation="fp8").kind == "automatic"
+    assert line(s2_attention=True).kind == "refused"
+
+
+def test_fp8_is_done_over_a_frozen_base(config, line):
+    assert config(**LORA, fp8=True).model.quantization == "fp8"
+    assert line(fp8=True).kind == "no effect"
 
 
 @pytest.mark.parametrize("name", ["LigerPlugin", "CutCrossEntropyPlugin", "KernelsPlugin"])
