@@ -29,6 +29,7 @@ from stoker.adapters.fused_block import fuse_blocks
 from stoker.arch import arithmetic, families
 from stoker.arch.shape import why_not_llama
 from stoker.arch.spec import ArchSpec
+from stoker.data.batch import Batch
 from stoker.export import adapter
 from stoker.models import native
 from stoker.models.folder import read_config
@@ -36,6 +37,7 @@ from stoker.nn.decoder import Decoder
 from stoker.nn.frozen_linear import FrozenLinear
 from stoker.nn.linear import FusedLinear
 from stoker.nn.moe import ExpertLinear, FrozenExpertLinear
+from stoker.tasks.supervised import SupervisedTask
 
 TOLERANCE = 1e-5
 """Both sides are fp32 and sum in different orders; logits are of order 1, where fp32 resolves 1e-7."""
@@ -133,6 +135,19 @@ def check_gradients(pair: Pair) -> None:
         difference = (found[key] - gradient).abs().max()
         assert difference <= pair.tolerance * max(1.0, gradient.abs().max().item()), key
     theirs.zero_grad()
+
+
+def check_loss(pair: Pair) -> None:
+    """The training task's loss is the cross-entropy of Transformers' logits over the trained targets."""
+    ids = pair.tokens(2, 24)
+    targets = ids.roll(-1, 1)
+    targets[:, ::3] = -100
+    with torch.no_grad():
+        logits = pair.theirs(ids, use_cache=False).logits
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    task = SupervisedTask(pair.ours).eval()  # a mixture's balancing loss is for training alone
+    result = task(Batch(ids, targets, None, ids.numel(), int((targets != -100).sum())))
+    assert abs(result.loss_sum.item() - expected.item()) <= pair.tolerance * max(1.0, expected.item())
 
 
 @torch.no_grad()
@@ -280,6 +295,7 @@ def check_nf4(pair: Pair) -> None:
 CHECKS: dict[str, Callable[[Pair], None]] = {
     "logits": check_logits,
     "gradients": check_gradients,
+    "loss": check_loss,
     "padding": check_padding,
     "packing": check_packing,
     "round trip": check_round_trip,
