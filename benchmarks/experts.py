@@ -125,11 +125,7 @@ def milliseconds(run: Callable[[], object], *, repeats: int = 20) -> float:
 TILES = [
     Tile(128, 256, 64, 8, 3),
     Tile(128, 256, 64, 8, 4),
-    Tile(128, 128, 64, 8, 3),
-    Tile(128, 128, 64, 4, 4),
-    Tile(256, 128, 64, 8, 3),
-    Tile(64, 256, 64, 4, 4),
-    Tile(64, 128, 64, 4, 4),
+    Tile(128, 128, 64, 8, 4),
 ]
 
 
@@ -206,7 +202,7 @@ def time_tiles(  # noqa: PLR0917
     flops = 2.0 * update["product"].shape[0] * weight.shape[1] * weight.shape[2]
     run = partial(grouped.grouped_matmul, left, weight, ends, implementation="triton", **options)
     default = grouped.WIDE, grouped.BOXES
-    for tile, boxes in product(TILES, (False, True)):
+    for tile, boxes in product(TILES if kernel.startswith("qwen") else TILES[:1], (False, True)):
         grouped.WIDE, grouped.BOXES = tile, boxes
         try:
             plain, updated = milliseconds(run), milliseconds(partial(run, **update))
@@ -345,6 +341,7 @@ def run_cell(name: str, out: Path, *, steps: int, profile: bool) -> None:
         cell=name,
         device=torch.cuda.get_device_name(),
         torch=torch.__version__,
+        boxes=grouped.BOXES,
         tokens_per_second=ROWS * LENGTH / seconds,
         step_ms=seconds * 1e3,
         fastest_ms=min(r[0] for r in results[3:]) * 1e3,
@@ -371,10 +368,12 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of the results")
     parser.add_argument("what", nargs="+", choices=["kernels", *CELLS])
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--pointers", action="store_true", help="read tiles through pointers, not Hopper's descriptors")
     parser.add_argument("--profile", action="store_true", help="write the time of each GPU kernel of one step")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/experts.py needs a CUDA GPU; there is none here.")
+    grouped.BOXES = not options.pointers
     options.out.mkdir(parents=True, exist_ok=True)
     for what in options.what:
         try:

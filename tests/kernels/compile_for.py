@@ -50,7 +50,7 @@ def grouped(tile: grouped_matmul.Tile, *, transposed: bool, boxes: bool = False)
     """A case of the grouped matmul with all it can do, for the GPUs that have such tiles."""
     flags = dict.fromkeys(("GATHERED", "HAS_BIAS", "HAS_UPDATE", "EVEN"), True)
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "RANK": 16, "rank": 16}
-    constants |= {"EXPERTS": 128, "TRANSPOSED": transposed, "BOXES": boxes}
+    constants |= {"EXPERTS": 128, "TRANSPOSED": transposed, "BOXES": boxes, "GROUP": 8}
     types = ROUTES | {"x_box": "i32", "weight_box": "i32"}
     if boxes:
         flags["GATHERED"] = False

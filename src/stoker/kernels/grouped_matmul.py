@@ -44,6 +44,8 @@ WIDE = Tile(128, 256, 64, 8, 3)
 SKINNY = Tile(128, 16, 128, 4, 3)
 SMALL = Tile(64, 64, 32, 4, 2)
 """For GPUs before sm_80, whose programs have 64 KB of shared memory, for float32, and for the interpreter."""
+GROUP = 8
+"""Tiles of rows whose programs run side by side."""
 BOXES = True
 """Whether Hopper's tensor descriptors read the tiles."""
 OUTER = Tile(64, 128, 64, 4, 3)
@@ -146,10 +148,17 @@ def _matmul_kernel(  # noqa: PLR0912, PLR0915, PLR0917 - one kernel, most of it 
     HAS_UPDATE: tl.constexpr,
     EVEN: tl.constexpr,
     BOXES: tl.constexpr,
+    GROUP: tl.constexpr,
 ) -> None:
     # BOXES: descriptors read tiles of the weights, and of rows that are sorted already, in the hardware's own way.
     # They may reach into the next expert's rows, whose results are not stored.
-    tile, block = tl.program_id(1), tl.program_id(0)
+    # Programs that run together share some rows' tiles and some columns of the weights, so that both stay in L2.
+    blocks = tl.num_programs(0)
+    program = tl.program_id(1) * blocks + tl.program_id(0)
+    group = program // (GROUP * blocks)
+    size = tl.minimum(tl.num_programs(1) - group * GROUP, GROUP)
+    within = program - group * (GROUP * blocks)
+    tile, block = group * GROUP + within % size, within // size
     expert, first, end = _place(tile, ends_ptr, num_experts, ROWS, EXPERTS)
     if expert < num_experts:
         row = first + tl.arange(0, ROWS)
@@ -168,6 +177,19 @@ def _matmul_kernel(  # noqa: PLR0912, PLR0915, PLR0917 - one kernel, most of it 
         else:
             w = matrix + column[None, :].to(tl.int64) * depth + k[:, None]
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        if HAS_UPDATE:
+            low = tl.arange(0, RANK)
+            in_rank = low < rank
+            p = p_ptr + row[:, None].to(tl.int64) * p_stride + low[None, :]
+            p_tile = tl.load(p, mask=in_rows[:, None] & in_rank[None, :], other=0.0)
+            factor = b_ptr + expert.to(tl.int64) * num_columns * rank
+            if TRANSPOSED:
+                factor += low[:, None] * num_columns + column[None, :]
+            else:
+                factor += column[None, :] * rank + low[:, None]
+            f_tile = tl.load(factor, mask=in_rank[:, None] & in_columns[None, :], other=0.0)
+            # First, so that the loop adds to it: after the loop, a second tile of sums would not fit in registers.
+            total = dot(p_tile, f_tile) * scaling
         for start in range(0, depth, DEPTH):
             left = k < depth - start
             if BOXES and not GATHERED:
@@ -187,18 +209,6 @@ def _matmul_kernel(  # noqa: PLR0912, PLR0915, PLR0917 - one kernel, most of it 
             total += dot(x_tile, w_tile)
             x += DEPTH
             w += DEPTH * num_columns if TRANSPOSED else DEPTH
-        if HAS_UPDATE:
-            low = tl.arange(0, RANK)
-            in_rank = low < rank
-            p = p_ptr + row[:, None].to(tl.int64) * p_stride + low[None, :]
-            p_tile = tl.load(p, mask=in_rows[:, None] & in_rank[None, :], other=0.0)
-            factor = b_ptr + expert.to(tl.int64) * num_columns * rank
-            if TRANSPOSED:
-                factor += low[:, None] * num_columns + column[None, :]
-            else:
-                factor += column[None, :] * rank + low[:, None]
-            f_tile = tl.load(factor, mask=in_rank[:, None] & in_columns[None, :], other=0.0)
-            total += scaling * dot(p_tile, f_tile)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + expert * num_columns + column, mask=in_columns, other=0.0)
             total += bias.to(tl.float32)[None, :]
@@ -338,6 +348,7 @@ def grouped_matmul(
         HAS_UPDATE=product is not None,
         EVEN=depth % tile.depth == 0 and num_columns % tile.columns == 0,
         BOXES=boxes is not None,
+        GROUP=GROUP,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
