@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stoker.arch import arithmetic
-from stoker.arch.spec import ArchSpec, AttentionSpec
+from stoker.arch.borrowed import AnySpec
+from stoker.arch.spec import AttentionSpec
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ class Floor:
     peak_flops: float
 
 
-def work(spec: ArchSpec, *, tokens: int, trained_tokens: int, frozen: bool) -> Work:
+def work(spec: AnySpec, *, tokens: int, trained_tokens: int, frozen: bool) -> Work:
     """Returns what a micro-batch of `tokens` tokens needs, with the head over `trained_tokens` of them."""
     forward: Counter[Product] = Counter()
     needed: Counter[Product] = Counter()
@@ -75,7 +76,7 @@ def work(spec: ArchSpec, *, tokens: int, trained_tokens: int, frozen: bool) -> W
         # Never in fp8: no engine rounds its logits to it.
         needed.update(_uses(rows, spec.hidden_size, spec.vocab_size, fp8=False, weight_gradient=not frozen))
     mixers = [layer.mixer for layer in spec.layers]
-    # The scans of state spaces are left out: the floor is lower than theirs.
+    # The scans of state spaces, and attention of a class of Transformers, are left out: the floor is lower than theirs.
     return Work(needed, forward, Counter(mixer for mixer in mixers if isinstance(mixer, AttentionSpec)))
 
 
@@ -95,7 +96,7 @@ def seen_keys(lengths: Sequence[int], window: int | None = None) -> int:
 
 
 def measure(
-    spec: ArchSpec,
+    spec: AnySpec,
     *,
     rows: int,
     length: int,

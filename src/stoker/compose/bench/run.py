@@ -10,8 +10,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stoker.arch.borrowed import BorrowedSpec
-from stoker.arch.spec import ArchSpec
 from stoker.compose.bench import floor, peers, report, rows, shapes
 from stoker.compose.bench.measure import WARMUP_STEPS, Steps, documents_of, measure
 from stoker.compose.bench.result import Measured
@@ -20,7 +18,6 @@ from stoker.compose.model import Base, fitted, open_base
 from stoker.compose.run_folder import now, versions
 from stoker.compose.trainer import compute_dtype, describe
 from stoker.config.schema import RunConfig
-from stoker.errors import ModelError
 from stoker.plan.choose import Statistics, choose
 from stoker.plan.plan import Plan
 
@@ -122,13 +119,8 @@ def _open(config: RunConfig, options: Options) -> Base:
 
     name = config.model.base
     if not shapes.is_shape(name):
-        opened = open_base(name, revision=config.model.revision)
-        if isinstance(opened.spec, BorrowedSpec):
-            raise ModelError(
-                f"{name} runs through {opened.spec.origin}, whose floor is not known.",
-                fix="Bench a native model: `stoker models` lists them.",
-            )
-        return opened
+        chosen = config.model
+        return open_base(name, revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
     asked = config.engine.device
     device = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
     opened = open_base(str(shapes.resolve(name, device=device, folder=options.models)))
@@ -138,7 +130,6 @@ def _open(config: RunConfig, options: Options) -> Base:
 def _floor(config: RunConfig, plan: Plan, base: Base, steps: Steps) -> floor.Floor:
     import torch
 
-    assert isinstance(base.spec, ArchSpec)
     first, count = steps.batches[0][0], len(steps.batches) * len(steps.batches[0])
     trained = sum(one.num_trained_tokens for step in steps.batches for one in step)
     return floor.measure(
