@@ -111,11 +111,14 @@ class SandwichBlock(Block):
         name = self.mixer_name
         if self.mixing is not None:
             mixed = self.mixing(self._norm(f"{name}_norm")(x), cos, sin, **context)
-            x = x + self._scaled(self._norm(f"{name}_post_norm")(mixed))
-        if self.has_feed_forward:
-            output = self._part("feed_forward")(self._norm("feed_forward_norm")(x))
-            x = x + self._scaled(self._norm("feed_forward_post_norm")(output))
-        return x
+            mixed = self._scaled(self._norm(f"{name}_post_norm")(mixed))
+            if not self.has_feed_forward:
+                return x + mixed
+            normed, x = self._norm("feed_forward_norm").add(mixed, x)
+        else:
+            normed = self._norm("feed_forward_norm")(x)
+        output = self._part("feed_forward")(normed)
+        return x + self._scaled(self._norm("feed_forward_post_norm")(output))
 
 
 class ParallelBlock(Block):
