@@ -48,6 +48,16 @@ def wrong_fields(values, model, folder):
     return "frage"
 
 
+def pairs_without_a_task(values, model, folder):
+    (folder / "train.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 8)
+    return "the rows are pairs (preference"
+
+
+def format_that_is_not_read(values, model, folder):
+    values["data"]["train"][0]["format"] = "reflection"
+    return "format = 'reflection' is not read"
+
+
 def too_long(values, model, folder):
     values["data"] |= {"sequence_length": 16, "on_long": "stop"}
     return "train.jsonl:1"
@@ -92,6 +102,8 @@ CASES = [
     empty_dataset,
     broken_line,
     wrong_fields,
+    pairs_without_a_task,
+    format_that_is_not_read,
     too_long,
     longer_than_the_model,
     pickled_weights,

@@ -90,6 +90,22 @@ def refuse_faults(audits: dict[str, Audit]) -> list[str]:
     return [f"data.{split}: {one}" for split, audit in audits.items() for one in warnings(audit)]
 
 
+def refuse_rows_of_other_tasks(config: RunConfig, audits: dict[str, Audit]) -> None:
+    """Refuses rows that judge answers, which neither supervised fine-tuning nor pre-training learns from.
+
+    Raises:
+        DataError: the rows are pairs or labelled; they can be prepared and inspected.
+    """
+    for part, audit in audits.items():
+        if audit.row_kind != "documents":
+            formats = "; ".join(audit.formats.values())
+            raise DataError(
+                f"data.{part}: the rows are {audit.row_kind} ({formats}), which task {config.task.kind} does not learn "
+                "from.",
+                fix="`stoker inspect` shows them. To train on the better answers alone, keep them as chats.",
+            )
+
+
 def loader(
     config: RunConfig, documents: Documents, *, micro_batch_size: int, pad_id: int, mixed: bool = False
 ) -> StepLoader:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from stoker.compose import artifact
-from stoker.compose.data import loader, prepare_data, refuse_faults
+from stoker.compose.data import loader, prepare_data, refuse_faults, refuse_rows_of_other_tasks
 from stoker.compose.hardware import probe
 from stoker.compose.model import Base, load_decoder, load_tokenizer, open_base, pad_id
 from stoker.compose.run_folder import RunFolder
@@ -47,6 +47,7 @@ def evaluate(
         base, override=found.tokenizer or config.model.tokenizer, chat_template=template, tokens=tokens
     )
     data = prepare_data(config, tokenizer, console=quiet)
+    refuse_rows_of_other_tasks(config, data.audits)
     refuse_faults(data.audits)
     split = "train" if data.validation is None else "validation"
     documents = data.train if data.validation is None else data.validation

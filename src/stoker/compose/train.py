@@ -13,7 +13,7 @@ from rich.console import Console
 import stoker
 from stoker.checkpoint.read import load as read
 from stoker.compose import finish, losses, resume
-from stoker.compose.data import Data, prepare_data, refuse_faults, summary
+from stoker.compose.data import Data, prepare_data, refuse_faults, refuse_rows_of_other_tasks, summary
 from stoker.compose.execution import borrowed_notices, fp8_notice, layers_not_in_fp8
 from stoker.compose.hardware import probe, with_loaded
 from stoker.compose.model import Base, fitted, load_decoder, load_tokenizer, open_base, pad_id
@@ -114,6 +114,7 @@ def train(
     loaded = Loaded(config, loaded.origins)
     changed = resume.changes(config, folder) if resume_run else []
     data = prepare_data(config, model.tokenizer, console=console)
+    refuse_rows_of_other_tasks(config, data.audits)
     for split, text in summary(config, data):
         _say(console, f"{split:<10}  {text}")
     warnings = [*data.notices, *refuse_faults(data.audits), *changed]

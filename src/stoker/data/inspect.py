@@ -20,14 +20,37 @@ class _Documents(Protocol):
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
 
+    def labels_of(self, index: int) -> np.ndarray | None: ...
+
+    @property
+    def audit(self) -> Audit: ...
+
 
 def rows(prepared: _Documents, tokenizer: Any, *, count: int = 3, first: int = 0) -> Iterator[RenderableType]:
-    """Yields `count` documents from number `first` on: a line of counts, then the text, trained tokens in colour."""
-    for index in range(first, min(first + count, len(prepared))):
+    """Yields `count` documents from number `first` on: a line of counts, then the text, trained tokens in colour.
+
+    Of pairs, `count` and `first` are pairs: the better answer, then the worse. Labels of answers and steps are named.
+    """
+    size = 2 if prepared.audit.row_kind == "pairs" else 1
+    for index in range(first * size, min((first + count) * size, len(prepared))):
         ids, trained = prepared.document(index)
         share = trained.mean() if len(trained) else 0.0
-        title = f"Document {index}: {len(ids):,} tokens, {int(trained.sum()):,} trained ({share:.0%})"
+        counts = f"{len(ids):,} tokens, {int(trained.sum()):,} trained ({share:.0%})"
+        title = f"{_name(index, size)}: {counts}{_labels(prepared.labels_of(index))}"
         yield Group(Text(title, style="bold"), coloured(ids, trained, tokenizer), Text())
+
+
+def _name(index: int, size: int) -> str:
+    return f"Document {index}" if size == 1 else f"Pair {index // 2}, {('chosen', 'rejected')[index % 2]}"
+
+
+def _labels(labels: np.ndarray | None) -> str:
+    """Returns the labels of a document in words: of its answer, or of its steps in order."""
+    if labels is None:
+        return ""
+    said = labels[labels >= 0].tolist()
+    words = ["yes" if label else "no" for label in said]
+    return f", label: {words[0]}" if len(set(said)) == 1 else f", labels: {' '.join(words)}"
 
 
 def coloured(ids: np.ndarray, trained: np.ndarray, tokenizer: Any) -> Text:

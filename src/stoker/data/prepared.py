@@ -46,6 +46,10 @@ class Prepared:
         start, end = self.offsets[index], self.offsets[index + 1]
         return self.ids[start:end], self.trained[start:end]
 
+    def labels_of(self, index: int) -> np.ndarray | None:
+        """Returns the labels of one document, int8 `[tokens]`, -1 where a token has none; None if there are none."""
+        return None if self.labels is None else self.labels[self.offsets[index] : self.offsets[index + 1]]
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, int64."""
@@ -105,6 +109,10 @@ class Selection:
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns `(ids, trained)` of the selection's document `index`."""
         return self.whole.document(int(self.indices[index]))
+
+    def labels_of(self, index: int) -> np.ndarray | None:
+        """Returns the labels of the selection's document `index`, None if there are none."""
+        return self.whole.labels_of(int(self.indices[index]))
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -30,6 +30,22 @@ def test_uncoloured_text_is_the_document_with_brackets(chatml):
     assert text.replace("⟦", "").replace("⟧", "") == chatml.decode(prepared.document(0)[0])
 
 
+def test_pairs_are_shown_side_by_side_and_labels_named(chatml):
+    row = {"prompt": "hot?", "chosen": "yes", "rejected": "no"}
+    pairs = prepare([SourceOptions(rows=[row, row])], tokenizer=chatml, sequence_length=100)
+    text = printed(*rows(pairs, chatml, count=1))
+    assert "Pair 0, chosen: " in text
+    assert "Pair 0, rejected: " in text
+    assert "Pair 1" not in text
+    assert "⟦no<|im_end|>⟧" in text
+    answer = {"prompt": "hot?", "completion": "yes", "label": False}
+    labelled = prepare([SourceOptions(rows=[answer])], tokenizer=chatml, sequence_length=100)
+    assert ", label: no" in printed(*rows(labelled, chatml))
+    steps = {"prompt": "hot?", "completions": ["a", "b", "c"], "labels": [True, True, False]}
+    stepwise = prepare([SourceOptions(rows=[steps])], tokenizer=chatml, sequence_length=100)
+    assert ", labels: yes yes no" in printed(*rows(stepwise, chatml))
+
+
 def test_rows_say_how_much_trains_and_stop_at_the_last(chatml):
     prepared = prepared_rows(chatml)
     shown = list(rows(prepared, chatml, count=5))
