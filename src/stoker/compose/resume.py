@@ -16,15 +16,19 @@ _FIXED = (
     "model.revision",
     "model.tokenizer",
     "model.chat_template",
+    "model.overrides",
+    "model.special_tokens",
+    "model.new_tokens",
     "model.quantization",
     "adapter",
     "data",
     "task",
     "train.batch_size",
     "train.seed",
+    "train.only",
     "train.optimizer.kind",
 )
-_EXACT = ("micro_batch_size", "precision", "kernels", "num_threads")
+_EXACT = ("micro_batch_size", "precision", "kernels", "cuda_graphs", "num_threads")
 _FREE = ("data.cache_folder", "data.on_bad_row", "data.num_workers")
 
 

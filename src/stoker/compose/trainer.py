@@ -114,7 +114,7 @@ def make_engine(config: RunConfig, plan: Plan, decoder: "Model", data: Data, *, 
     set_up_weights(decoder, plan)
     offload = set_up_layers(decoder, plan)
     on_discard = () if offload is None else (offload.clear,)
-    strategy = SingleDevice(plan.device, precision=plan.precision, on_discard=on_discard)
+    strategy = SingleDevice(plan.device, precision=plan.precision, on_discard=on_discard, cuda_graphs=plan.cuda_graphs)
     strategy.prepare(
         SupervisedTask(decoder, kernels=plan.kernels),
         lambda named: make_optimizer(

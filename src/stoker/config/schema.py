@@ -73,6 +73,9 @@ class Model(Section):
     trust_remote_code: bool = False
     """Run code that comes with the model, if neither Stoker nor Transformers has its class. Such code can do on this
     machine whatever you can: read it first, and for a Hub id set `revision` to the commit (40 digits) that you read."""
+    overrides: dict[Text, Any] = {}
+    """Changes to the model's config.json, of native models: `{output_router_logits: true}` learns a mixture's load
+    balance too, `{rope_parameters: {...}}` scales positions. What is saved keeps them."""
     tokenizer: Text | None = None
     """Hub id or folder of another tokenizer; the model's own unless set."""
     chat_template: Text | None = None
@@ -531,6 +534,9 @@ class Engine(Section):
     tf32: bool = False
     """Let products of fp32 matrices round their factors to TF32 (10 bits) on GPUs that have it. Those of `precision`
     bf16 and fp16 are not affected."""
+    cuda_graphs: Literal["auto"] | bool = "auto"
+    """Replay micro-batches of one shape as one launch (CUDA only); `auto` where launching is what steps would wait for.
+    Needs rows that are not packed, and no dropout."""
     num_threads: Literal["auto"] | Count = "auto"
     """CPU threads of PyTorch."""
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORED = -100
 
@@ -52,6 +52,23 @@ class Batch:
             self,
             input_ids=self.input_ids.to(device, non_blocking=non_blocking),
             targets=self.targets.to(device, non_blocking=non_blocking),
+        )
+
+    def padded_to(self, length: int) -> "Batch":
+        """Returns the batch with rows of `length` positions, padded on the right with tokens that train nothing.
+
+        For rows of one document each. Raises ValueError if they are packed, or longer.
+        """
+        rows, width = self.input_ids.shape
+        if self.document_lengths is not None or width > length:
+            raise ValueError(f"a batch of width {width} cannot be padded to {length}, or its rows are packed")
+        if width == length:
+            return self
+        return replace(
+            self,
+            input_ids=nn.functional.pad(self.input_ids, (0, length - width)),
+            targets=nn.functional.pad(self.targets, (0, length - width), value=IGNORED),
+            row_tokens=self.row_tokens or (self.num_tokens // rows,) * rows,
         )
 
     def split(self) -> "list[Batch]":

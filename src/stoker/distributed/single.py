@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from stoker.distributed import optimizer_state
+from stoker.distributed.graphs import MicroBatchGraphs
 from stoker.distributed.strategy import Batch, MakeOptimizer, Result, StepResult, StrategyState
 from stoker.errors import CheckpointError
 
@@ -25,7 +26,8 @@ class SingleDevice:
     """The `Strategy` of one device.
 
     `precision` is "fp32", or "bf16" or "fp16" for autocast over fp32 weights; fp16 scales the loss (arXiv:1710.03740).
-    `on_discard` is called when a step is broken off, to let go of what else it holds.
+    `on_discard` is called when a step is broken off, to let go of what else it holds. `cuda_graphs`: micro-batches of
+    one shape are captured and replayed (`graphs.MicroBatchGraphs`; the task must be one that can be).
     """
 
     device: torch.device
@@ -38,11 +40,14 @@ class SingleDevice:
         *,
         precision: str = "fp32",
         on_discard: Sequence[Callable[[], None]] = (),
+        cuda_graphs: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"unknown precision {precision!r}; it is one of {', '.join(PRECISIONS)}")
         self.device = torch.device(device)
         self._on_discard = tuple(on_discard)
+        self._uses_graphs = cuda_graphs
+        self._graphs: MicroBatchGraphs | None = None
         self._dtype = PRECISIONS[precision]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
@@ -51,6 +56,8 @@ class SingleDevice:
         self._task = task.to(self.device)
         self._trained = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
         self._made_optimizer = None if make_optimizer is None else make_optimizer(self._trained.items())
+        if self._uses_graphs:
+            self._graphs = MicroBatchGraphs(cast("Any", self._task), device=self.device, autocast=self._autocast)
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -62,6 +69,9 @@ class SingleDevice:
         """Adds the gradient of `loss_sum / divisor`; `is_last` makes no difference on one device."""
         del is_last
         self._task.train()
+        if self._graphs is not None:
+            factor = self._scaler.scale(torch.full((), 1.0 / divisor, device=self.device))
+            return _detached(self._graphs.run(cast("Any", batch.to(self.device)), factor))
         with self._autocast():
             result = self._task(batch.to(self.device))
         self._scaler.scale(result.loss_sum / divisor).backward()
@@ -69,6 +79,8 @@ class SingleDevice:
 
     def discard_gradients(self) -> None:
         """Clears gradients and gives cached device memory back."""
+        if self._graphs is not None:
+            self._graphs.clear()
         self._task.zero_grad(set_to_none=True)
         for let_go in self._on_discard:
             let_go()
@@ -96,7 +108,8 @@ class SingleDevice:
                 nn.utils.clip_grads_with_norm_(parameters, max_gradient_norm, norm_tensor)
             self._scaler.step(self._optimizer)
         self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
+        # A graph adds to the gradients that were there when it was captured.
+        self._optimizer.zero_grad(set_to_none=self._graphs is None)
         scale = self._scaler.get_scale() if self._scaler.is_enabled() else None
         return StepResult(norm, skipped=not finite, loss_scale=scale)
 

@@ -64,6 +64,7 @@ def choose(
         raise PlanError(_shortfall(job, candidates), fix=_what_fits(job, hardware))
     best = _best(fitting)
     keep_transposed, memory, transposed_reason = _transposed(best)
+    graphs, graphs_reason = _cuda_graphs(best)
     num_threads, threads_reason = _num_threads(config, hardware)
     trained, frozen = job.counts
     return Plan(
@@ -80,6 +81,7 @@ def choose(
         keep=best.ladder.keep,
         tile_tokens=best.ladder.tile_tokens,
         offload_activations=best.ladder.offload,
+        cuda_graphs=graphs,
         num_threads=num_threads,
         row_tokens=row_tokens,
         num_parameters=trained + frozen,
@@ -100,6 +102,7 @@ def choose(
             "recompute": _recompute_reason(best),
             "tile_tokens": _tiles_reason(best),
             "offload_activations": _offload_reason(best),
+            "cuda_graphs": graphs_reason,
             "num_threads": threads_reason,
         },
     )
@@ -235,6 +238,23 @@ def _offload_reason(best: Candidate) -> str:
         return f"{size(best.host_bytes)} of what layers keep wait in pinned host memory"
     on_gpu = job.machine.device.kind == "cuda"
     return "it fits on the device" if on_gpu else "only a CUDA GPU has another memory beside it"
+
+
+def _cuda_graphs(best: Candidate) -> tuple[bool, str]:
+    """Returns whether micro-batches are captured, and why; raises PlanError where that is asked for and cannot be."""
+    job = best.size.job
+    asked = job.config.engine.cuda_graphs
+    hindrance = execution.why_no_graphs(job.config, job.spec, job.machine.device, offload=best.ladder.offload)
+    if asked is True and hindrance:
+        raise PlanError(f"engine.cuda_graphs = true: {hindrance}.", fix="Use false or auto, or change that.")
+    if asked != "auto":
+        return asked, "set in the configuration"
+    if hindrance:
+        return False, hindrance
+    flops = job.flops_with(best.ladder) * best.rows * job.row_tokens / max(1, len(job.spec.layers))
+    if flops > execution.LAUNCH_BOUND_FLOPS[best.ladder.layers]:
+        return False, "the GPU works longer than launching takes"
+    return True, "launching would take longer than the GPU works: one launch a micro-batch"
 
 
 def _shortfall(job: Job, candidates: list[Candidate]) -> str:

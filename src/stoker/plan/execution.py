@@ -12,6 +12,11 @@ Kernels = Literal["reference", "triton"]
 # Triton compiles for GPUs from Volta on; PyTorch's fp8 products need Ada's or Hopper's tensor cores.
 _TRITON_CAPABILITY = (7, 0)
 _FP8_CAPABILITY = (8, 9)
+LAUNCH_BOUND_FLOPS = {"fused": 4e11, "op by op": 1e12}
+"""FLOPs of a layer's forward and backward below which launching its kernels takes longer than running them.
+
+By measurement on an H200 a fused layer takes some 0.6 ms to launch, one that runs op by op twice or thrice that. Slower
+GPUs are bound by their work at fewer FLOPs; there a graph gains nothing and costs nothing either."""
 _FORMATS = {
     "nf4": "the base in NF4, 4.1 bits a weight",
     "int8": "the base in int8, one scale a row",
@@ -64,6 +69,27 @@ def quantization(config: RunConfig, device: Device) -> tuple[str, str]:
             fix="Use int8, which takes the same memory, or nf4, which takes half.",
         )
     return kind, f"{_FORMATS[kind]}, and products in fp8, which {device.name} has"
+
+
+def why_no_graphs(config: RunConfig, spec: AnySpec, device: Device, *, offload: bool) -> str:
+    """Returns what keeps micro-batches from being captured as CUDA graphs, or ""."""
+    if device.kind != "cuda":
+        return "only a CUDA GPU captures launches"
+    if isinstance(spec, BorrowedSpec):
+        return "what a borrowed model runs is not known to be the same each time"
+    hindrances = {
+        "packed rows differ in their documents (data.packing: false has none)": config.data.packing,
+        "dropout draws a seed for each micro-batch": config.adapter is not None and config.adapter.dropout > 0.0,
+        "noise is drawn for each micro-batch": config.train.embedding_noise is not None,
+        "a mixture's balancing loss counts each micro-batch's tokens": _balances(spec),
+        "kept activations wait on the host": offload,
+    }
+    return next((what for what, there in hindrances.items() if there), "")
+
+
+def _balances(spec: AnySpec) -> bool:
+    parts = [getattr(layer, "feed_forward", None) for layer in spec.layers]
+    return any(getattr(part, "auxiliary_loss", 0.0) for part in parts)
 
 
 def why_op_by_op(adapter: Adapter | None, spec: AnySpec) -> str:

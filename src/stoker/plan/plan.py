@@ -20,6 +20,7 @@ CHOICES = (
     "recompute",
     "tile_tokens",
     "offload_activations",
+    "cuda_graphs",
     "num_threads",
 )
 """The fields that are choices, in the order in which they are shown; each has a reason.
@@ -33,9 +34,9 @@ class Plan:
     """How a run will be run. `row_tokens`: tokens of a row at most; a step is `accumulation_steps` micro-batches.
 
     `keep_transposed`: transposed copies of fp8 weights stay beside them (None: no fp8). `layers`: each is one fused
-    operation, or runs op by op. `keep`: what each layer keeps for the backward
-    (`arch.activations.LADDER`). `tile_tokens`: the feed-forward goes through so many tokens at a time (None: through a
-    whole micro-batch). `host_bytes`: pinned host memory in which kept tensors wait.
+    operation, or runs op by op. `keep`: what each layer keeps for the backward (`arch.activations.LADDER`).
+    `tile_tokens`: the feed-forward goes through so many tokens at a time (None: through a whole micro-batch).
+    `cuda_graphs`: micro-batches are captured and replayed. `host_bytes`: pinned host memory in which kept tensors wait.
     """
 
     device: str
@@ -51,6 +52,7 @@ class Plan:
     keep: tuple[Keep, ...]
     tile_tokens: int | None
     offload_activations: bool
+    cuda_graphs: bool
     num_threads: int
     row_tokens: int
     num_parameters: int

@@ -1,5 +1,7 @@
 """Next-token prediction on the targets that the data room marked: fine-tuning and continued pre-training alike."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -45,6 +47,16 @@ class SupervisedTask(nn.Module):
         super().__init__()
         self.model = model
         self.kernels = kernels
+        self._select_rows = True
+
+    @contextmanager
+    def capturing(self) -> Generator[None]:
+        """Within it no size of the work depends on which tokens are trained, as a CUDA graph demands."""
+        self._select_rows = False
+        try:
+            yield
+        finally:
+            self._select_rows = True
 
     def forward(self, batch: Batch) -> TaskResult:
         """Returns the loss sum over targets that are not -100 (fp32 scalar)."""
@@ -60,6 +72,7 @@ class SupervisedTask(nn.Module):
             targets,
             bias=model.head_bias,
             options=LossOptions(logit_scale=model.logit_scale, soft_cap=model.logit_softcap),
+            select_rows=self._select_rows,
             implementation=self.kernels,
         )
         balancing = self._balancing(batch)

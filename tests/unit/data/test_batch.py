@@ -67,3 +67,17 @@ def test_pairs_stay_together_in_a_split():
     assert (first.num_rows, second.num_rows) == (4, 2)
     assert first.can_split
     assert not second.can_split
+
+
+def test_padding_adds_positions_that_train_nothing():
+    batch = plain_batch(2)
+    padded = batch.padded_to(7)
+    assert padded.input_ids.shape == padded.targets.shape == (2, 7)
+    assert torch.equal(padded.input_ids[:, :4], batch.input_ids)
+    assert torch.equal(padded.targets[:, :4], batch.targets)
+    assert (padded.targets[:, 4:] == IGNORED).all()
+    assert (padded.num_tokens, padded.num_trained_tokens) == (batch.num_tokens, batch.num_trained_tokens)
+    assert sum(padded.row_tokens) == batch.num_tokens
+    assert padded.padded_to(7) is padded
+    with pytest.raises(ValueError, match="cannot be padded to 3"):
+        batch.padded_to(3)

@@ -297,3 +297,32 @@ def test_planning_imports_no_framework():
     code = "import sys, stoker.plan.choose; print(*{'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (["data.packing=true"], "packed rows differ"),
+        (["data.packing=false", "adapter.dropout=0.1"], "dropout draws a seed"),
+        (["data.packing=false", "train.embedding_noise=5.0"], "noise is drawn"),
+        (["data.packing=false", "engine.offload_activations=true"], "wait on the host"),
+    ],
+)
+def test_what_cannot_be_captured_as_a_graph_says_why(run, llama_8b, machine, settings, why):
+    plan = choose(run(*settings), llama_8b, machine(80))
+    assert not plan.cuda_graphs
+    assert why in plan.reasons["cuda_graphs"]
+    with pytest.raises(PlanError, match=f"engine.cuda_graphs = true: .*{why}"):
+        choose(run(*settings, "engine.cuda_graphs=true"), llama_8b, machine(80))
+
+
+def test_graphs_are_for_where_launching_takes_longer_than_the_work(run, llama_8b, machine):
+    long = choose(run("data.packing=false"), llama_8b, machine(80))
+    assert not long.cuda_graphs
+    assert "longer than launching" in long.reasons["cuda_graphs"]
+    short = choose(run("data.packing=false", "data.sequence_length=128", "train.batch_size=1"), llama_8b, machine(80))
+    assert short.cuda_graphs
+    forced = choose(run("data.packing=false", "engine.cuda_graphs=true"), llama_8b, machine(80))
+    assert (forced.cuda_graphs, forced.reasons["cuda_graphs"]) == (True, "set in the configuration")
+    with pytest.raises(PlanError, match="only a CUDA GPU"):
+        choose(run("engine.cuda_graphs=true"), llama_8b, machine())

@@ -1,0 +1,142 @@
+"""CUDA graphs of micro-batches: one launch in place of some thousands, where launching is what a step waits for.
+
+A graph replays fixed kernels on fixed memory. So a micro-batch is copied into buffers of its shape, its length rounded
+up to a bucket (what is added is padding, which trains nothing and which causal layers do not look at), and the loss's
+factor is a tensor. The first micro-batches of a shape run as they always do, which compiles kernels; then the shape is
+captured. Gradients add up in place, hence they are cleared in place too.
+
+Not everything can be captured: packed rows differ in their documents, dropout in its seeds. Those run as they always
+do.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+BUCKET_TOKENS = 64
+"""Lengths are rounded up to a multiple of this."""
+
+WARM_UP = 2
+"""Micro-batches of a shape that run as they always do before it is captured."""
+
+MAX_GRAPHS = 16
+"""Shapes that are captured; further ones run as they always do. All graphs share one pool of memory."""
+
+
+class Batch(Protocol):
+    """What a graph reads of a micro-batch, which is a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    input_ids: Tensor
+    targets: Tensor
+    document_lengths: Any
+    num_trained_tokens: int
+
+    def padded_to(self, length: int) -> "Batch":
+        """Returns the batch with padding on the right."""
+
+
+class Task(Protocol):
+    """A task whose forward can be captured."""
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """Within it, no size of the task's work depends on the values in a batch."""
+
+    def __call__(self, batch: Any) -> Any:
+        """Returns the task's result."""
+
+
+class Replayed(NamedTuple):
+    """A task's result, from a graph."""
+
+    loss_sum: Tensor
+    num_trained_tokens: int
+    metrics: Mapping[str, Tensor]
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    input_ids: Tensor
+    targets: Tensor
+    loss_sum: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+class MicroBatchGraphs:
+    """Captures and replays forward and backward of `task` on a CUDA device; `autocast` makes the forward's context.
+
+    Gradients must be cleared in place between steps; once they are thrown away, so must the graphs be (`clear`).
+    """
+
+    def __init__(
+        self, task: Task, *, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        self._task, self._device, self._autocast = task, device, autocast
+        self._captured: dict[tuple[int, int], _Captured] = {}
+        self._seen: dict[tuple[int, int], int] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        # The capture's stream, which other micro-batches run on too: autograd ties a gradient to the stream that it
+        # first arrives on.
+        self._stream = torch.cuda.Stream(device)
+        self._factor = torch.ones((), device=device)
+
+    def run(self, batch: Batch, factor: Tensor) -> Any:
+        """Adds the gradient of `loss_sum * factor` and returns the task's result; the batch is on the device."""
+        self._factor.copy_(factor)
+        if batch.document_lengths is not None:
+            return self._eager(batch)
+        batch = batch.padded_to(-(-batch.input_ids.shape[1] // BUCKET_TOKENS) * BUCKET_TOKENS)
+        shape = (batch.input_ids.shape[0], batch.input_ids.shape[1])
+        if shape in self._captured:
+            return self._replay(self._captured[shape], batch)
+        self._seen[shape] = self._seen.get(shape, 0) + 1
+        if self._seen[shape] <= WARM_UP or len(self._captured) >= MAX_GRAPHS:
+            return self._eager(batch)
+        self._captured[shape] = self._capture(batch)
+        return self._replay(self._captured[shape], batch)
+
+    def clear(self) -> None:
+        """Lets go of all graphs and their memory."""
+        self._captured.clear()
+        self._seen.clear()
+
+    @property
+    def num_captured(self) -> int:
+        """Shapes that are captured."""
+        return len(self._captured)
+
+    def _eager(self, batch: Batch) -> Any:
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = self._forward_backward(batch)
+        current.wait_stream(self._stream)
+        return result
+
+    def _forward_backward(self, batch: Batch) -> Any:
+        with self._autocast():
+            result = self._task(batch)
+        (result.loss_sum * self._factor).backward()
+        return result
+
+    def _capture(self, batch: Batch) -> _Captured:
+        held = replace(batch, input_ids=batch.input_ids.clone(), targets=batch.targets.clone())
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # what eager steps left cached, the pool of graphs cannot use
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream), self._task.capturing():
+            result = self._forward_backward(held)
+        return _Captured(graph, held.input_ids, held.targets, result.loss_sum.detach(), dict(result.metrics))
+
+    @staticmethod
+    def _replay(captured: _Captured, batch: Batch) -> Replayed:
+        captured.input_ids.copy_(batch.input_ids)
+        captured.targets.copy_(batch.targets)
+        captured.graph.replay()
+        metrics = {name: value.clone() for name, value in captured.metrics.items()}
+        return Replayed(captured.loss_sum.clone(), batch.num_trained_tokens, metrics)
