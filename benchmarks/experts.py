@@ -304,10 +304,12 @@ def check_parity(cell: Cell) -> None:
     assert apart < 8e-2 * whole, f"the gradient differs by {apart / whole:.2g} of its norm"
 
 
-def run_cell(name: str, out: Path, *, steps: int, profile: bool) -> None:
+def run_cell(name: str, out: Path, *, steps: int, profile: bool, keep_attention: bool) -> None:
     cell = CELLS[name]
     start = time.perf_counter()
     model = build(cell.config, cell.kind)
+    for block in model.blocks:
+        cast("Block", block).keep_attention = keep_attention
     torch.cuda.synchronize()
     build_seconds = time.perf_counter() - start
     held = torch.cuda.memory_allocated()
@@ -342,6 +344,7 @@ def run_cell(name: str, out: Path, *, steps: int, profile: bool) -> None:
         device=torch.cuda.get_device_name(),
         torch=torch.__version__,
         boxes=grouped.BOXES,
+        keep_attention=keep_attention,
         tokens_per_second=ROWS * LENGTH / seconds,
         step_ms=seconds * 1e3,
         fastest_ms=min(r[0] for r in results[3:]) * 1e3,
@@ -368,6 +371,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of the results")
     parser.add_argument("what", nargs="+", choices=["kernels", *CELLS])
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--keep-attention", action="store_true", help="keep attention's results")
     parser.add_argument("--pointers", action="store_true", help="read tiles through pointers, not Hopper's descriptors")
     parser.add_argument("--profile", action="store_true", help="write the time of each GPU kernel of one step")
     options = parser.parse_args()
@@ -380,7 +384,13 @@ def main() -> None:
             if what == "kernels":
                 run_kernels(options.out)
             else:
-                run_cell(what, options.out, steps=options.steps, profile=options.profile)
+                run_cell(
+                    what,
+                    options.out,
+                    steps=options.steps,
+                    profile=options.profile,
+                    keep_attention=options.keep_attention,
+                )
         except (AssertionError, RuntimeError, ValueError) as error:
             # One cell's failure must not cost the others the machine; it is printed as its result.
             report(options.out, cell=what, error=f"{type(error).__name__}: {str(error)[:300]}")

@@ -150,13 +150,14 @@ def test_merged_model_is_base_and_adapter_in_transformers(name, tmp_path):
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
 def test_recomputed_layers_have_the_same_gradients(name):
     gradients = []
-    for recompute in (False, True):
+    for recompute, keep_attention in ((False, False), (True, False), (True, True)):
         model = pair(CASES[name], tolerance=TOLERANCE).fresh().train()
         add_lora(model, rank=2, alpha=4)
         for block in model.blocks:
-            block.recompute = recompute
+            block.recompute, block.keep_attention = recompute, keep_attention
         model(torch.arange(5, 25)[None]).square().mean().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     # A and B of qkv, out, gate_up and down, and of the shared expert's two.
     assert len(gradients[0]) == 2 * len(model.blocks) * (6 if name == "qwen2_moe" else 4)
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    for others in gradients[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(gradients[0], others, strict=True))

@@ -46,7 +46,7 @@ SMALL = Tile(64, 64, 32, 4, 2)
 """For GPUs before sm_80, whose programs have 64 KB of shared memory, for float32, and for the interpreter."""
 GROUP = 8
 """Tiles of rows whose programs run side by side."""
-BOXES = True
+BOXES: bool = True
 """Whether Hopper's tensor descriptors read the tiles."""
 OUTER = Tile(64, 128, 64, 4, 3)
 OUTER_WIDE = Tile(128, 128, 64, 8, 3)
