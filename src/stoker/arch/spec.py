@@ -351,8 +351,9 @@ class WeightEntry:
 
     `transposed`: they store [in, out] (GPT-2's Conv1D). `stacked`: they store one tensor an expert, ours holds all in
     its first dimension, E groups of the tensors in turn. `aliases`: names under which the same tensor may lie in a
-    folder too, as a tied head does. `interleaved`: rows of gate and up alternate there, ours has gate first. `parameter`:
-    of experts, the name of Transformers' 3-D parameter that holds them in memory, by which adapters know them.
+    folder too, as a tied head does. `interleaved`: rows of gate and up alternate there, ours has gate first.
+    `parameter`: of experts, the name of Transformers' 3-D parameter that holds them in memory, by which adapters know
+    them.
     `stored`: the names in files, where those are not the modules' (Transformers renames some as it loads and saves).
     """
 

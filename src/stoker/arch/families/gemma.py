@@ -44,7 +44,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
-    """The spec of a "gemma", "gemma2" or "gemma3_text" configuration; raises ModelError for what it does not compute."""
+    """The spec of "gemma", "gemma2" and "gemma3_text" configurations; raises ModelError for what it does not compute."""
     model_type = config["model_type"]
     reader = ConfigReader(config, where, {"head_dim": 256, **_DEFAULTS[model_type]})
     refuse_dropout(reader, "attention_dropout")
@@ -56,7 +56,7 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     kinds = _kinds(reader, model_type)
     layers = {
         kind: LayerSpec(
-            mixer=_attention(reader, model_type, kind, hidden_size, max_positions, norm),
+            mixer=_attention(reader, kind, hidden_size, max_positions, norm),
             feed_forward=GatedSpec(reader.size("intermediate_size"), _activation(reader, is_first)),
             norm=norm,
             placement="pre" if is_first else "sandwich",
@@ -82,10 +82,9 @@ def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
     return entries(spec, Names(SEPARATE if spec.model_type == "gemma" else SANDWICH))
 
 
-def _attention(
-    reader: ConfigReader, model_type: str, kind: str, hidden_size: int, max_positions: int, norm: NormSpec
-) -> AttentionSpec:
+def _attention(reader: ConfigReader, kind: str, hidden_size: int, max_positions: int, norm: NormSpec) -> AttentionSpec:
     num_heads, num_kv_heads, head_dim = read_heads(reader, hidden_size)
+    model_type = reader.get("model_type")
     is_first, is_third = model_type == "gemma", model_type == "gemma3_text"
     if is_third:  # its code reads the setting and does not use it
         reader.require("attn_logit_softcapping", None, fix="Set it to null, as Transformers computes the model.")

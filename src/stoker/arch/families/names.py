@@ -15,8 +15,8 @@ from stoker.arch.spec import ArchSpec, WeightEntry
 class ExpertNames:
     """Whose tensors the linear layers of a layer's experts are, and Transformers' own parameter for them.
 
-    `tensors`: whole names within the layer, with {} for the expert's number ("mlp.experts.{}.gate_proj.weight"); without
-    it, one tensor holds all experts. `parameter`: the 3-D parameter in memory. The rest as in `WeightEntry`.
+    `tensors`: whole names within the layer, with {} for the expert's number ("mlp.experts.{}.gate_proj.weight");
+    without it, one tensor holds all experts. `parameter`: the 3-D parameter in memory. The rest as in `WeightEntry`.
     """
 
     tensors: tuple[str, ...]
