@@ -44,7 +44,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
-    """The spec of "gemma", "gemma2" and "gemma3_text" configurations; raises ModelError for what it does not compute."""
+    """The spec of a Gemma configuration of any of the three types; raises ModelError for what it does not compute."""
     model_type = config["model_type"]
     reader = ConfigReader(config, where, {"head_dim": 256, **_DEFAULTS[model_type]})
     refuse_dropout(reader, "attention_dropout")
