@@ -72,7 +72,7 @@ def test_a_frozen_weight_changes_nothing_else_and_views_are_read_by_their_stride
 
 
 def test_the_weight_s_gradient_is_the_same_in_every_run(draw):
-    x, weight = draw(2, 100, 8).float(), draw(8, 4).float().requires_grad_()
+    x, weight = draw(1, 40, 8).float(), draw(8, 4).float().requires_grad_()
     runs = [torch.autograd.grad(conv("triton", None)(x, weight).square().sum(), weight)[0] for _ in range(2)]
     assert torch.equal(runs[0], runs[1])
 
