@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from stoker.data.records import Given, Texts
+from stoker.data.words import word_encoder
 from stoker.errors import DataError
 
 
@@ -75,6 +76,7 @@ class Tokenizer:
                 fix="Use a model folder with a tokenizer.json.",
             )
         self._tokenizer = tokenizer
+        self._words = word_encoder(tokenizer, self._encode_whole)
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.vocabulary_size = len(tokenizer)
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -116,7 +118,15 @@ class Tokenizer:
         return [document for document in results if document is not None]
 
     def _encode(self, texts: list[str], *, special: bool) -> tuple[list[list[int]], np.ndarray]:
-        """Returns ids by text, and the character offsets of all tokens, int64 `[all tokens, 2]`."""
+        """Returns ids by text, and the character offsets of all tokens, int64 `[all tokens, 2]`.
+
+        With `special`, the tokenizer adds its special tokens and nobody asks for offsets.
+        """
+        if self._words is not None and not special:
+            return self._words.encode(texts)
+        return self._encode_whole(texts, special=special)
+
+    def _encode_whole(self, texts: list[str], *, special: bool = False) -> tuple[list[list[int]], np.ndarray]:
         with _collector_at_rest():
             encoded = self._tokenizer(
                 texts,
