@@ -8,14 +8,17 @@ from stoker.kernels.attention import attention, attention_reference
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's kernel needs a CUDA GPU")
 
 
-@pytest.mark.parametrize("documents", [None, ((300, 5, 335), (640,))])
+# Rows of whole blocks of 128 and of a part of one more.
+@pytest.mark.parametrize(
+    ("length", "documents"), [(640, None), (640, ((300, 5, 335), (640,))), (200, ((60, 140), (200,)))]
+)
 @pytest.mark.parametrize("options", [{"softcap": 2.0}, {"softcap": 2.0, "window": 200}, {"window": 40}])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_the_compiled_kernel_equals_the_formula(documents, options, with_sinks):
+def test_the_compiled_kernel_equals_the_formula(length, documents, options, with_sinks):
     torch.manual_seed(0)
     if not (with_sinks or "softcap" in options):
         pytest.skip("plain scores do not take this way")
-    shapes = [(2, 640, 4, 64), (2, 640, 2, 64), (2, 640, 2, 64)]
+    shapes = [(2, length, 4, 64), (2, length, 2, 64), (2, length, 2, 64)]
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for shape in shapes]
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], device="cuda", requires_grad=True) if with_sinks else None
     wanted = [*inputs, sinks] if with_sinks else inputs
