@@ -33,6 +33,7 @@ from stoker.arch.families import read
 from stoker.kernels import grouped_matmul as grouped
 from stoker.kernels import routed_rows
 from stoker.kernels.grouped_matmul import Tile
+from stoker.kernels.grouped_outer import grouped_outer
 from stoker.kernels.linear_cross_entropy import linear_cross_entropy
 from stoker.models.build import on_meta
 from stoker.nn.block import Block
@@ -168,7 +169,7 @@ def time_layer(out: Path, name: str, config: dict[str, Any], inner: int) -> None
         time_tiles(out, kernel, left, weight, order.ends, options, {"product": low, "factor": factor})
         beside_torch(out, kernel, left, weight, order.ends, options)
     matmul = partial(grouped.grouped_matmul, implementation="triton")
-    outer = partial(grouped.grouped_outer, implementation="triton")
+    outer = partial(grouped_outer, implementation="triton")
     weights, rows = torch.rand(tokens, top_k, device="cuda"), random(num_rows, width)
     rest: dict[str, Callable[[], object]] = {
         "sort": lambda: routed_rows.sort_by_expert(chosen, experts),

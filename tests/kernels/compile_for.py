@@ -17,6 +17,7 @@ from stoker.kernels import (
     fp8,
     glu,
     grouped_matmul,
+    grouped_outer,
     linear_cross_entropy,
     low_rank,
     nf4,
@@ -62,7 +63,7 @@ def grouped(tile: grouped_matmul.Tile, *, transposed: bool, boxes: bool = False)
 
 def outer(tile: grouped_matmul.Tile) -> tuple:
     constants = {"LEFT": 16, "RIGHT": tile.columns, "ROWS": tile.depth, "LEFT_GATHERED": False, "RIGHT_GATHERED": True}
-    return (grouped_matmul._outer_kernel, constants, tile.warps, ROUTES, tile.stages)
+    return (grouped_outer._outer_kernel, constants, tile.warps, ROUTES, tile.stages)
 
 
 def rotation(half: int, rest: int, *, interleaved: bool) -> tuple:
@@ -120,7 +121,7 @@ CASES = [
     *(grouped(grouped_matmul.WIDE, transposed=t, boxes=True) for t in (False, True)),
     grouped(grouped_matmul.SKINNY, transposed=False),
     outer(grouped_matmul.SMALL),
-    outer(grouped_matmul.OUTER),
+    outer(grouped_outer.NARROW),
     (routed_rows._gate_kernel, {"BLOCK": 1024, "CLAMPED": True}, 4, {"limit": "fp32"}),
     (
         routed_rows._gate_backward_kernel,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from stoker.kernels import routed_rows
-from stoker.kernels.grouped_matmul import grouped_matmul, grouped_outer
+from stoker.kernels.grouped_matmul import grouped_matmul
+from stoker.kernels.grouped_outer import grouped_outer
 from stoker.kernels.mixture import ExpertMatrix, MixtureOptions, mixture, mixture_reference
 
 # Rows of each expert: even, one expert with all, empty ones first, last and between, none at all.

@@ -4,11 +4,10 @@ For expert e with the sorted rows m in [ends[e-1], ends[e]):
 
     forward      Y[m] = X[i[m]] W_eᵀ + c_e + s P[m] B_eᵀ        X [R, in], W [E, out, in], P [M, r], B [E, out, r]
     transposed   Y[m] = X[i[m]] W_e + s P[m] A_e                X [R, out], A [E, r, in]
-    outer        O_e = s Σ_m L[i[m]]ᵀ R[j[m]]                   L [., K₁], R [., K₂], O [E, K₁, K₂]
 
 The index i reads rows where they lie instead of making a sorted copy that is top-k times as large; without it rows are
-sorted already. Gradients: dX by the transposed product, dW by the outer one, which is also what the factors A and B
-need. A product with a skinny matrix (N of a few columns) is the same kernel with smaller tiles.
+sorted already. Gradients: dX by the transposed product, dW and those of the factors by `grouped_outer`. A product with
+a skinny matrix (N of a few columns) is the same kernel with smaller tiles.
 
 Ends stay on the device. A program finds its expert from them, so that nothing waits for the device, whatever the
 number of rows each expert gets; the grid is as large as the worst distribution needs, and programs beyond the last tile
@@ -48,8 +47,6 @@ GROUP = 8
 """Tiles of rows whose programs run side by side."""
 BOXES: bool = True
 """Whether Hopper's tensor descriptors read the tiles."""
-OUTER = Tile(64, 128, 64, 4, 3)
-OUTER_WIDE = Tile(128, 128, 64, 8, 3)
 
 
 def grouped_matmul_reference(  # noqa: PLR0917 - private in effect: the public function names them
@@ -66,7 +63,7 @@ def grouped_matmul_reference(  # noqa: PLR0917 - private in effect: the public f
     """The formulas, expert by expert; reads `ends` on the host."""
     taken = x if rows is None else x[rows]
     out = x.new_empty(taken.shape[0], weight.shape[2 if transposed else 1])
-    for expert, (start, end) in enumerate(_spans(ends)):
+    for expert, (start, end) in enumerate(spans(ends)):
         if start == end:
             continue
         matrix = weight[expert] if transposed else weight[expert].t()
@@ -79,26 +76,8 @@ def grouped_matmul_reference(  # noqa: PLR0917 - private in effect: the public f
     return out
 
 
-def grouped_outer_reference(  # noqa: PLR0917 - as above
-    left: Tensor,
-    right: Tensor,
-    ends: Tensor,
-    left_rows: Tensor | None,
-    right_rows: Tensor | None,
-    scaling: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The formula, expert by expert; reads `ends` on the host."""
-    left = left if left_rows is None else left[left_rows]
-    right = right if right_rows is None else right[right_rows]
-    out = torch.zeros(ends.shape[0], left.shape[1], right.shape[1], dtype=dtype, device=left.device)
-    for expert, (start, end) in enumerate(_spans(ends)):
-        if start < end:
-            out[expert] = (left[start:end].t() @ right[start:end]).to(dtype) * scaling
-    return out
-
-
-def _spans(ends: Tensor) -> list[tuple[int, int]]:
+def spans(ends: Tensor) -> list[tuple[int, int]]:
+    """Returns the first row and the end of each expert's, read on the host."""
     listed = ends.tolist()
     return list(zip([0, *listed[:-1]], listed, strict=True))
 
@@ -216,50 +195,6 @@ def _matmul_kernel(  # noqa: PLR0912, PLR0915, PLR0917 - one kernel, most of it 
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
 
 
-@jit
-def _outer_kernel(  # noqa: PLR0917
-    left_ptr: tl.tensor,
-    right_ptr: tl.tensor,
-    ends_ptr: tl.tensor,
-    left_rows_ptr: tl.tensor,
-    right_rows_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    left_stride: tl.tensor,
-    right_stride: tl.tensor,
-    num_left: tl.tensor,
-    num_right: tl.tensor,
-    scaling: tl.tensor,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    ROWS: tl.constexpr,
-    LEFT_GATHERED: tl.constexpr,
-    RIGHT_GATHERED: tl.constexpr,
-) -> None:
-    expert = tl.program_id(2)
-    end = tl.load(ends_ptr + expert)
-    begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-    l_column = tl.program_id(1) * LEFT + tl.arange(0, LEFT)
-    r_column = tl.program_id(0) * RIGHT + tl.arange(0, RIGHT)
-    in_left, in_right = l_column < num_left, r_column < num_right
-    total = tl.zeros((LEFT, RIGHT), dtype=tl.float32)
-    for start in range(begin, end, ROWS):
-        row = start + tl.arange(0, ROWS)
-        in_rows = row < end
-        l_row, r_row = row, row
-        if LEFT_GATHERED:
-            l_row = tl.load(left_rows_ptr + row, mask=in_rows, other=0)
-        if RIGHT_GATHERED:
-            r_row = tl.load(right_rows_ptr + row, mask=in_rows, other=0)
-        left = left_ptr + l_row[None, :].to(tl.int64) * left_stride + l_column[:, None]
-        right = right_ptr + r_row[:, None].to(tl.int64) * right_stride + r_column[None, :]
-        l_tile = tl.load(left, mask=in_rows[None, :] & in_left[:, None], other=0.0)
-        r_tile = tl.load(right, mask=in_rows[:, None] & in_right[None, :], other=0.0)
-        total += dot(l_tile, r_tile)
-    out = out_ptr + expert.to(tl.int64) * num_left * num_right
-    out += l_column[:, None].to(tl.int64) * num_right + r_column[None, :]
-    tl.store(out, (total * scaling).to(out_ptr.dtype.element_ty), mask=in_left[:, None] & in_right[None, :])
-
-
 def tile_for(x: Tensor, num_columns: int) -> Tile:
     """Returns the tile for products of `x` with so many columns on its device."""
     if not x.is_cuda or x.dtype is torch.float32 or torch.cuda.get_device_capability(x.device)[0] < 8:
@@ -349,55 +284,6 @@ def grouped_matmul(
         EVEN=depth % tile.depth == 0 and num_columns % tile.columns == 0,
         BOXES=boxes is not None,
         GROUP=GROUP,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    return out
-
-
-def grouped_outer(
-    left: Tensor,
-    right: Tensor,
-    ends: Tensor,
-    *,
-    left_rows: Tensor | None = None,
-    right_rows: Tensor | None = None,
-    scaling: float = 1.0,
-    dtype: torch.dtype | None = None,
-    implementation: str = "reference",
-) -> Tensor:
-    """Returns `scaling * left.T @ right` over each expert's rows, [E, K1, K2]; zeros where it has none.
-
-    left: [., K1] and right: [., K2], of one dtype and with contiguous rows; `left_rows`, `right_rows`: int32 [M], the
-    row of each for a sorted row (None: the same); `dtype` of the result (None: float32, or wider inputs'). `ends` and
-    `implementation` as for `grouped_matmul`.
-    """
-    dtype = dtype or torch.promote_types(left.dtype, torch.float32)
-    if not check_implementation(implementation) or not left.shape[0]:
-        return grouped_outer_reference(left, right, ends, left_rows, right_rows, scaling, dtype)
-    num_left, num_right = left.shape[1], right.shape[1]
-    small = not left.is_cuda or left.dtype is torch.float32 or torch.cuda.get_device_capability(left.device)[0] < 8
-    tile = SMALL if small else OUTER_WIDE if num_left > 64 and num_right > 64 else OUTER
-    width = max(16, min(tile.columns, next_power_of_2(num_right)))
-    height = max(16, min(tile.rows if num_right > 64 else tile.columns, next_power_of_2(num_left)))
-    out = torch.empty((ends.shape[0], num_left, num_right), dtype=dtype, device=left.device)
-    _outer_kernel[(triton.cdiv(num_right, width), triton.cdiv(num_left, height), ends.shape[0])](
-        left,
-        right,
-        ends,
-        ends if left_rows is None else left_rows,
-        ends if right_rows is None else right_rows,
-        out,
-        left.stride(0),
-        right.stride(0),
-        num_left,
-        num_right,
-        scaling,
-        LEFT=height,
-        RIGHT=width,
-        ROWS=tile.depth,
-        LEFT_GATHERED=left_rows is not None,
-        RIGHT_GATHERED=right_rows is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stoker.kernels import routed_rows
-from stoker.kernels.grouped_matmul import grouped_matmul, grouped_outer
+from stoker.kernels.grouped_matmul import grouped_matmul
+from stoker.kernels.grouped_outer import grouped_outer
 from stoker.kernels.routed_rows import Order, combine, gate, gate_backward, sort_by_expert
 
 
