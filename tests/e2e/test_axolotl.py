@@ -59,10 +59,37 @@ def swapped(keys, folder, model):
     }
 
 
+@pytest.fixture(scope="session")
+def tiny_mixture(tmp_path_factory, tiny_model):
+    """A Mixtral-shaped folder with the tiny model's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path_factory.mktemp("mixture")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=1024,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", sorted(set(CASES) - set(REFUSED)))
-def test_usual_files_train(tmp_path, tiny_model, name):
+def test_usual_files_train(tmp_path, tiny_model, tiny_mixture, name):
     path = tmp_path / "their.yml"
-    path.write_text(yaml.safe_dump(swapped(CASES[name], tmp_path, tiny_model), sort_keys=False))
+    model = tiny_mixture if "Mixtral" in CASES[name]["base_model"] else tiny_model
+    path.write_text(yaml.safe_dump(swapped(CASES[name], tmp_path, model), sort_keys=False))
     loaded = load_with_origins(path, ["engine.device=cpu", "engine.num_threads=1", "output.trackers=[]"])
 
     result = train(loaded, console=Console(file=io.StringIO()))
@@ -174,6 +201,16 @@ def test_only_unfrozen_parameters_change(their, tmp_path, monkeypatch):
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (keys["base_model"], weights))
     changed = {name for name, value in before.items() if not value.equal(after[name])}
     assert changed == {"lm_head.weight", *(f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))}
+
+
+def test_changes_to_the_models_configuration_are_kept_with_the_model(their, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    their(model_config={"rope_parameters": scaling})
+
+    weights = _train("their.yml").weights
+
+    assert json.loads((weights / "config.json").read_text())["rope_parameters"] == scaling
 
 
 def test_training_goes_on_from_an_adapter(their, tmp_path, monkeypatch):

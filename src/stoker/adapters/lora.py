@@ -178,10 +178,10 @@ def add_lora(
 
     Those of experts become `LoraExperts`; routers have no adapters.
     `targets` is "all-linear" (every linear layer of the blocks but those that are `by_name_only`: the output
-    projections of state spaces), a list of names, each a whole Hugging Face module name or its last components
-    ("q_proj", "self_attn.q_proj"), or a regular expression that matches whole names. The initial A depends on `seed`
-    and the targets alone. Raises ModelError when a target names nothing, saying what there is, and
-    ValueError when `model` has adapters already, or a rank, dropout or seed makes no sense.
+    projections of state spaces), "all-dense" (the same without experts), a list of names, each a whole Hugging Face
+    module name or its last components ("q_proj", "self_attn.q_proj"), or a regular expression that matches whole names.
+    The initial A depends on `seed` and the targets alone. Raises ModelError when a target names nothing, saying what
+    there is, and ValueError when `model` has adapters already, or a rank, dropout or seed makes no sense.
     """
     settings = LoraSettings(rank, alpha, dropout, rank_stabilized, dora)
     if next(lora_layers(model), None) is not None or next(lora_experts(model), None) is not None:
@@ -189,14 +189,14 @@ def add_lora(
     layers = [
         (path, module) for path, module in model.named_modules() if isinstance(module, FusedLinear | ExpertLinear)
     ]
+    experts = [name for _, layer in layers if isinstance(layer, ExpertLinear) for name in _names(layer)]
     chosen = select(
         [name for _, layer in layers for name in _names(layer)],
         targets,
         by_name_only={name for _, layer in layers if getattr(layer, "by_name_only", False) for name in _names(layer)},
+        experts=frozenset(experts),
     )
-    _refuse_on_experts(
-        settings, [name for _, layer in layers if isinstance(layer, ExpertLinear) for name in _names(layer)], chosen
-    )
+    _refuse_on_experts(settings, experts, chosen)
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     for path, layer in layers:

@@ -7,19 +7,25 @@ from collections.abc import Sequence, Set
 from stoker.errors import ModelError
 
 ALL_LINEAR = "all-linear"
+ALL_DENSE = "all-dense"
 
 
 def select(
-    names: Sequence[str], targets: str | Sequence[str], *, by_name_only: Set[str] = frozenset()
+    names: Sequence[str],
+    targets: str | Sequence[str],
+    *,
+    by_name_only: Set[str] = frozenset(),
+    experts: Set[str] = frozenset(),
 ) -> frozenset[str]:
     """Returns those of `names` (whole Hugging Face module names) that `targets` means.
 
-    "all-linear" means all but those in `by_name_only`; a list matches whole names or their last dotted components; any
-    other string is a regular expression that must match a whole name. Raises ModelError for an entry that matches
-    nothing, and for a regular expression that is none.
+    "all-linear" means all but those in `by_name_only`, "all-dense" all but those and `experts`; a list matches whole
+    names or their last dotted components; any other string is a regular expression that must match a whole name.
+    Raises ModelError for an entry that matches nothing, and for a regular expression that is none.
     """
     if isinstance(targets, str):
-        chosen = frozenset(names) - by_name_only if targets == ALL_LINEAR else _matching(names, targets)
+        all_of = {ALL_LINEAR: by_name_only, ALL_DENSE: by_name_only | experts}
+        chosen = frozenset(names) - all_of[targets] if targets in all_of else _matching(names, targets)
     else:
         chosen = frozenset(name for name in names for target in targets if _ends_with(name, target))
         unknown = [target for target in targets if not any(_ends_with(name, target) for name in names)]

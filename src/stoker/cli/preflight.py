@@ -2,8 +2,9 @@
 
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import stoker
 from stoker.arch import families
@@ -33,13 +34,16 @@ def _model(config: RunConfig) -> tuple[AnySpec | None, list[tuple[ConfigPath, Pr
     path: ConfigPath = ("model", "base")
     base = config.model.base
     try:
-        spec = local_spec(base, trust_remote_code=config.model.trust_remote_code)
+        chosen = config.model
+        spec = local_spec(base, trust_remote_code=chosen.trust_remote_code, overrides=chosen.overrides)
     except ModelError as error:
         return None, [(path, problem) for problem in error.problems]
     return spec, limits.problems(config, spec) if spec else []
 
 
-def local_spec(base: str, *, trust_remote_code: bool = False) -> AnySpec | None:
+def local_spec(
+    base: str, *, trust_remote_code: bool = False, overrides: Mapping[str, Any] | None = None
+) -> AnySpec | None:
     """Returns the architecture of a model whose config.json lies on this disk, or None when it is still to be fetched.
 
     For one that no family reads, Transformers is asked, which takes a few seconds.
@@ -48,7 +52,7 @@ def local_spec(base: str, *, trust_remote_code: bool = False) -> AnySpec | None:
         ModelError: `base` can be no model, or its config.json is broken or of an architecture that no path can take.
     """
     folder = _model_folder(base)
-    return _read_spec(folder, trust_remote_code=trust_remote_code) if folder else None
+    return _read_spec(folder, overrides or {}, trust_remote_code=trust_remote_code) if folder else None
 
 
 def _model_folder(base: str) -> Path | None:
@@ -73,7 +77,7 @@ def _model_folder(base: str) -> Path | None:
     raise ModelError(f"model.base: {what}.", fix=fix)
 
 
-def _read_spec(folder: Path, *, trust_remote_code: bool) -> AnySpec:
+def _read_spec(folder: Path, overrides: Mapping[str, Any], *, trust_remote_code: bool) -> AnySpec:
     file = folder / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -87,7 +91,7 @@ def _read_spec(folder: Path, *, trust_remote_code: bool) -> AnySpec:
     if not isinstance(values, dict):
         raise ModelError(f"{file} is not a JSON object.", fix="Fetch or save the model again.")
     try:
-        return families.read(values, str(file))
+        return families.read(values | dict(overrides), str(file))
     except ModelError:
         from stoker.compose.model import read_facts
 

@@ -1,7 +1,9 @@
 """What a name on the command line stands for: a run's folder, an adapter's folder, or a model."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from stoker.compose.run_folder import RunFolder
 from stoker.config.load import load
@@ -15,7 +17,8 @@ class Artifact:
 
     `tokenizer` is the folder whose tokenizer goes with it, or None for the base's own. `quantization` is the format of
     the base that a run's adapter was trained on; None where no run's configuration lies beside the adapter.
-    `trust_remote_code`: the run that made it was allowed to run the model's own code.
+    `trust_remote_code`: the run that made it was allowed to run the model's own code. `overrides`: the run's changes to
+    the base's config.json.
     """
 
     base: str
@@ -24,6 +27,7 @@ class Artifact:
     tokenizer: Path | None = None
     quantization: str | None = None
     trust_remote_code: bool = False
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def description(self) -> str:
@@ -70,6 +74,7 @@ def _adapter(folder: Path, base: str | None) -> Artifact:
         tokenizer=folder if has_tokenizer else None,
         quantization=_quantization(RunFolder(folder.parent)),
         trust_remote_code=_trusts(RunFolder(folder.parent)),
+        overrides=_overrides(RunFolder(folder.parent)),
     )
 
 
@@ -82,6 +87,11 @@ def _quantization(run: RunFolder) -> str | None:
 def _trusts(run: RunFolder) -> bool:
     model = _model_of(run)
     return model is not None and model.trust_remote_code
+
+
+def _overrides(run: RunFolder) -> dict[str, Any]:
+    model = _model_of(run)
+    return {} if model is None else dict(model.overrides)
 
 
 def _model_of(run: RunFolder) -> Model | None:

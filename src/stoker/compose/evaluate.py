@@ -38,7 +38,7 @@ def evaluate(
     quiet = Console(stderr=True)
     found = artifact.find(model or str(RunFolder.of(config.output.folder).path))
     trusted = config.model.trust_remote_code or found.trust_remote_code
-    base = open_base(found.base, revision=found.revision, trust_remote_code=trusted)
+    base = open_base(found.base, revision=found.revision, trust_remote_code=trusted, overrides=found.overrides)
     config = limits.fitted(_with_base_of(config, found, base), base.spec)
     template = None if found.tokenizer else config.model.chat_template
     # A tokenizer that was saved with a run has its tokens already.

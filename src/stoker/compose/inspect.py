@@ -23,7 +23,10 @@ def inspect(config: RunConfig, *, rows: int, split: str, console: Console | None
         DataError: the data cannot be read, or the audit finds a fault; that comes after the rows are shown.
     """
     base = open_base(
-        config.model.base, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+        config.model.base,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+        overrides=config.model.overrides,
     )
     tokens = Tokens.of(config.model, may_grow=config.adapter is None)
     tokenizer = load_tokenizer(

@@ -38,6 +38,7 @@ def merge(
         output,
         dtype=getattr(torch, chosen) if chosen else None,
         trust_remote_code=trusted,
+        overrides=found.overrides,
     )
     written = str(report.dtype).removeprefix("torch.")
     return (

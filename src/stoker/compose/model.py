@@ -1,5 +1,6 @@
 """A base model and its tokenizer, from a folder, the Hub or `builtin:`, as the rooms take them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,10 +61,17 @@ class Base:
         )
 
 
-def open_base(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Base:
+def open_base(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+) -> Base:
     """Finds (and for a Hub id fetches, for a builtin makes) a model, and reads its architecture.
 
     `trust_remote_code`: code that comes with the model may run, where neither Stoker nor Transformers has its class.
+    `overrides` are changes to its config.json.
 
     Raises:
         ModelError: it is not there, its configuration is broken, or neither path can take its architecture.
@@ -82,8 +90,14 @@ def open_base(name: str, *, revision: str | None = None, trust_remote_code: bool
         folder = builtin.resolve_model(name)
     else:
         folder = folders.resolve(name, revision=revision, with_code=trust_remote_code)
-    config = folders.read_config(folder)
-    return Base(name, revision, folder, config, read_facts(folder, config, trust_remote_code=trust_remote_code))
+    config = folders.read_config(folder) | dict(overrides or {})
+    spec = read_facts(folder, config, trust_remote_code=trust_remote_code)
+    if overrides and not isinstance(spec, ArchSpec):
+        raise ModelError(
+            f"model.overrides are for native models, and {name} runs through {spec.origin}.",
+            fix="Change config.json in a copy of the model's folder, and name that.",
+        )
+    return Base(name, revision, folder, config, spec)
 
 
 def read_facts(folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> ArchSpec | BorrowedSpec:

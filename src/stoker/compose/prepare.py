@@ -140,16 +140,24 @@ def prepare_ahead(config: RunConfig, *, console: Console | None = None) -> None:
     """
     from stoker.compose.data import prepare_data, refuse_faults, summary
     from stoker.compose.model import load_tokenizer, open_base
+    from stoker.compose.vocabulary import Tokens
     from stoker.plan.limits import fitted
 
     console = console or Console()
-    base = open_base(config.model.base, revision=config.model.revision)
+    chosen = config.model
+    base = open_base(
+        chosen.base,
+        revision=chosen.revision,
+        trust_remote_code=chosen.trust_remote_code,
+        overrides=chosen.overrides,
+    )
     config = fitted(config, base.spec)
     if config.data.streaming:
         raise ConfigError("data.streaming = true keeps nothing, so there is nothing to prepare.", fix="Train at once.")
     # Whatever `data.prepare` says: this command is the time ahead.
     config = config.model_copy(update={"data": config.data.model_copy(update={"prepare": "ahead"})})
-    tokenizer = load_tokenizer(base, override=config.model.tokenizer, chat_template=config.model.chat_template)
+    tokens = Tokens.of(chosen, may_grow=config.adapter is None)
+    tokenizer = load_tokenizer(base, override=chosen.tokenizer, chat_template=chosen.chat_template, tokens=tokens)
     data = prepare_data(config, tokenizer, console=console)
     for name, text in summary(config, data):
         say(console, f"{name:<10}  {text}")

@@ -130,7 +130,9 @@ def open_session(
     """
     found = artifact.find(name, base=base)
     trusted = trust_remote_code or found.trust_remote_code
-    opened = open_base(found.base, revision=revision or found.revision, trust_remote_code=trusted)
+    opened = open_base(
+        found.base, revision=revision or found.revision, trust_remote_code=trusted, overrides=found.overrides
+    )
     tokenizer = load_tokenizer(opened, override=found.tokenizer)
     chosen = choose_device(device)
     kind, dtype = chosen.kind, _decoding_dtype(chosen)

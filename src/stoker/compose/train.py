@@ -150,7 +150,12 @@ def train(
 
 def _open(config: RunConfig) -> Model:
     chosen = config.model
-    base = open_base(chosen.base, revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
+    base = open_base(
+        chosen.base,
+        revision=chosen.revision,
+        trust_remote_code=chosen.trust_remote_code,
+        overrides=chosen.overrides,
+    )
     tokens = Tokens.of(chosen, may_grow=config.adapter is None)
     tokenizer = load_tokenizer(base, override=chosen.tokenizer, chat_template=chosen.chat_template, tokens=tokens)
     return Model(base, tokenizer)

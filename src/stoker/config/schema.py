@@ -104,7 +104,8 @@ class Adapter(Section):
     start_from: Text | None = None
     """Folder of an adapter in PEFT's format to go on from, instead of a new one; its settings must be those here."""
     targets: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"
-    """`all-linear`, a list of layer names such as `[q_proj, v_proj]`, or a regular expression for full names."""
+    """`all-linear`, `all-dense` (not on a mixture's experts), a list of layer names such as `[q_proj, v_proj]`, or a
+    regular expression for full names."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA), which keeps large ranks learning."""
 

@@ -1,7 +1,7 @@
 """A base model and an adapter made into one folder that Transformers loads, checked before it is called done."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,6 +51,7 @@ def merge(
     *,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    overrides: Mapping[str, Any] | None = None,
 ) -> MergeReport:
     """Writes the model in `base` with the adapter merged into its weights to `out`, with its tokenizer's files.
 
@@ -58,12 +59,12 @@ def merge(
     Checked, by logits of a few rows of random tokens: merging in fp32 changes nothing, the written folder read again
     gives what was in memory, and rounding to the dtype stays within a tolerance and does not drown the adapter. Only
     then does `out` appear. A tokenizer beside the adapter goes before that of the base. `trust_remote_code` lets code
-    that comes with the base run.
+    that comes with the base run; `overrides` are changes to its config.json.
     Raises OutputError when `out` holds anything or cannot be written, ModelError when base or adapter cannot be used
     or the dtype is too coarse for the adapter, and StokerError when another check fails.
     """
     _refuse_occupied(out)
-    config = read_config(base)
+    config = read_config(base) | dict(overrides or {})
     spec = models.read(base, config, trust_remote_code=trust_remote_code)
     dtype = dtype or _stored_dtype(base)
     if dtype not in _TOLERANCE:

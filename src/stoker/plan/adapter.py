@@ -9,7 +9,7 @@ from stoker.arch.families import state_space
 from stoker.config.schema import Adapter
 from stoker.errors import Problem
 
-_ALL = "all-linear"
+_ALL, _DENSE = "all-linear", "all-dense"
 
 
 def targeted(spec: AnySpec, targets: str | list[str]) -> list[str]:
@@ -17,9 +17,11 @@ def targeted(spec: AnySpec, targets: str | list[str]) -> list[str]:
     names = list(arithmetic.linear_shapes(spec))
     if isinstance(targets, list):
         return [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
-    if targets != _ALL:
+    if targets not in (_ALL, _DENSE):
         return [name for name in names if re.fullmatch(targets, name)]
-    left_out = arithmetic.linears_by_name_only(spec)
+    left_out = set(arithmetic.linears_by_name_only(spec))
+    if targets == _DENSE:
+        left_out |= set(arithmetic.expert_counts(spec))
     return [name for name in names if name not in left_out]
 
 

@@ -47,3 +47,11 @@ def test_targets_that_match_nothing_are_refused(targets):
 def test_a_broken_regular_expression_is_refused():
     with pytest.raises(ModelError, match=r"'\(q' is no regular expression"):
         select(NAMES, "(q")
+
+
+def test_all_dense_leaves_experts_out():
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.down_proj", "model.layers.0.out_proj"]
+    apart = {"by_name_only": {names[2]}, "experts": {names[1]}}
+
+    assert select(names, "all-dense", **apart) == {names[0]}
+    assert select(names, "all-linear", **apart) == {names[0], names[1]}

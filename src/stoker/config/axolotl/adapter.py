@@ -37,7 +37,7 @@ def adapter(reading: Reading) -> Outcome:
     is_dora = flag(keys.get("peft_use_dora", False))
     settings: dict[Path, Any] = {at("adapter.kind"): "dora" if is_dora else "lora"}
     if not _targets_given(keys):
-        settings[at("adapter.targets")] = "all-linear"
+        settings[at("adapter.targets")] = "all-dense"
         note = "no targets are named, where Axolotl stops: every linear layer gets an adapter"
         return honoured(settings, note)
     return honoured(settings)
@@ -141,7 +141,23 @@ def linear_targets(reading: Reading) -> Outcome:
         return Outcome("no effect", "off: lora_target_modules decides")
     if reading.other("peft_layers_to_transform") is not None:
         return _PART_OF_LAYERS
-    return honoured({at("adapter.targets"): "all-linear"})
+    return honoured({at("adapter.targets"): "all-linear" if _expert_parameters(reading.whole) else "all-dense"})
+
+
+def _expert_parameters(keys: Whole) -> list[str]:
+    """Returns the parameters of experts that the file names; a mixture keeps all of a layer's in one."""
+    return texts(keys.get("lora_target_parameters") or [])
+
+
+def parameters(reading: Reading) -> Outcome:
+    """`lora_target_parameters`: experts, which `lora_target_linear` does not take."""
+    names = _expert_parameters(reading.whole)
+    if not is_off(reading.other("lora_target_linear") or False):
+        return Outcome("honoured", "adapter.targets: all-linear, which takes experts")
+    modules = reading.other("lora_target_modules") or []
+    if isinstance(modules, str):
+        raise UnreadableError("it needs lora_target_modules as a list.", "Write the modules as a list of names.")
+    return honoured({at("adapter.targets"): [*texts(modules), *names]})
 
 
 def targets(reading: Reading) -> Outcome:
@@ -158,7 +174,7 @@ def targets(reading: Reading) -> Outcome:
         return Outcome("honoured", "lora_target_linear takes every linear layer, these among them")
     if isinstance(given, str):
         return honoured({at("adapter.targets"): given})
-    return honoured({at("adapter.targets"): texts(given)})
+    return honoured({at("adapter.targets"): [*texts(given), *_expert_parameters(reading.whole)]})
 
 
 def layers(reading: Reading) -> Outcome:

@@ -208,16 +208,18 @@ def overrides(reading: Reading) -> Outcome:
     """`model_config`: changes to the model's config.json."""
     if not isinstance(reading.value, Mapping):
         raise UnreadableError("it must be a mapping.")
-    harmless = {"use_cache": (True, False), "output_router_logits": (False,), "attn_implementation": None}
-    rest = [
-        key
-        for key, value in reading.value.items()
-        if key not in harmless or not (harmless[key] is None or value in (harmless[key] or ()))
-    ]
-    if not rest:
-        return Outcome("no effect", "as the engine has it anyway")
-    nearest = "Change the model's config.json in a local copy and name that folder as base_model."
-    return Outcome("refused", f"changes to the model's configuration ({', '.join(rest)}) are not done. {nearest}")
+    ours = {"use_cache", "attn_implementation", "torch_dtype", "dtype"}
+    changes = {str(key): value for key, value in reading.value.items() if key not in ours}
+    if not changes:
+        return Outcome("no effect", "the plan decides it")
+    return honoured({at("model.overrides"): changes})
+
+
+def rope_scaling(reading: Reading) -> Outcome:
+    """`rope_scaling` of the top level, which moved into `model_config`."""
+    if not isinstance(reading.value, Mapping):
+        raise UnreadableError("it must be a mapping.")
+    return honoured({at("model.overrides.rope_scaling"): dict(reading.value)})
 
 
 PLUGINS: dict[str, tuple[str, str]] = {

@@ -108,12 +108,12 @@ KEYS: dict[str, Entry] = {
         "rows of the embedding are not overwritten", "Train them with lora_modules_to_save or without an adapter."
     ),
     "reinit_weights": refused("training does not start from random weights", "Name a folder with such weights."),
-    **_all("model_config overrides_of_model_config", custom("refused", "changes to config.json", model.overrides)),
+    **_all("model_config overrides_of_model_config", custom("honoured", "`model.overrides`", model.overrides)),
     **_all(
         "model_kwargs overrides_of_model_kwargs",
         refused("arguments of Transformers' loader are not passed on", "Remove it."),
     ),
-    "rope_scaling": refused("rope scaling is not changed", "Set it in a local copy of the model's config.json."),
+    "rope_scaling": custom("honoured", "`model.overrides`", model.rope_scaling),
     "use_onebitllms": refused("ternary weights are not trained", "Use a model in bf16."),
     # Precision and where it runs.
     **_all("bf16 fp16 bfloat16 float16 float32", custom("honoured", "`engine.precision`", model.precision)),
@@ -270,10 +270,10 @@ KEYS: dict[str, Entry] = {
     "lora_dropout": adapter.part("adapter.dropout", number),
     "lora_target_modules": custom("honoured", "`adapter.targets`", adapter.with_adapter(adapter.targets)),
     "lora_target_linear": custom(
-        "honoured", "`adapter.targets: all-linear`", adapter.with_adapter(adapter.linear_targets)
+        "honoured", "`adapter.targets: all-dense`", adapter.with_adapter(adapter.linear_targets)
     ),
-    "lora_target_parameters": refused(
-        "adapters on single weights are not done", "Use lora_target_linear: true, which takes experts too."
+    "lora_target_parameters": custom(
+        "honoured", "`adapter.targets`, with experts", adapter.with_adapter(adapter.parameters)
     ),
     "lora_modules_to_save": refused(
         "embeddings and heads are not trained beside an adapter", "Leave it out, or train without an adapter."

@@ -299,7 +299,6 @@ CASES: dict[str, dict[str, Any]] = {
 """Name -> keys of a file."""
 
 REFUSED = {
-    "a mixture": ["model_config"],
     "dpo": ["rl"],
     "kto": ["rl"],
 }

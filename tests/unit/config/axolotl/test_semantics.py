@@ -347,8 +347,8 @@ def test_lora_in_8_bits_is_int8(config):
 def test_targets_are_names_a_pattern_or_all_linear(config):
     some = LORA | {"lora_target_linear": None}
 
-    assert config(**LORA).adapter.targets == "all-linear"
-    assert config(**LORA, lora_target_modules=["q_proj"]).adapter.targets == "all-linear"
+    assert config(**LORA).adapter.targets == "all-dense"
+    assert config(**LORA, lora_target_modules=["q_proj"]).adapter.targets == "all-dense"
     assert config(**some, lora_target_modules=["q_proj", "v_proj"]).adapter.targets == ["q_proj", "v_proj"]
     assert config(**some, lora_target_modules=r".*\.(q|v)_proj").adapter.targets == r".*\.(q|v)_proj"
 
@@ -356,8 +356,25 @@ def test_targets_are_names_a_pattern_or_all_linear(config):
 def test_unset_targets_are_every_linear_layer_and_said_so(config, translated):
     unset = {key: value for key, value in LORA.items() if key != "lora_target_linear"}
 
-    assert config(**unset).adapter.targets == "all-linear"
+    assert config(**unset).adapter.targets == "all-dense"
     assert "no targets are named" in translated(**unset).notes["adapter", "targets"]
+
+
+def test_experts_are_targets_where_they_are_named(config):
+    some = LORA | {"lora_target_linear": None, "lora_target_parameters": ["experts.gate_up_proj"]}
+
+    assert config(**some).adapter.targets == ["experts.gate_up_proj"]
+    assert config(**some, lora_target_modules=["q_proj"]).adapter.targets == ["q_proj", "experts.gate_up_proj"]
+    assert config(**LORA, lora_target_parameters=["experts.down_proj"]).adapter.targets == "all-linear"
+
+
+def test_changes_to_the_models_configuration_are_overrides(config, line):
+    scaling = {"rope_type": "linear", "factor": 2.0}
+
+    assert config(model_config={"output_router_logits": True}).model.overrides == {"output_router_logits": True}
+    assert config(overrides_of_model_config={"rope_scaling": scaling}).model.overrides == {"rope_scaling": scaling}
+    assert config(rope_scaling=scaling).model.overrides == {"rope_scaling": scaling}
+    assert line(model_config={"use_cache": False}).kind == "no effect"
 
 
 def test_layers_to_transform_are_a_pattern(config):
