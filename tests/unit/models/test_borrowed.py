@@ -120,6 +120,8 @@ def test_a_window_that_attention_is_not_told_of_is_noticed():
     config.sliding_window = 8
     assert checks._unknown_windows(config, Call(windows=[None, None])) == [8]
     assert checks._unknown_windows(config, Call(windows=[None, 8])) == []
+    config.sliding_window_pattern, config.max_window_layers = 2, 1  # count layers, not tokens
+    assert checks._unknown_windows(config, Call(windows=[None, 8])) == []
     config.layer_types = ["full_attention", "full_attention"]
     assert checks._unknown_windows(config, Call(windows=[None, None])) == []
 

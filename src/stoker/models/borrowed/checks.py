@@ -135,9 +135,14 @@ def _unknown_windows(config: Any, call: Call) -> list[int]:
     types = getattr(text, "layer_types", None)
     if types is not None and set(types) <= {"full_attention"}:
         return []
-    keys = ("window", "chunk")
-    windows = [v for k, v in text.to_dict().items() if any(key in k for key in keys) and isinstance(v, int) and v > 0]
-    return [window for window in windows if window not in call.windows and not isinstance(window, bool)]
+    windows = [
+        value
+        for key, value in text.to_dict().items()
+        # Of layers they count which have one ("sliding_window_pattern", "max_window_layers").
+        if ("window" in key or "chunk" in key) and "pattern" not in key and "layers" not in key
+        if type(value) is int and value > 0
+    ]
+    return [window for window in windows if window not in call.windows]
 
 
 def _why_not_packed(model: BorrowedModel, ids: Tensor) -> str:
