@@ -1,7 +1,7 @@
 """State-space models and their hybrids against Transformers on tiny random checkpoints."""
 
 import pytest
-from oracle import CHECKS, pair
+from oracle import CHECKS, check_lora, pair
 from transformers import (
     BambaConfig,
     FalconH1Config,
@@ -116,3 +116,13 @@ def test_family(name, check):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant(name, check):
     CHECKS[check](pair(CASES[name], tolerance=TOLERANCE))
+
+
+def test_peft_loads_an_output_projection_where_it_does_not_refuse_the_model_type():
+    check_lora(pair(CASES["jamba"], tolerance=TOLERANCE), targets=["in_proj", "out_proj"])
+
+
+def test_peft_refuses_an_output_projection_of_the_others():
+    # If this no longer raises, `peft_loads_out_proj` and what users are told are out of date.
+    with pytest.raises(ValueError, match="incompatible with Mamba"):
+        check_lora(pair(CASES["mamba"], tolerance=TOLERANCE), targets=["out_proj"])
