@@ -1,26 +1,29 @@
 """What works for which model type: the table that `stoker models` and docs/models.md show. No torch.
 
-Native rows come from the registry of families. What is recorded here about them, and about the classes of Transformers
-that are tried out, is held to what tests find on tiny checkpoints (tests/parity/test_support.py), so that the table
-cannot claim what is not so.
+Native rows come from the registry of families; all that is recorded here is about the classes of Transformers that are
+tried out. Both are held to what tests find on tiny checkpoints (tests/parity/test_support.py), so that the table cannot
+claim what is not so.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from stoker.arch.families import FAMILIES
+from stoker.arch.families import FAMILIES, read
+from stoker.arch.shape import why_not_llama
+from stoker.errors import ModelError
 
-# Native model types with layers that the layer kernel runs (`arch.shape`).
-_LAYER_KERNEL = frozenset({"bamba", "gemma", "granitemoehybrid", "llama", "mistral", "phi3", "qwen2"})
+# Types whose published models multiply residuals, which the defaults of their configurations do not.
+_SCALED = frozenset({"granite"})
 
 
 @dataclass(frozen=True)
 class Support:
     """A row: how a model type runs, and what works.
 
-    `layers`: "kernel" if a layer can be one operation, else "op by op". `packing`: packed rows run "at once", or
-    document "by document". `generation`: from a "cache", or each token from the "whole text".
+    `layers`: "kernel" if a layer of the type's default configuration can be one operation, else "op by op". `packing`:
+    packed rows run "at once", or document "by document". `generation`: from a "cache", or each token from the "whole
+    text".
     """
 
     model_type: str
@@ -77,8 +80,18 @@ def rows() -> Iterator[Support]:
     """Yields the table: native model types in the registry's order, then the borrowed ones that were tried out."""
     for model_type, family in FAMILIES.items():
         name = getattr(family, "__name__", model_type).rpartition(".")[2]
-        yield Support(model_type, "native", name, "kernel" if model_type in _LAYER_KERNEL else "op by op")
+        yield Support(model_type, "native", name, _layers(model_type))
     yield from (row for row in _TRIED if row.model_type not in FAMILIES)
+
+
+def _layers(model_type: str) -> Literal["kernel", "op by op"]:
+    """Whether the layer kernel runs layers of a native type in the sizes that a configuration has by default."""
+    try:
+        spec = read({"model_type": model_type}, "the defaults")
+    except ModelError:  # it has no default for something, as for the order of a hybrid's layers
+        return "op by op"
+    is_llama = any(not why_not_llama(layer) for layer in spec.layers) and model_type not in _SCALED
+    return "kernel" if is_llama else "op by op"
 
 
 def row_of(model_type: str) -> Support | None:
