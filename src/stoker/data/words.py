@@ -23,6 +23,9 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _MAX_WORDS = 400_000
 # Case folding takes these two for an s and a k in one engine and not in the other.
 _FOLDED = {"\u017f", "\u212a"}
+# The characters of ASCII in each class that the expressions name.
+_ASCII = {"L": "a-zA-Z", "Lu": "A-Z", "Ll": "a-z", "N": "0-9", "Nd": "0-9"}
+_ASCII |= dict.fromkeys(("Lt", "Lm", "Lo", "M", "Mn", "Mc", "Nl", "No"), "")
 # White space for Python, not for Unicode.
 _SEPARATORS = re.compile("[\x1c-\x1f]")
 
@@ -49,6 +52,8 @@ class WordEncoder:
     ) -> None:
         self._model = model
         self._findall = pattern.findall
+        ascii_pattern = _in_ascii(pattern.pattern)
+        self._findall_ascii = self._findall if ascii_pattern is None else ascii_pattern.findall
         longest_first = sorted(added, key=len, reverse=True)
         self._added = added
         self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})").split if added else None
@@ -77,12 +82,13 @@ class WordEncoder:
         if not self._is_safe(text):
             return None
         numbers: list[int] = []
+        findall = self._findall_ascii if text.isascii() else self._findall
         number_of, parts = self._words, self._cut(text) if self._cut else [text]
         for index, part in enumerate(parts):
             if index % 2:
                 numbers.append(self._special_number(part))
                 continue
-            words = self._findall(part)
+            words = findall(part)
             if sum(map(len, words)) != len(part):
                 return None  # the expression leaves gaps, which are words of their own
             known = list(map(number_of.get, words))
@@ -219,6 +225,32 @@ def _compiled(pattern: str | None) -> Any:
     except regex.error:
         return None
     return compiled if compiled is not None and not compiled.groups else None  # findall would return the groups
+
+
+def _in_ascii(pattern: str) -> re.Pattern[str] | None:
+    """Returns an expression of Python's own engine, twice as fast, that cuts ASCII texts as `pattern` does; None if
+    `pattern` names classes that are not known here."""
+    if any(sign in pattern for sign in ("[[", "[:", "&&", "[^[")):  # sets of sets, which Python's engine has not
+        return None
+    translated, in_class, position = [], False, 0
+    for found in re.finditer(r"\\p\{(\w+)\}|\\.|[\[\]]", pattern, re.DOTALL):
+        translated.append(pattern[position : found.start()])
+        position, name = found.end(), found[1]
+        if name is None:
+            in_class = {"[": True, "]": False}.get(found[0], in_class)
+            translated.append(found[0])
+        elif name in _ASCII:
+            inside = _ASCII[name]
+            translated.append(inside if in_class else f"[{inside}]" if inside else "(?!)")
+        else:
+            return None
+    translated.append(pattern[position:])
+    # A class of which nothing is left holds no character of ASCII.
+    text = "".join(translated).replace("[^]", "[^\\x00-\\x7f]").replace("[]", "(?!)")
+    try:
+        return re.compile(text, re.ASCII)
+    except re.error:
+        return None
 
 
 def _splits_any_word(model: dict[str, Any]) -> bool:

@@ -69,6 +69,7 @@ fragments = st.sampled_from(
     ]
 )
 characters = st.characters(exclude_categories=["Cs"])
+ascii_texts = st.text(st.characters(max_codepoint=127) | st.sampled_from("  \n\r\t'asTS09.,!"), max_size=30)
 texts = st.lists(st.one_of(fragments, characters), max_size=12).map("".join)
 
 
@@ -80,7 +81,7 @@ def test_words_give_what_the_tokenizer_gives(pattern, trims, form):
     assert by_words is not None
 
     @settings(max_examples=40, deadline=None)
-    @given(st.lists(texts, min_size=1, max_size=4))
+    @given(st.lists(texts | ascii_texts, min_size=1, max_size=4))
     def check(batch):
         ids, offsets = by_words.encode(batch)
         expected, expected_offsets = whole(one, batch)
@@ -99,6 +100,21 @@ def test_common_texts_need_no_second_look():
     by_words = word_encoder(one, refuse)
     batch = [*CORPUS[:2], "", "<|a|><|a|>b</s>", "İstanbul'da 100€ — “quoted” 😀 你好"]
     assert by_words.encode(batch)[0] == whole(one, batch)[0]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (r"[^\r\n\p{L}\p{N}]?\p{L}+", r"[^\r\na-zA-Z0-9]?[a-zA-Z]+"),
+        (r"[\p{Lt}\p{M}]|\p{Lm}x|[^\p{Lo}]", r"(?!)|(?!)x|[^\x00-\x7f]"),
+        (r"\[\p{Lu}\]", r"\[[A-Z]\]"),
+        (r"\p{Han}+", None),
+        (r"[[:alpha:]]+", None),
+    ],
+)
+def test_expressions_are_translated_for_ascii(pattern, expected):
+    found = words._in_ascii(pattern)
+    assert (found.pattern if found else None) == expected
 
 
 def test_table_is_thrown_away_before_it_grows_without_end(monkeypatch):
