@@ -252,3 +252,17 @@ def test_noise_and_rates_change_what_is_learned(their, tmp_path, monkeypatch):
 
     assert len({pair["before"] for pair in losses}) == 1
     assert len({pair["after"] for pair in losses}) == len(keys)
+
+
+def test_weights_are_uploaded_at_the_end(their, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.chdir(tmp_path)
+    uploaded = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, *rest, **named: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **named: uploaded.append(named))
+    their(hub_model_id="me/model", hub_strategy="every_save")
+
+    weights = _train("their.yml").weights
+
+    assert [(one["repo_id"], one["folder_path"]) for one in uploaded] == [("me/model", weights)]

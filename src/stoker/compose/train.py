@@ -21,6 +21,7 @@ from stoker.compose.run_folder import Journal, RunFolder, now, versions
 from stoker.compose.session import Session
 from stoker.compose.trained import embedding_noise, keep_only
 from stoker.compose.trainer import Engine, add_adapter, compute_dtype, describe, make_engine, make_trainer
+from stoker.compose.upload import upload
 from stoker.compose.vocabulary import Tokens, grow
 from stoker.config import show
 from stoker.config.load import Loaded
@@ -225,6 +226,9 @@ def _run(
     answers = finish.answer(model.session(plan, describe(config)), config.output.questions, console)
     notes.add(losses=pairs, answers=[{"question": question, "answer": text} for question, text in answers])
     finish.conclude(console, folder, losses=pairs, answers=answers, weights=weights, result=result)
+    if config.output.hub_model_id is not None:
+        uploaded = upload(weights, config.output.hub_model_id, revision=config.output.hub_revision, console=console)
+        _say(console, f"Uploaded to {uploaded}.")
     return RunResult(
         folder.path, result.reason, result.step, result.seconds, pairs, answers, weights, result.checkpoint
     )

@@ -574,6 +574,10 @@ class Output(Section):
     """Where curves are sent besides `metrics.jsonl`; `auto`: TensorBoard when it is installed."""
     wandb: WeightsAndBiases = WeightsAndBiases()
     """Settings of the tracker `wandb`."""
+    hub_model_id: Text | None = None
+    """Repository of the Hub that the tuned weights are uploaded to at the end, made private where there is none."""
+    hub_revision: Text | None = None
+    """Branch of it; its main branch unless set."""
     resume: bool = False
     """Go on from the last checkpoint when `folder` holds a run, as `--resume` does; start where there is none."""
     questions: list[Text] = []

@@ -154,10 +154,16 @@ def parameters(reading: Reading) -> Outcome:
     names = _expert_parameters(reading.whole)
     if not is_off(reading.other("lora_target_linear") or False):
         return Outcome("honoured", "adapter.targets: all-linear, which takes experts")
-    modules = reading.other("lora_target_modules") or []
-    if isinstance(modules, str):
-        raise UnreadableError("it needs lora_target_modules as a list.", "Write the modules as a list of names.")
-    return honoured({at("adapter.targets"): [*texts(modules), *names]})
+    return honoured({at("adapter.targets"): _together(reading.other("lora_target_modules") or [], names)})
+
+
+def _together(modules: Any, parameters: list[str]) -> str | list[str]:
+    """Returns targets that are modules and parameters of experts: a list, or where modules are an expression, one."""
+    if not isinstance(modules, str):
+        return [*texts(modules), *parameters]
+    if not parameters:
+        return modules
+    return rf"(?:{modules})|.*\.(?:{'|'.join(map(re.escape, parameters))})"
 
 
 def targets(reading: Reading) -> Outcome:
@@ -172,9 +178,7 @@ def targets(reading: Reading) -> Outcome:
         return _PART_OF_LAYERS
     if not is_off(reading.other("lora_target_linear") or False):
         return Outcome("honoured", "lora_target_linear takes every linear layer, these among them")
-    if isinstance(given, str):
-        return honoured({at("adapter.targets"): given})
-    return honoured({at("adapter.targets"): [*texts(given), *_expert_parameters(reading.whole)]})
+    return honoured({at("adapter.targets"): _together(given, _expert_parameters(reading.whole))})
 
 
 def layers(reading: Reading) -> Outcome:

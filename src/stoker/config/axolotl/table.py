@@ -51,10 +51,6 @@ def _remote_code(reading: Reading) -> Outcome:
     return Outcome("no effect", "code that comes with a model runs only where a commit (40 digits) is named")
 
 
-def _hub_push(reading: Reading) -> Outcome:
-    return Outcome("refused", f"nothing is uploaded. Run: hf upload {reading.value} OUTPUT_DIR after the run.")
-
-
 def _resume(reading: Reading) -> Outcome:
     if flag_or_false(reading.value):
         return honoured({("output", "resume"): True})
@@ -309,7 +305,7 @@ KEYS: dict[str, Entry] = {
         "gptq_groupsize gptq_model_v1 gptq_disable_exllama",
         refused("GPTQ weights are not read", "Name the model in full precision.", follows="gptq"),
     ),
-    "merge_lora": no_effect("`stoker merge` does it, or `stoker train` with an adapter's folder after"),
+    "merge_lora": no_effect("`stoker merge` does it, when training is over"),
     "merge_method": no_effect("`stoker merge` streams, one tensor at a time", text),
     "loraplus_lr_ratio": adapter.part("train.lora_plus_ratio", number),
     "loraplus_lr_embedding": no_effect("adapters here are on no embeddings", number),
@@ -405,8 +401,9 @@ KEYS: dict[str, Entry] = {
         "dynamic_checkpoint.",
     ),
     "output_dir": becomes("output.folder", text),
-    "hub_model_id": custom("refused", "nothing is uploaded; run `hf upload` after", _hub_push),
-    **_all("hub_strategy hub_revision", refused("nothing is uploaded", "Run hf upload.", follows="hub_model_id")),
+    "hub_model_id": becomes("output.hub_model_id", text),
+    "hub_revision": becomes("output.hub_revision", text),
+    "hub_strategy": no_effect("the tuned weights are uploaded once, at the end", text),
     "logging_steps": becomes("train.log_every_steps", lambda value: max(1, whole(value)) if number(value) >= 1 else 1),
     **_all(
         "include_tokens_per_second include_tkps",
@@ -671,6 +668,11 @@ KEYS: dict[str, Entry] = {
         refused("training on a remote service is not done", "Remove the section."),
         "hatchery.",
     ),
+    **_all("landmark_attention xpos_rope", refused("Axolotl removed it", "Remove it.")),
+    **_all("log_sweep_min_lr log_sweep_max_lr", refused("rates are not swept", "Remove it.")),
+    "load_4bit": refused("Axolotl removed it", "Use load_in_4bit: true with adapter: qlora."),
+    "lora_out_dir": no_effect("Axolotl does not read it any more; it is output_dir"),
+    "rl_adapter_ref_model": refused(_RL, _SFT, follows="rl"),
     "trainer_cls": refused("another trainer's class is not used", "Remove it."),
     # What is not about training.
     "strict": no_effect("unknown keys are always refused; --allow-unknown lets them through", flag),

@@ -1,6 +1,7 @@
 """What Axolotl does with a key, one by one."""
 
 import json
+import re
 
 import pytest
 
@@ -366,6 +367,13 @@ def test_experts_are_targets_where_they_are_named(config):
     assert config(**some).adapter.targets == ["experts.gate_up_proj"]
     assert config(**some, lora_target_modules=["q_proj"]).adapter.targets == ["q_proj", "experts.gate_up_proj"]
     assert config(**LORA, lora_target_parameters=["experts.down_proj"]).adapter.targets == "all-linear"
+    pattern = config(**some, lora_target_modules=r".*\.(q|v)_proj").adapter.targets
+    names = [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.down_proj",
+    ]
+    assert [name for name in names if re.fullmatch(pattern, name)] == names[:2]
 
 
 def test_changes_to_the_models_configuration_are_overrides(config, line):
@@ -378,8 +386,6 @@ def test_changes_to_the_models_configuration_are_overrides(config, line):
 
 
 def test_layers_to_transform_are_a_pattern(config):
-    import re
-
     targets = config(
         **LORA | {"lora_target_linear": None},
         lora_target_modules=["q_proj"],
