@@ -84,6 +84,11 @@ class LoraLinear(nn.Module):
         return self.base.out_features
 
     @property
+    def draws_random_numbers(self) -> bool:
+        """Whether a forward in training does: where it is run again, it must draw the same."""
+        return self.settings.dropout > 0.0
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Hugging Face names of the adapted parts."""
         return tuple(self.base.names[part] for part in self.parts)

@@ -75,8 +75,11 @@ class Mamba1(nn.Module):
         if cache is not None:
             return self.out_proj(self._continued(projected, cache))
         if torch.is_grad_enabled():
-            # What lies between is several times as wide as the projection, and quick to compute again.
-            return self.out_proj(checkpoint(self._mixed, projected, document_lengths, use_reentrant=False))
+            # What lies between is several times as wide as the projection, and quick to compute again. Random numbers
+            # are drawn again only for an adapter's dropout: their state cannot be read while a graph is captured.
+            draws = self.training and getattr(self.x_proj, "draws_random_numbers", False)
+            inner = checkpoint(self._mixed, projected, document_lengths, use_reentrant=False, preserve_rng_state=draws)
+            return self.out_proj(inner)
         return self.out_proj(self._mixed(projected, document_lengths))
 
     def reset_parameters(self) -> None:

@@ -96,3 +96,30 @@ def test_an_output_projection_is_adapted_when_named_and_said_not_to_load(name):
     notice = loading_notice(spec, ["out_proj"])
     # PEFT loads Jamba's: it refuses by model type.
     assert notice == "" if name == "jamba" else "merge" in notice and "out_proj" in notice
+
+
+def test_dropout_inside_what_is_run_again_is_the_same_both_times():
+    model, ids = native.build(spec_of("mamba"), initializer_range=0.2), torch.randint(0, 40, (2, 16))
+    add_lora(model, rank=4, alpha=8, targets=["x_proj"], dropout=0.5)
+    weights = torch.randn(2, 16, 32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0.0, 0.3)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def loss():
+        torch.manual_seed(5)
+        return (model(ids) * weights).sum()
+
+    gradients, step = torch.autograd.grad(loss(), trained), 1e-3
+    direction = [torch.randn_like(parameter) for parameter in trained]
+    expected = sum((gradient * way).sum() for gradient, way in zip(gradients, direction, strict=True))
+    ends = []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for parameter, way in zip(trained, direction, strict=True):
+                parameter.add_(way, alpha=sign * step)
+            ends.append(loss())
+    # A central difference: with masks of their own in the backward, gradients would be off by their own size.
+    assert ((ends[0] - ends[1]) / (2 * step)).item() == pytest.approx(expected.item(), rel=0.02)
