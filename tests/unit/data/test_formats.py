@@ -54,6 +54,68 @@ def test_unknown_fields_are_named_with_those_expected():
     assert "alpaca (instruction, output)" in str(raised.value)
 
 
+PAIR = {"prompt": "hi", "chosen": "ho", "rejected": "no"}
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        (PAIR, "preference"),
+        (CHAT | {"chosen": HI_HO[1], "rejected": HI_HO[1]}, "preference"),
+        ({"prompt": "hi", "completion": "ho", "label": True}, "unpaired"),
+        ({"prompt": "hi", "completion": "ho"}, "prompt_completion"),
+        ({"prompt": "hi", "completions": ["ho"], "labels": [True]}, "stepwise"),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, "tokenized"),
+        ({"segments": [{"label": True, "text": "hi"}]}, "segments"),
+        (TEXT | {"prompt": "hi"}, "completion"),
+    ],
+)
+def test_other_formats_are_detected(row, name):
+    assert formats.detect([row], "rows").format.name == name
+
+
+def test_roles_of_a_source_have_further_names():
+    row = {"messages": [{"role": "asker", "content": "hi"}, {"role": "narrator", "content": "ho"}]}
+    roles = {"user": ("asker",), "assistant": ("narrator", "chorus")}
+    assert converted(row, roles=roles) == Conversation(HI_HO)
+    theirs = {"conversations": [{"from": "asker", "value": "hi"}, {"from": "chorus", "value": "ho"}]}
+    assert converted(theirs, roles=roles) == Conversation(HI_HO)
+
+
+def test_messages_give_the_template_further_properties_under_its_names():
+    row = {"messages": [{"role": "user", "content": "hi", "author": "Ann", "mood": None, "hm": "why"}]}
+    message = converted(row, fields={"thinking": "hm"}, message_properties={"name": "author", "tone": "mood"}).messages[
+        0
+    ]
+    assert message == {"role": "user", "content": "hi", "name": "Ann", "reasoning_content": "why"}
+
+
+def test_calls_of_sharegpt_become_calls():
+    row = {
+        "conversations": [
+            {"from": "human", "value": "hi"},
+            {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+            {"from": "observation", "value": "ho"},
+        ]
+    }
+    messages = converted(row).messages
+    function = {"name": "f", "arguments": {"a": 1}}
+    assert messages[1] == {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+    assert messages[2] == {"role": "tool", "content": "ho"}
+
+
+def test_arguments_in_json_become_what_they_say_and_other_texts_stay():
+    for text, value in (('{"a": 1}', {"a": 1}), ("[1]", [1]), ("a", "a"), ("", {}), (None, {})):
+        call = {"role": "assistant", "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": text}}]}
+        read = converted({"messages": [HI_HO[0], call]}).messages[1]["tool_calls"]
+        assert read == [{"type": "function", "id": "x", "function": {"name": "f", "arguments": value}}]
+
+
+def test_conversation_of_system_messages_alone_is_refused_when_they_are_dropped():
+    with pytest.raises(DataError, match="holds nothing but system messages"):
+        converted({"messages": [{"role": "system", "content": "a"}]}, drop_system_message=True)
+
+
 @pytest.mark.parametrize("row", [CHAT, SHAREGPT, ALPACA, {"messages": json.dumps(CHAT["messages"])}])
 def test_chat_like_rows_become_the_same_messages(row):
     assert converted(row) == Conversation(HI_HO)
