@@ -235,3 +235,19 @@ def test_parameters_go_by_the_names_in_the_models_files(folder):
     fused = names["model.model.layers.0.mlp.gate_up.weight"]
     assert fused == ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight")
     assert {name for parts in names.values() for name in parts} == set(load_file(path / "model.safetensors"))
+
+
+def test_a_class_that_looks_into_its_parts_keeps_them(folder, monkeypatch):
+    from transformers.models.helium.modeling_helium import HeliumDecoderLayer
+
+    run = HeliumDecoderLayer.forward
+
+    def look_inside(self, *inputs, **options):
+        assert self.mlp.gate_proj.weight.shape  # ours has no such layer
+        return run(self, *inputs, **options)
+
+    path = folder(HeliumConfig(**SIZES, head_dim=4))
+    monkeypatch.setattr(HeliumDecoderLayer, "forward", look_inside)
+    model = opened(path)
+    assert not any(isinstance(module, GatedFeedForward) for module in model.modules())
+    assert len(load.parameter_names(model)) == len(load_file(path / "model.safetensors"))

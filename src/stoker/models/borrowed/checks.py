@@ -20,7 +20,7 @@ _CUT = 5
 # implementations of attention round differently in every layer.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 # What classes raise for arguments or shapes that they do not know; UnsupportedError and NotImplementedError among them.
-_REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
+REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def _set_up_head(model: BorrowedModel, ids: Tensor) -> None:
         found = fit(model.tap, lambda: model.class_logits(ids), model.config)
         if found is not None:
             model.run(ids)  # what the class does to logits must bear hidden states
-    except _REFUSALS:
+    except REFUSALS:
         found = None
     model.head = found
     if found is None:
@@ -114,7 +114,7 @@ def _why_not_our_attention(model: BorrowedModel, ids: Tensor, expected: Tensor) 
     try:
         if not agrees(model.class_logits(ids, call=call), expected):
             why = f"{name} gives other answers with attention from outside"
-    except _REFUSALS as error:
+    except REFUSALS as error:
         why = f"{name} does not take attention from outside ({error})"
     if not why and not call.windows:
         why = f"{name} computes attention by itself"
@@ -153,7 +153,7 @@ def _why_not_packed(model: BorrowedModel, ids: Tensor) -> str:
     apart = torch.cat([model.run(part) for part in ids.split(list(documents[0]), dim=1)], dim=1)
     try:
         together = model.run(ids, call=Call(documents, model.kernels))
-    except _REFUSALS as error:
+    except REFUSALS as error:
         return f"{type(model.model).__name__} does not take packed rows ({error})"
     model.packs = agrees(together, apart)
     return "" if model.packs else f"{type(model.model).__name__} does not keep packed documents apart"
@@ -183,7 +183,7 @@ def decodes_from_its_state(model: BorrowedModel) -> bool:
 def _same(make: Callable[[], Tensor], expected: Tensor) -> bool:
     try:
         return agrees(make(), expected)
-    except _REFUSALS:
+    except REFUSALS:
         return False
 
 

@@ -86,14 +86,42 @@ def load(
 
     Raises ModelError when weights are missing, unexpected or of another shape, and when the model is not causal.
     """
-    inner = _with_weights(folder, spec, dtype=dtype)
-    plain = inner.eval()
-    swaps.replace_gated(plain, kernels=kernels)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "kernels": kernels, "quantization": quantization}
+    try:
+        return _load(folder, spec, swap=True, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except checks.REFUSALS:  # the class looks into a norm or a feed-forward, and found one of ours
+        pass
+    try:
+        return _load(folder, spec, swap=False, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except checks.REFUSALS as error:
+        what = f"{spec.class_name} does not run with its linear layers replaced: {error}"
+        raise ModelError(what, where=str(folder), fix="Train it with Transformers itself.") from error
+
+
+def _load(
+    folder: Path,
+    spec: BorrowedSpec,
+    *,
+    swap: bool,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    kernels: str,
+    quantization: str,
+) -> BorrowedModel:
+    """The model, with our norms and feed-forwards in it if `swap`."""
+    plain = _with_weights(folder, spec, dtype=dtype).eval()
+    if swap:
+        swaps.replace_gated(plain, kernels=kernels)
     convert = _Converter(quantization, device=torch.device(device), kernels=kernels)
     _convert_fused(plain, convert)
     transposed = swaps.replace_linears(plain, convert)
     plain.to(device)
-    swaps.replace_norms(plain, kernels=kernels)
+    if swap:
+        swaps.replace_norms(plain, kernels=kernels)
     model = BorrowedModel(plain, kernels=kernels).eval()
     model.transposed = transposed
     checks.check(model)
