@@ -1,0 +1,165 @@
+"""More dense families against Transformers: one line a variant, all checks of the oracle."""
+
+import copy
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import CHECKS, pair
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Cohere2Config,
+    CohereConfig,
+    Exaone4Config,
+    Glm4Config,
+    GlmConfig,
+    GraniteConfig,
+    LlamaConfig,
+    Olmo2Config,
+    Olmo3Config,
+    OlmoConfig,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
+)
+
+from stoker.arch import families
+from stoker.models import native
+from stoker.models.folder import read_config
+
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    **TOKENS,
+}
+MIXED = {**SIZES, "num_hidden_layers": 4, "sliding_window": 8}
+HALF = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+CASES = {
+    "stablelm": StableLmConfig(**SIZES, **HALF),
+    "stablelm 2 12b": StableLmConfig(**SIZES, **HALF, qk_layernorm=True, use_parallel_residual=True, use_qkv_bias=True),
+    "olmo": OlmoConfig(**SIZES, clip_qkv=0.5),
+    "olmo2": Olmo2Config(**SIZES),
+    "olmo3": Olmo3Config(**MIXED),
+    "smollm3": SmolLM3Config(**SIZES, no_rope_layer_interval=2),
+    "smollm3 windows": SmolLM3Config(**MIXED, use_sliding_window=True, no_rope_layer_interval=2, attention_bias=True),
+    "granite": GraniteConfig(
+        **SIZES, embedding_multiplier=3.0, logits_scaling=0.5, residual_multiplier=0.4, attention_multiplier=0.3
+    ),
+    "cohere": CohereConfig(**SIZES, logit_scale=0.5),
+    "cohere plus": CohereConfig(**SIZES, logit_scale=0.5, use_qk_norm=True, attention_bias=True),
+    "cohere2": Cohere2Config(**MIXED, logit_scale=0.5),
+    "starcoder2": Starcoder2Config(**SIZES, sliding_window=8),
+    "exaone4": Exaone4Config(**MIXED, sliding_window_pattern=2),
+    "exaone4 whole": Exaone4Config(**SIZES, sliding_window=None, layer_types=["full_attention"] * 2),
+    "glm": GlmConfig(**SIZES, **HALF, head_dim=12),
+    "glm4": Glm4Config(**SIZES, **HALF, head_dim=8),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_family_computes_what_transformers_does(name, check):
+    CHECKS[check](pair(CASES[name]))
+
+
+@pytest.mark.parametrize("kind", sorted({type(config) for config in CASES.values()}, key=lambda kind: kind.__name__))
+def test_absent_keys_take_transformers_defaults(kind):
+    written = kind().to_dict()
+    assert families.read({"model_type": written["model_type"]}, "") == families.read(written, "config.json")
+
+
+def rewritten(like, tensors, **changes):
+    """The pair `like` with our model from a copy of its folder that has other tensors and other settings."""
+    folder = Path(tempfile.mkdtemp(prefix="parity-stand-in-"))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(read_config(like.folder) | changes))
+    spec = families.read(read_config(folder), str(folder))
+    return replace(like, ours=native.load(folder, spec).eval(), spec=spec, folder=folder)
+
+
+def stored(like):
+    return load_file(like.folder / "model.safetensors")
+
+
+def internlm2(*, bias=False):
+    like = pair(LlamaConfig(**SIZES, attention_bias=bias))
+    names = {
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "model.embed_tokens": "model.tok_embeddings",
+        "lm_head": "output",
+    }
+    tensors, renamed = stored(like), {}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        if layer.endswith(("k_proj", "v_proj")):
+            continue
+        ours = name
+        for theirs, other in names.items():
+            ours = ours.replace(theirs, other)
+        if layer.endswith("q_proj"):
+            parts = [tensors[f"{layer[: -len('q_proj')]}{part}_proj.{kind}"] for part in "qkv"]
+            heads = [part.view(2, -1, 8, *part.shape[1:]) for part in parts]  # two key/value heads of 8 channels
+            ours = f"{layer.replace('self_attn.q_proj', 'attention.wqkv')}.{kind}"
+            renamed[ours] = torch.cat(heads, 1).flatten(0, 2)
+        else:
+            renamed[ours] = tensor
+    return rewritten(like, renamed, model_type="internlm2", bias=bias)
+
+
+def internlm3():
+    like = pair(LlamaConfig(**SIZES))
+    return rewritten(like, stored(like), model_type="internlm3", bias=False, qkv_bias=False)
+
+
+def minicpm():
+    config = copy.deepcopy(CASES["granite"])
+    config.embedding_multiplier, config.residual_multiplier = 12.0, 1.4 / 2**0.5
+    config.logits_scaling, config.attention_multiplier = 32 / 8, 8**-0.5
+    like = pair(config)
+    return rewritten(
+        like,
+        stored(like),
+        model_type="minicpm",
+        scale_emb=12,
+        scale_depth=1.4,
+        dim_model_base=8,
+        tie_word_embeddings=False,
+    )
+
+
+STAND_INS = {
+    "internlm2": internlm2,
+    "internlm2 biases": lambda: internlm2(bias=True),
+    "internlm3": internlm3,
+    "minicpm": minicpm,
+}
+"""Model types whose code is not in Transformers: beside a class that computes the same with its weights stored
+otherwise."""
+
+
+@pytest.mark.parametrize("check", ["logits", "loss", "padding", "packing", "generation", "counts", "layers", "nf4"])
+@pytest.mark.parametrize("name", STAND_INS)
+def test_a_family_that_transformers_has_not_computes_what_its_stand_in_does(name, check):
+    CHECKS[check](STAND_INS[name]())
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_what_is_saved_is_what_was_stored(name):
+    made = STAND_INS[name]()
+    saved, expected = dict(native.hf_tensors(made.ours, made.spec)), stored(made)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[key], expected[key]) for key in expected)
