@@ -46,6 +46,8 @@ class Audit:
     end_tokens: Mapping[str, int] = field(default_factory=dict)
     """The end-of-turn tokens found after trained turns."""
     end_of_turn_wanted: bool = True
+    every_end_wanted: bool = True
+    """Whether every trained turn's end should train, not only a conversation's last."""
     doubled_bos: int = 0
     """Documents that begin with two BOS tokens."""
     special_in_content: int = 0
@@ -143,7 +145,7 @@ class Tally:
             if len(self.untrained_examples) < MAX_EXAMPLES:
                 self.untrained_examples.append(where)
 
-    def audit(self, *, train_on: Sequence[str], end_of_turn_wanted: bool) -> Audit:
+    def audit(self, *, train_on: Sequence[str], end_of_turn_wanted: bool, every_end_wanted: bool = True) -> Audit:
         """Returns what was counted."""
         counts: dict[str, Any] = dict(self.counts)
         return Audit(
@@ -155,6 +157,7 @@ class Tally:
             untrained_examples=tuple(self.untrained_examples),
             end_tokens=dict(self.end_tokens.most_common()),
             end_of_turn_wanted=end_of_turn_wanted,
+            every_end_wanted=every_end_wanted,
             roles=dict(self.roles.most_common()),
             train_on=tuple(train_on),
             formats=self.formats,
@@ -212,7 +215,7 @@ def warnings(audit: Audit) -> list[Problem]:
         found.append(
             Problem(f"the chat template leaves out {audit.turns_not_rendered:,} turns that should be trained.")
         )
-    if audit.end_of_turn_wanted and 0 < audit.turns_with_end < audit.turns:
+    if audit.end_of_turn_wanted and audit.every_end_wanted and 0 < audit.turns_with_end < audit.turns:
         found.append(
             Problem(
                 f"{audit.turns - audit.turns_with_end:,} of {audit.turns:,} trained turns end without a trained end."

@@ -253,8 +253,14 @@ class Preparation:
 
     def audit(self) -> Audit:
         """Returns what was counted."""
-        wanted = self.training.end_of_turn != "none"
-        return self.tally.audit(train_on=self.training.train_on, end_of_turn_wanted=wanted)
+        chats = [source.options.chat for source in self.sources]
+        wanted = {chat.train_on_end_of_turn or self.training.end_of_turn for chat in chats}
+        wanted |= {chat.train_on_eos for chat in chats if chat.train_on_eos}
+        return self.tally.audit(
+            train_on=self.training.train_on,
+            end_of_turn_wanted=wanted != {"none"},
+            every_end_wanted=wanted <= {"turn", "all"},
+        )
 
     def num_workers(self, wanted: str | int) -> int:
         """Returns how many processes to use: as many as wanted; for "auto" none if there is little to do."""

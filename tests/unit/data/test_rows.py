@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from stoker.data.audit import problems, warnings
 from stoker.data.options import ChatOptions, PromptTexts
 from stoker.data.prepare import SourceOptions, prepare
 from stoker.data.records import Given
@@ -55,6 +56,14 @@ def trained(chatml, trained_texts):
 def test_end_of_turn_trains_where_it_is_asked_to(choice, expected, trained):
     assert trained([{"messages": TALK}], train_on_end_of_turn=choice) == expected
     assert trained([{"messages": TALK}], chat={"train_on_end_of_turn": choice}) == expected
+
+
+@pytest.mark.parametrize("choice", ["last", "none"])
+def test_ends_that_are_not_asked_for_are_not_missed(choice, chatml):
+    for options in ({"train_on_end_of_turn": choice}, {"chat": {"train_on_end_of_turn": choice}}):
+        audit = prepared(chatml, [{"messages": TALK}], **options).audit
+        assert not problems(audit)
+        assert not warnings(audit)
 
 
 def test_last_end_of_turn_is_the_conversations_even_where_the_user_has_it(trained):
