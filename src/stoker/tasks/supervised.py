@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ class CausalModel(Protocol):
         """Returns the last hidden states `[B, T, D]`, after the final norm, or logits `[B, T, V]`."""
 
 
-@runtime_checkable
 class BalancedModel(Protocol):
     """A model that may have mixtures of experts."""
 
@@ -84,9 +83,9 @@ class SupervisedTask(nn.Module):
 
     def _balancing(self, batch: Batch) -> Tensor | None:
         """A mixture's load-balancing loss times its coefficient, in training; padding does not count."""
-        if not (self.training and isinstance(self.model, BalancedModel)):
+        if not (self.training and hasattr(self.model, "balancing")):
             return None
-        logits, coefficient, top_k = self.model.balancing()
+        logits, coefficient, top_k = cast("BalancedModel", self.model).balancing()
         if not logits:
             return None
         rows, length = batch.input_ids.shape
