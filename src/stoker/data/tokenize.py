@@ -123,7 +123,8 @@ class Tokenizer:
         With `special`, the tokenizer adds its special tokens and nobody asks for offsets.
         """
         if self._words is not None and not special:
-            return self._words.encode(texts)
+            ids, offsets = self._words.encode(texts)
+            return [one.tolist() for one in ids], offsets
         return self._encode_whole(texts, special=special)
 
     def _encode_whole(self, texts: list[str], *, special: bool = False) -> tuple[list[list[int]], np.ndarray]:
@@ -192,7 +193,9 @@ class Tokenizer:
         return documents
 
     def _masked(self, pieces: list[Piece]) -> list[Document]:
-        all_ids, offsets = self._encode([piece.text for piece in pieces], special=False)
+        texts = [piece.text for piece in pieces]
+        encode = self._encode_whole if self._words is None else self._words.encode
+        all_ids, offsets = encode(texts)
         documents, position = [], 0
         for piece, tokens in zip(pieces, all_ids, strict=True):
             mine = offsets[position : position + len(tokens)]
@@ -200,7 +203,7 @@ class Tokenizer:
             documents.append(self._document(piece, tokens, mine))
         return documents
 
-    def _document(self, piece: Piece, tokens: list[int], offsets: np.ndarray) -> Document:
+    def _document(self, piece: Piece, tokens: Sequence[int] | np.ndarray, offsets: np.ndarray) -> Document:
         ids = np.array(tokens, dtype=np.uint32)
         # A byte-level tokenizer that trims offsets leaves a token of white space no characters: it gets the last one.
         starts, ends = np.minimum(offsets[:, 0], offsets[:, 1] - 1), offsets[:, 1]
@@ -228,7 +231,7 @@ class Tokenizer:
         labels = None if piece.label is None else np.where(trained, piece.label, -1).astype(np.int8)
         return Document(ids, trained, tuple(turns), inside, self._starts_twice(tokens), labels)
 
-    def _learned_ends(self, piece: Piece, tokens: list[int], found: list[int]) -> list[bool]:
+    def _learned_ends(self, piece: Piece, tokens: Sequence[int] | np.ndarray, found: list[int]) -> list[bool]:
         """Returns for each span whether its end-of-turn token trains; a span whose last character does not, keeps its
         end from training too."""
         if piece.end_of_turn == "turn" and piece.eos is None:
@@ -242,7 +245,12 @@ class Tokenizer:
         return learned
 
     def _end_token(
-        self, text: str, span: Span, tokens: list[int], starts: np.ndarray, special: list[tuple[int, int]]
+        self,
+        text: str,
+        span: Span,
+        tokens: Sequence[int] | np.ndarray,
+        starts: np.ndarray,
+        special: list[tuple[int, int]],
     ) -> int:
         """Returns the index of the first special token right after the content (white space aside), or -1.
 
@@ -262,14 +270,16 @@ class Tokenizer:
         is_opening = tokens[token] == self._bos != self._eos
         return -1 if gap.strip() or is_opening else self._if_end(token, tokens)
 
-    def _if_end(self, index: int, tokens: list[int]) -> int:
+    def _if_end(self, index: int, tokens: Sequence[int] | np.ndarray) -> int:
         """Returns the index if its token may end a turn, else -1."""
         return index if self._ends is None or tokens[index] in self._ends else -1
 
-    def _starts_twice(self, tokens: list[int]) -> bool:
-        return self._bos is not None and len(tokens) > 1 and tokens[0] == tokens[1] == self._bos
+    def _starts_twice(self, tokens: Sequence[int] | np.ndarray) -> bool:
+        return self._bos is not None and len(tokens) > 1 and bool(tokens[0] == tokens[1] == self._bos)
 
-    def _special_within(self, special: list[tuple[int, int]], tokens: list[int], start: int, end: int) -> bool:
+    def _special_within(
+        self, special: list[tuple[int, int]], tokens: Sequence[int] | np.ndarray, start: int, end: int
+    ) -> bool:
         """Whether a special token ends at a position in `(start, end]`."""
         position = bisect_left(special, (start + 1, -1))
         while position < len(special) and special[position][0] <= end:

@@ -31,6 +31,8 @@ _SEPARATORS = re.compile("[\x1c-\x1f]")
 
 Encoded = tuple[list[list[int]], np.ndarray]
 """Token ids by text, and the character offsets of all tokens, int64 `[all tokens, 2]`."""
+EncodedArrays = tuple[list[np.ndarray], np.ndarray]
+"""The same with the ids as arrays of uint32."""
 
 
 class WordEncoder:
@@ -65,7 +67,7 @@ class WordEncoder:
         self._words: dict[str, int] = {}
         self._forget()
 
-    def encode(self, texts: Sequence[str]) -> Encoded:
+    def encode(self, texts: Sequence[str]) -> EncodedArrays:
         """Returns ids and offsets of each text, in order."""
         if len(self._words) > _MAX_WORDS:
             self._forget()
@@ -73,8 +75,7 @@ class WordEncoder:
         rest = [text for text, words in zip(texts, found, strict=True) if words is None]
         ids, offsets, counts = self._gathered([words for words in found if words is not None])
         if not rest:
-            ends = np.cumsum(counts).tolist()
-            return [ids[start:end].tolist() for start, end in zip([0, *ends], ends, strict=False)], offsets
+            return np.split(ids, np.cumsum(counts)[:-1]) if texts else [], offsets
         return self._merged(found, (ids, offsets, counts), self._otherwise(rest))
 
     def _word_numbers(self, text: str) -> list[int] | None:
@@ -141,14 +142,14 @@ class WordEncoder:
         self._table: list[tuple[int, int, int]] = []  # length in characters, first token, number of tokens
         self._flat_ids: list[int] = []
         self._flat_offsets: list[tuple[int, int]] = []
-        self._arrays = (np.empty((0, 3), np.int64), np.empty(0, np.int64), np.empty((0, 2), np.int64))
+        self._arrays = (np.empty((0, 3), np.int64), np.empty(0, np.uint32), np.empty((0, 2), np.int64))
 
     def _current(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the table as arrays; only what is new is converted."""
         table, ids, offsets = self._arrays
         if len(table) < len(self._table):
             new_words = np.array(self._table[len(table) :], dtype=np.int64).reshape(-1, 3)
-            new_ids = np.array(self._flat_ids[len(ids) :], dtype=np.int64)
+            new_ids = np.array(self._flat_ids[len(ids) :], dtype=np.uint32)
             new_offsets = np.array(self._flat_offsets[len(ids) :], dtype=np.int64).reshape(-1, 2)
             table, ids = np.concatenate([table, new_words]), np.concatenate([ids, new_ids])
             self._arrays = table, ids, np.concatenate([offsets, new_offsets])
@@ -174,21 +175,21 @@ class WordEncoder:
     @staticmethod
     def _merged(
         found: list[list[int] | None], ours: tuple[np.ndarray, np.ndarray, np.ndarray], theirs: Encoded
-    ) -> Encoded:
+    ) -> EncodedArrays:
         """Puts the texts of both ways back into their order."""
         ids, offsets, counts = ours
         ends = np.cumsum(counts)
         mine = iter(zip((ends - counts).tolist(), ends.tolist(), strict=True))
         their_ids, start = iter(theirs[0]), 0
-        all_ids: list[list[int]] = []
+        all_ids: list[np.ndarray] = []
         all_offsets = [np.empty((0, 2), dtype=np.int64)]
         for words in found:
             if words is not None:
                 first, last = next(mine)
-                all_ids.append(ids[first:last].tolist())
+                all_ids.append(ids[first:last])
                 all_offsets.append(offsets[first:last])
             else:
-                all_ids.append(next(their_ids))
+                all_ids.append(np.array(next(their_ids), dtype=np.uint32))
                 all_offsets.append(theirs[1][start : start + len(all_ids[-1])])
                 start += len(all_ids[-1])
         return all_ids, np.concatenate(all_offsets)
