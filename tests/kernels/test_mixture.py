@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from stoker.kernels import grouped_matmul as module
 from stoker.kernels import routed_rows
 from stoker.kernels.grouped_matmul import grouped_matmul
 from stoker.kernels.grouped_outer import grouped_outer
@@ -169,3 +170,26 @@ def test_grouped_matmul_of_rows_that_are_sorted(assert_as_exact_as_eager, draw, 
         )
 
     assert_as_exact_as_eager(run("triton"), run("reference"), inputs, dtype=torch.bfloat16, gradients=False)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tiles_read_through_descriptors_are_those_read_through_pointers(
+    assert_as_exact_as_eager, draw, device, monkeypatch, transposed, gathered
+):
+    if device.type == "cuda":
+        pytest.skip("a GPU chooses by itself; the tests above run what it chooses")
+    tile = module.Tile(16, 32, 16, 4, 2)
+    monkeypatch.setattr(module, "WIDE", tile)
+    monkeypatch.setattr(module, "tile_for", lambda *_: tile)
+    monkeypatch.setattr(module, "_has_boxes", lambda *_: True)
+    counts, num_out, num_in = (20, 0, 33, 1), 48, 64
+    rows = torch.randint(9, (54,), generator=torch.Generator().manual_seed(3)).to(torch.int32) if gathered else None
+    inputs = [draw(9 if gathered else 54, num_out if transposed else num_in), draw(4, num_out, num_in, scale=0.2)]
+
+    def run(implementation):
+        return lambda x, weight: grouped_matmul(
+            x, weight, ends_of(counts, device), rows=rows, transposed=transposed, implementation=implementation
+        )
+
+    assert_as_exact_as_eager(run("triton"), run("reference"), inputs, dtype=torch.float32, gradients=False)

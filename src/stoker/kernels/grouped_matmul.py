@@ -204,9 +204,14 @@ def tile_for(x: Tensor, num_columns: int) -> Tile:
     return WIDE
 
 
+def _has_boxes(device: torch.device) -> bool:
+    """Whether Triton and the device have tensor descriptors (Hopper)."""
+    return TensorDescriptor is not None and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _boxes(x: Tensor, weight: Tensor, tile: Tile, *, transposed: bool) -> tuple[Any, Any] | None:
     """Descriptors of tiles of `x` and of `weight` [E out, in]; None where the device or the layout has none."""
-    if TensorDescriptor is None or not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
+    if not _has_boxes(x.device):
         return None
     flat = weight.flatten(0, 1)
     pitches = (x.stride(0), flat.stride(0))
