@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from stoker.data.readers import Row
+from stoker.data.readers import Row, without_missing
 from stoker.data.selection import Split
 from stoker.errors import DataError
 
@@ -25,7 +25,7 @@ class Dataset:
         """Yields the rows from number `start` on (from 0)."""
         rest = self.content.select(range(start, len(self.content))) if start else self.content
         for number, value in enumerate(rest, start=start + 1):
-            yield Row(dict(value), f"{self.label}:{number}")
+            yield Row(without_missing(dict(value)), f"{self.label}:{number}")
 
 
 def load(

@@ -221,7 +221,25 @@ def _arrow_rows(batches: Iterator[Any], name: str, *, before: int = 0) -> Iterat
     for batch in batches:
         for value in batch.to_pylist():
             number += 1
-            yield Row(value, f"{name}:row {number}")
+            yield Row(without_missing(value), f"{name}:row {number}")
+
+
+def without_missing(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns the row of a table without the nulls inside its fields; those of the row itself stay.
+
+    A column of objects has every key that any row has, null where this one lacks it: arguments of other tools' calls,
+    properties of other tools. They are not what the row says.
+    """
+    return {name: _present(value) if isinstance(value, dict | list) else value for name, value in row.items()}
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _present(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        # Lists of numbers are long and hold no objects.
+        return [_present(inner) for inner in value] if value and isinstance(value[0], dict | list) else value
+    return value
 
 
 _JSON_NAMES = {

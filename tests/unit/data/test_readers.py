@@ -58,6 +58,15 @@ def test_arrow_streams_of_saved_datasets_are_read(tmp_path):
     assert [row.value for row in read_file(file)] == ROWS
 
 
+def test_keys_that_only_other_rows_have_are_not_there(tmp_path):
+    calls = [{"name": "heat", "arguments": {"to": 900}}, {"name": "cool", "arguments": {"by": 3, "slowly": None}}]
+    rows = [{"calls": [call], "ids": [1, None], "text": None} for call in calls]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    read = [row.value for row in read_file(tmp_path / "rows.parquet")]
+    assert read[0] == {"calls": [{"name": "heat", "arguments": {"to": 900}}], "ids": [1, None], "text": None}
+    assert read[1]["calls"] == [{"name": "cool", "arguments": {"by": 3}}]
+
+
 def test_text_file_is_one_document(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     assert [row.value for row in read_file(tmp_path / "a.txt")] == [{"text": "one\n\ntwo\n"}]
