@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stoker.cli.options import Overrides
+from stoker.cli.options import AllowUnknown, Overrides
 
 
 def command(
@@ -13,6 +13,7 @@ def command(
         Path | None, typer.Argument(metavar="[RUN.YAML]", help="The run whose rows to prepare.")
     ] = None,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default, nothing changes it
+    allow_unknown: AllowUnknown = False,
     list_: Annotated[bool, typer.Option("--list", help="List what is kept: size, age, and why it is stale.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Remove what is stale.")] = False,
     unused_days: Annotated[
@@ -23,14 +24,14 @@ def command(
 
     Example: stoker prepare run.yaml; stoker prepare --list; stoker prepare --prune --unused-days 30
     """
-    from stoker.config.load import load
+    from stoker.cli.read import read
     from stoker.errors import ConfigError
 
     if unused_days is not None and not prune:
         raise ConfigError("--unused-days goes with --prune.", fix="Add --prune.")
     if run_file is None and not (list_ or prune):
         raise ConfigError("there is nothing to prepare.", fix="Name a run: stoker prepare run.yaml.")
-    config = load(run_file, overrides) if run_file is not None else None
+    config = read(run_file, overrides, allow_unknown=allow_unknown).config if run_file is not None else None
 
     from stoker.compose import prepare
 
