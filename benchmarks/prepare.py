@@ -4,13 +4,13 @@
 
 Both sides read the same JSONL, render with the same ChatML template, tokenise with the same tokenizer in two processes,
 mark which tokens the assistant wrote, and write everything to disk: Stoker's `prepare` into its cache, `datasets.map`
-(batches of 1,000, `return_assistant_tokens_mask`) into its own. Each job is a process of its own; jobs take turns
-(ours, theirs, ours, ...), and the ratio of speeds is the median of those of neighbours, because the clock of a shared
-machine drifts; processor seconds (of the whole job, imports and the check of its result included) are counted too,
-which other work on the machine moves less. Memory is what the job's processes hold for themselves (unique set size,
-summed, sampled five times a second), so pages of files that are mapped do not count on either side. Seconds count from
-the call to the result, the start of the worker processes included. Before a figure is printed, token ids and masks of
-both sides must be equal.
+(`return_assistant_tokens_mask`) into its own: in batches of 1,000, and at the smallest size also row by row, as TRL's
+SFTTrainer calls it. Each job is a process of its own; jobs take turns (ours, theirs, ours, ...), and the ratio of
+speeds is the median of those of neighbours, because the clock of a shared machine drifts; processor seconds of all
+processes are counted too, which other work on the machine moves less. Memory is what the job's processes hold for themselves
+(unique set size, summed, sampled five times a second) until the result is there. Seconds count from the call to the
+result, the start of the worker processes included. Before a figure is printed, token ids and masks of both sides must
+be equal.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("stoker", "datasets.map")
+BY_ROW = "by row"
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -57,6 +58,9 @@ def main() -> None:
             rows = make_rows(folder / f"rows-{count}.jsonl", count)
             for _ in range(chosen.repeats if number == 0 else 1):
                 results += [measured(side, rows, count, folder, chosen.processes) for side in SIDES]
+                check_same(results[-2:])
+            if number == 0:
+                results.append(measured(BY_ROW, rows, count, folder, chosen.processes))
                 check_same(results[-2:])
             rows.unlink()
             report(results, chosen.processes)  # after each size: the last one takes as long as all before it
@@ -130,23 +134,21 @@ def measured(side: str, rows: Path, count: int, folder: Path, processes: int) ->
             "HF_DATASETS_CACHE": scratch,
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         }
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as job:
             watched, peak = psutil.Process(job.pid), 0
             while job.poll() is None:
-                peak = max(peak, held_bytes(watched))
+                # Afterwards the job reads its result through mapped pages, which are no part of preparing it.
+                if not (Path(scratch) / "prepared").exists():
+                    peak = max(peak, held_bytes(watched))
                 time.sleep(0.2)
             assert job.stdout is not None
             output = job.stdout.read()
     if job.returncode:
         raise SystemExit(f"{side} failed")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    result = {"side": side, "rows": count, **json.loads(output.splitlines()[-1])}
-    result |= {"processor_seconds": round(processor, 2), "peak_mib": round(peak / 2**20, 1)}
+    result = {"side": side, "rows": count, **json.loads(output.splitlines()[-1]), "peak_mib": round(peak / 2**20, 1)}
     print(
         f"{side:<14}{count:>9,} rows {result['seconds']:8.1f} s {count / result['seconds']:9,.0f} rows/s "
-        f"{processor:8.1f} processor s "
+        f"{result['processor_seconds']:8.1f} processor s "
         f"{result['peak_mib']:8,.0f} MiB",
         flush=True,
     )
@@ -173,14 +175,26 @@ def run(side: str, rows: Path, scratch: Path, processes: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(rows.parent / "tokenizer")
-    made = (run_ours if side == "stoker" else run_theirs)(tokenizer, rows, scratch, processes)
-    seconds, documents = made
+    before = processor_seconds()
+    if side == "stoker":
+        seconds, documents = run_ours(tokenizer, rows, scratch, processes)
+    else:
+        seconds, documents = run_theirs(tokenizer, rows, scratch, processes, batched=side != BY_ROW)
+    work = processor_seconds() - before
+    (scratch / "prepared").touch()
     digest, tokens, trained = hashlib.sha256(), 0, 0
     for ids, mask in documents:
         digest.update(ids.tobytes())
         digest.update(mask.tobytes())
         tokens, trained = tokens + len(ids), trained + int(mask.sum())
-    return {"seconds": seconds, "tokens": tokens, "trained_tokens": trained, "sha256": digest.hexdigest()}
+    facts = {"seconds": round(seconds, 2), "processor_seconds": round(work, 2)}
+    return facts | {"tokens": tokens, "trained_tokens": trained, "sha256": digest.hexdigest()}
+
+
+def processor_seconds() -> float:
+    """Seconds of all cores that this process and its finished children have used."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def run_ours(tokenizer: Any, rows: Path, scratch: Path, processes: int) -> tuple[float, Any]:
@@ -198,7 +212,7 @@ def run_ours(tokenizer: Any, rows: Path, scratch: Path, processes: int) -> tuple
     return seconds, (prepared.document(index) for index in range(len(prepared)))
 
 
-def run_theirs(tokenizer: Any, rows: Path, scratch: Path, processes: int) -> tuple[float, Any]:
+def run_theirs(tokenizer: Any, rows: Path, scratch: Path, processes: int, *, batched: bool) -> tuple[float, Any]:
     import datasets
     import numpy as np
 
@@ -210,7 +224,7 @@ def run_theirs(tokenizer: Any, rows: Path, scratch: Path, processes: int) -> tup
 
     started = time.perf_counter()
     dataset = datasets.load_dataset("json", data_files=str(rows), split="train", cache_dir=str(scratch))
-    dataset = dataset.map(tokenised, batched=True, num_proc=processes, remove_columns=dataset.column_names)
+    dataset = dataset.map(tokenised, batched=batched, num_proc=processes, remove_columns=dataset.column_names)
     seconds = time.perf_counter() - started
     return seconds, (
         (np.array(row["input_ids"], dtype=np.uint32), np.array(row["assistant_masks"], dtype=bool)) for row in dataset
@@ -239,6 +253,8 @@ def report(results: list[dict[str, Any]], processes: int) -> None:
             line[f"{name}_peak_mib"] = round(max(r["peak_mib"] for r in runs), 1)
         line |= {"times_faster": round(statistics.median(ratios), 3), "pairs": len(ratios)}
         line["times_less_processor_time"] = round(statistics.median(work), 3)
+        by_row = [r["seconds"] for r in results if r["rows"] == count and r["side"] == BY_ROW]
+        line["times_faster_than_by_row"] = round(by_row[0] / ours[-1]["seconds"], 3) if by_row else ""
         summary.append(line)
         print(
             f"{count:,} rows: {line['times_faster']:.2f} times as fast (median of {len(ratios)}), "

@@ -21,6 +21,8 @@ import numpy as np
 # What `ByteLevel` cuts by when no expression is given (Radford et al., 2019, encoder.py).
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _MAX_WORDS = 400_000
+# What templates print between special tokens ("assistant\n", "\n") comes again and again.
+_SHORT = 16
 # Case folding takes these two for an s and a k in one engine and not in the other.
 _FOLDED = {"\u017f", "\u212a"}
 # The characters of ASCII in each class that the expressions name.
@@ -69,7 +71,7 @@ class WordEncoder:
 
     def encode(self, texts: Sequence[str]) -> EncodedArrays:
         """Returns ids and offsets of each text, in order."""
-        if len(self._words) > _MAX_WORDS:
+        if len(self._words) + len(self._short_parts) > _MAX_WORDS:
             self._forget()
         found = [self._word_numbers(text) for text in texts]
         rest = [text for text, words in zip(texts, found, strict=True) if words is None]
@@ -89,8 +91,12 @@ class WordEncoder:
             if index % 2:
                 numbers.append(self._special_number(part))
                 continue
+            short = self._short_parts.get(part)
+            if short is not None:
+                numbers += short
+                continue
             words = findall(part)
-            if sum(map(len, words)) != len(part):
+            if "".join(words) != part:
                 return None  # the expression leaves gaps, which are words of their own
             known = list(map(number_of.get, words))
             if None in known:
@@ -98,6 +104,8 @@ class WordEncoder:
                     self._number(word) if number is None else number for word, number in zip(words, known, strict=True)
                 ]
             numbers += known  # type: ignore[arg-type]
+            if len(part) < _SHORT:
+                self._short_parts[part] = known  # type: ignore[assignment]
         return numbers
 
     def _is_safe(self, text: str) -> bool:
@@ -139,6 +147,7 @@ class WordEncoder:
     def _forget(self) -> None:
         self._words.clear()
         self._specials: dict[str, int] = {}
+        self._short_parts: dict[str, list[int]] = {}
         self._table: list[tuple[int, int, int]] = []  # length in characters, first token, number of tokens
         self._flat_ids: list[int] = []
         self._flat_offsets: list[tuple[int, int]] = []
