@@ -2,7 +2,7 @@
 
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -79,12 +79,15 @@ CONFIGS = {
 """Model type to a small configuration of it, without dropout."""
 
 
+_KEPT = TemporaryDirectory(prefix="stoker-borrowed-")  # removed when the process ends
+
+
 @cache
 def folder_of(model_type):
     """Returns a folder that Transformers itself wrote, with weights large enough for attention to be uneven."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**_TOKENS, **CONFIGS[model_type]})
-    return save(AutoModelForCausalLM.from_config(config), Path(mkdtemp(prefix=f"stoker-{model_type}-")))
+    return save(AutoModelForCausalLM.from_config(config), Path(_KEPT.name) / model_type)
 
 
 def save(model, folder):

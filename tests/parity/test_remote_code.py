@@ -1,7 +1,7 @@
 """A model that brings its own code: refused until allowed, and then held to that code's own numbers."""
 
 import json
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -26,7 +26,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 # Where Transformers copies a model's code to run it from: once a process, as Python remembers where the package lies.
-dynamic_module_utils.HF_MODULES_CACHE = mkdtemp(prefix="stoker-modules-")
+_KEPT = TemporaryDirectory(prefix="stoker-modules-")
+dynamic_module_utils.HF_MODULES_CACHE = _KEPT.name
 
 
 @pytest.fixture
