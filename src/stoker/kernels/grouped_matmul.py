@@ -39,7 +39,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-WIDE = Tile(128, 256, 64, 8, 3)
+WIDE = Tile(128, 256, 64, 8, 4)
+MEDIUM = Tile(128, 128, 32, 8, 3)
+"""For GPUs before sm_90, some of which have 99 KB of shared memory a program."""
 SKINNY = Tile(128, 16, 128, 4, 3)
 SMALL = Tile(64, 64, 32, 4, 2)
 """For GPUs before sm_80, whose programs have 64 KB of shared memory, for float32, and for the interpreter."""
@@ -199,9 +201,11 @@ def tile_for(x: Tensor, num_columns: int) -> Tile:
     """Returns the tile for products of `x` with so many columns on its device."""
     if not x.is_cuda or x.dtype is torch.float32 or torch.cuda.get_device_capability(x.device)[0] < 8:
         return SMALL if num_columns > 32 else Tile(64, max(16, next_power_of_2(num_columns)), 32, 4, 2)
+    is_hopper = torch.cuda.get_device_capability(x.device)[0] >= 9
     if num_columns <= 64:
-        return SKINNY._replace(columns=max(16, next_power_of_2(num_columns)))
-    return WIDE
+        depth = SKINNY.depth if is_hopper else SKINNY.depth // 2
+        return SKINNY._replace(columns=max(16, next_power_of_2(num_columns)), depth=depth)
+    return WIDE if is_hopper else MEDIUM
 
 
 def _has_boxes(device: torch.device) -> bool:
