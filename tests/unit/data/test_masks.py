@@ -96,6 +96,7 @@ def test_calls_and_answers_train_as_re_rendering_turn_by_turn_says(name, make_to
 REWRITES = {
     "cut": "{}[:4]",
     "split": "{}.split('no')[0]",
+    "last part": "{}.split('no')[-1]",
     "replaced": "{}.replace('yes', 'indeed')",
     "upper": "({} | upper)",
     "trimmed": "({} | trim)",

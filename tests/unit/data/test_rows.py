@@ -81,6 +81,13 @@ def test_eos_may_train_otherwise_than_other_ends_of_turns(make_tokenizer, traine
     assert trained_texts(tokenizer, *last.document(0)) == ["yes", "very</s>"]
 
 
+def test_eos_of_a_turn_that_does_not_train_stays_untrained_unless_all_are_asked_for(chatml, trained_texts):
+    """ChatML ends every turn with this tokenizer's EOS, a user's too."""
+    for eos, expected in (("turn", ["yes<|im_end|>"]), ("all", ["<|im_end|>", "yes<|im_end|>"])):
+        found = prepared(chatml, [{"messages": TALK[1:3]}], chat={"train_on_end_of_turn": "all", "train_on_eos": eos})
+        assert trained_texts(chatml, *found.document(0)) == expected
+
+
 def test_named_end_of_turn_tokens_alone_end_turns(make_tokenizer, trained_texts):
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.content + '<|eot_id|>' }}{% endfor %}")
     rows = [{"messages": TALK[1:3]}]
