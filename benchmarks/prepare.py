@@ -4,13 +4,13 @@
 
 Both sides read the same JSONL, render with the same ChatML template, tokenise with the same tokenizer in two processes,
 mark which tokens the assistant wrote, and write everything to disk: Stoker's `prepare` into its cache, `datasets.map`
-(`return_assistant_tokens_mask`) into its own: in batches of 1,000, and at the smallest size also row by row, as TRL's
+(`return_assistant_tokens_mask`) into its own: in batches of 1,000, and at the smallest and largest size also row by row, as TRL's
 SFTTrainer calls it. Each job is a process of its own; jobs take turns (ours, theirs, ours, ...), and the ratio of
 speeds is the median of those of neighbours, because the clock of a shared machine drifts; processor seconds of all
-processes are counted too, which other work on the machine moves less. Memory is what the job's processes hold for themselves
-(unique set size, summed, sampled five times a second) until the result is there. Seconds count from the call to the
-result, the start of the worker processes included. Before a figure is printed, token ids and masks of both sides must
-be equal.
+processes are counted too, which other work on the machine moves less. Memory is what the job's processes hold for
+themselves (unique set size, summed, sampled five times a second) until the result is there. Seconds count from the call
+to the result, the start of the worker processes included. Before a figure is printed, token ids and masks of both sides
+must be equal.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
             for _ in range(chosen.repeats if number == 0 else 1):
                 results += [measured(side, rows, count, folder, chosen.processes) for side in SIDES]
                 check_same(results[-2:])
-            if number == 0:
+            if number in (0, len(chosen.rows) - 1):
                 results.append(measured(BY_ROW, rows, count, folder, chosen.processes))
                 check_same(results[-2:])
             rows.unlink()
@@ -255,6 +255,8 @@ def report(results: list[dict[str, Any]], processes: int) -> None:
         line["times_less_processor_time"] = round(statistics.median(work), 3)
         by_row = [r["seconds"] for r in results if r["rows"] == count and r["side"] == BY_ROW]
         line["times_faster_than_by_row"] = round(by_row[0] / ours[-1]["seconds"], 3) if by_row else ""
+        if by_row:
+            print(f"{count:,} rows: {line['times_faster_than_by_row']:.2f} times as fast as row by row")
         summary.append(line)
         print(
             f"{count:,} rows: {line['times_faster']:.2f} times as fast (median of {len(ratios)}), "

@@ -90,7 +90,9 @@ class Source:
         return total.hexdigest()
 
     def num_bytes(self) -> int | None:
-        """Returns how many bytes the files have as stored, None if that is not known."""
+        """Returns how many bytes the files have as stored, the Hub's table in memory; None if that is not known."""
+        if not self.files:
+            return int(self._hub.content.data.nbytes)
         return sum(self._sizes) if self._sizes else None
 
     def share(self, at: Position) -> float | None:
