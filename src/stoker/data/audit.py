@@ -176,8 +176,8 @@ def problems(audit: Audit) -> list[Problem]:
             Problem(
                 f"the end-of-turn token is trained in none of {audit.turns:,} turns, so the model would never stop.",
                 fix="Use a chat template whose end-of-turn marker is a special token of this tokenizer (zephyr's is "
-                "its end of text), name the token in data.end_of_turn_tokens, raise data.sequence_length if turns are cut "
-                "off, or set data.train_on_end_of_turn: false.",
+                "its end of text), name the token in data.end_of_turn_tokens, raise data.sequence_length if turns are "
+                "cut off, or set data.train_on_end_of_turn: false.",
             )
         )
     if audit.doubled_bos:
