@@ -102,8 +102,11 @@ class MicroBatchGraphs:
 
     def clear(self) -> None:
         """Lets go of all graphs and their memory."""
+        torch.cuda.synchronize(self._device)
         self._captured.clear()
         self._seen.clear()
+        # A pool ends with the last graph that uses it.
+        self._pool = torch.cuda.graph_pool_handle()
 
     @property
     def num_captured(self) -> int:

@@ -12,11 +12,11 @@ Kernels = Literal["reference", "triton"]
 # Triton compiles for GPUs from Volta on; PyTorch's fp8 products need Ada's or Hopper's tensor cores.
 _TRITON_CAPABILITY = (7, 0)
 _FP8_CAPABILITY = (8, 9)
-LAUNCH_BOUND_FLOPS = {"fused": 4e11, "op by op": 1e12}
+LAUNCH_BOUND_FLOPS = {"fused": 4e11, "op by op": 5e12}
 """FLOPs of a layer's forward and backward below which launching its kernels takes longer than running them.
 
-By measurement on an H200 a fused layer takes some 0.6 ms to launch, one that runs op by op twice or thrice that. Slower
-GPUs are bound by their work at fewer FLOPs; there a graph gains nothing and costs nothing either."""
+By measurement beside an H200 a fused layer takes some 0.6 ms to launch, one that runs op by op 5 (Mamba-2) to 13 ms (a
+mixture of experts). Slower GPUs are bound by their work at fewer FLOPs; there a graph gains nothing and costs nothing either."""
 _FORMATS = {
     "nf4": "the base in NF4, 4.1 bits a weight",
     "int8": "the base in int8, one scale a row",
