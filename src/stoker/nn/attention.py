@@ -1,12 +1,16 @@
 """Grouped-query attention, as a module."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from stoker.kernels.attention import attend_cached, attention
+from stoker.kernels.head_norm import norm_split_and_rotate
 from stoker.kernels.rope import rotate, split_and_rotate
 from stoker.nn.cache import LayerCache
 from stoker.nn.linear import FusedLinear
+from stoker.nn.norm import RmsNorm
 from stoker.nn.rotary import Documents, Rotary
 
 
@@ -75,6 +79,13 @@ class Attention(nn.Module):
         """
         return self.q_norm is None and self.clip is None and not self.grouped and self.rotary is not None
 
+    @property
+    def only_norms_and_turns(self) -> bool:
+        """Whether heads are normed one by one with one weight, then turned whole by halves, which one pass does."""
+        is_plain = self.clip is None and not (self.grouped or self.interleaved or self.norm_all_heads)
+        is_normed = isinstance(self.q_norm, RmsNorm) and self.q_norm.weight is not None
+        return is_plain and is_normed and self.rotary is not None and self.rotary.dim == self.head_dim
+
     def forward(
         self,
         x: Tensor,
@@ -112,6 +123,19 @@ class Attention(nn.Module):
                 num_heads=self.num_heads,
                 num_kv_heads=self.num_kv_heads,
                 interleaved=self.interleaved,
+                implementation=self.kernels,
+            )
+        if self.only_norms_and_turns and cos is not None and sin is not None:
+            q_norm, k_norm = cast("RmsNorm", self.q_norm), cast("RmsNorm", self.k_norm)
+            return norm_split_and_rotate(
+                qkv,
+                q_norm.factor,
+                k_norm.factor,
+                cos,
+                sin,
+                epsilon=q_norm.epsilon,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
                 implementation=self.kernels,
             )
         q, k, v = self._split(qkv)

@@ -16,7 +16,8 @@ LAUNCH_BOUND_FLOPS = {"fused": 4e11, "op by op": 5e12}
 """FLOPs of a layer's forward and backward below which launching its kernels takes longer than running them.
 
 By measurement beside an H200 a fused layer takes some 0.6 ms to launch, one that runs op by op 5 (Mamba-2) to 13 ms (a
-mixture of experts). Slower GPUs are bound by their work at fewer FLOPs; there a graph gains nothing and costs nothing either."""
+mixture of experts). Slower GPUs are bound by their work at fewer FLOPs; there a graph gains nothing and costs nothing.
+"""
 _FORMATS = {
     "nf4": "the base in NF4, 4.1 bits a weight",
     "int8": "the base in int8, one scale a row",
