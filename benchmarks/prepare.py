@@ -4,10 +4,10 @@
 
 Both sides read the same JSONL, render with the same ChatML template, tokenise with the same tokenizer in two processes,
 mark which tokens the assistant wrote, and write everything to disk: Stoker's `prepare` into its cache, `datasets.map`
-(`return_assistant_tokens_mask`) into its own: in batches of 1,000, and at the smallest and largest size also row by row, as TRL's
-SFTTrainer calls it. Each job is a process of its own; jobs take turns (ours, theirs, ours, ...), and the ratio of
-speeds is the median of those of neighbours, because the clock of a shared machine drifts; processor seconds of all
-processes are counted too, which other work on the machine moves less. Memory is what the job's processes hold for
+(`return_assistant_tokens_mask`) into its own: in batches of 1,000, and at the smallest and largest size also row by
+row, as TRL's SFTTrainer calls it. Each job is a process of its own; jobs take turns (ours, theirs, ours, ...), and the
+ratio of speeds is the median of those of neighbours, because the clock of a shared machine drifts; processor seconds of
+all processes are counted too, which other work on the machine moves less. Memory is what the job's processes hold for
 themselves (unique set size, summed, sampled five times a second) until the result is there. Seconds count from the call
 to the result, the start of the worker processes included. Before a figure is printed, token ids and masks of both sides
 must be equal.
