@@ -27,7 +27,7 @@ def projection(draw, num_in, sizes, *, adapted, bias, rate):
     )
 
 
-def layer(draw, *, adapted=True, bias=False, rate=0.0):
+def layer(draw, *, adapted=True, bias=False, rate=0.0, head_norms=False):
     head_sizes = (HEADS * CHANNELS, KV_HEADS * CHANNELS, KV_HEADS * CHANNELS)
     options = {"adapted": adapted, "bias": bias, "rate": rate}
     return BlockWeights(
@@ -37,6 +37,7 @@ def layer(draw, *, adapted=True, bias=False, rate=0.0):
         projection(draw, HEADS * CHANNELS, (WIDTH,), **options),
         projection(draw, WIDTH, (INNER, INNER), **options),
         projection(draw, INNER, (WIDTH,), **options),
+        *((draw(CHANNELS).float(), draw(CHANNELS).float()) if head_norms else ()),
     )
 
 
@@ -53,6 +54,8 @@ def project(p, x, implementation):
 def op_by_op(x, cos, sin, weights, document_lengths, window, implementation):
     qkv = project(weights.qkv, rms_norm_reference(x, weights.attention_norm, EPSILONS[0]), implementation)
     q, k, v = qkv.unflatten(-1, (-1, CHANNELS)).split((HEADS, KV_HEADS, KV_HEADS), dim=2)
+    if weights.q_norm is not None:
+        q, k = (rms_norm_reference(x, w, 1e-4) for x, w in ((q, weights.q_norm), (k, weights.k_norm)))
     q, k = rotate_reference(q, cos, sin), rotate_reference(k, cos, sin)
     attended = attention(q, k, v, document_lengths=document_lengths, window=window)
     mid = x + project(weights.out, attended.flatten(2), implementation)
@@ -63,8 +66,9 @@ def op_by_op(x, cos, sin, weights, document_lengths, window, implementation):
 
 def leaves(weights, *, train_base):
     """All tensors, requiring gradients as in LoRA (adapters and, to see them, norms) or in full fine-tuning."""
-    tensors = [weights.attention_norm, weights.feed_forward_norm]
-    for p in weights[2:]:
+    norms = (weights.attention_norm, weights.feed_forward_norm, weights.q_norm, weights.k_norm)
+    tensors = [norm for norm in norms if norm is not None]
+    for p in weights[2:6]:
         tensors += [t for t in (p.a, p.b) if t is not None]
         tensors += [t for t in (p.weight, p.bias) if t is not None and train_base]
     return [t.requires_grad_() for t in tensors]
@@ -79,22 +83,24 @@ def angles(draw):
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 @pytest.mark.parametrize("keep", KEEP)
 @pytest.mark.parametrize(
-    ("adapted", "train_base", "bias", "rate", "document_lengths", "window"),
+    ("adapted", "train_base", "bias", "rate", "head_norms", "document_lengths", "window"),
     [
-        (True, False, False, 0.0, None, None),
-        (False, True, True, 0.0, ((2, 3), (5,)), None),
-        (True, True, True, 0.0, None, 2),
-        (True, False, True, 0.25, None, None),
+        (True, False, False, 0.0, False, None, None),
+        (False, True, True, 0.0, False, ((2, 3), (5,)), None),
+        (True, True, True, 0.0, False, None, 2),
+        (True, False, True, 0.25, False, None, None),
+        (True, False, False, 0.0, True, None, None),
+        (False, True, True, 0.0, True, ((2, 3), (5,)), None),
     ],
 )
 def test_output_and_every_gradient_are_those_of_autograd(
-    adapted, train_base, bias, rate, document_lengths, window, keep, implementation, draw, angles
+    adapted, train_base, bias, rate, head_norms, document_lengths, window, keep, implementation, draw, angles
 ):
-    weights = layer(draw, adapted=adapted, bias=bias, rate=rate)
+    weights = layer(draw, adapted=adapted, bias=bias, rate=rate, head_norms=head_norms)
     x, grad = draw(2, 5, WIDTH).float().requires_grad_(), draw(2, 5, WIDTH).float()
     inputs = [x, *leaves(weights, train_base=train_base)]
     expected = op_by_op(x, *angles, weights, document_lengths, window, implementation)
-    options = BlockOptions(HEADS, KV_HEADS, EPSILONS, window, implementation, keep)
+    options = BlockOptions(HEADS, KV_HEADS, EPSILONS, window, implementation, keep, head_epsilon=1e-4)
     actual = block(x, *angles, weights=weights, options=options, document_lengths=document_lengths)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # float32, sums in another order
     truths, results = (torch.autograd.grad(y, inputs, grad) for y in (expected, actual))
@@ -103,16 +109,18 @@ def test_output_and_every_gradient_are_those_of_autograd(
         assert error < 1e-4, f"input {index}: {error:.2g}"
 
 
+@pytest.mark.parametrize("head_norms", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_rung_gives_the_same_bits(dtype, draw, angles, device):
-    weights = layer(draw)
-    frozen = [p._replace(weight=p.weight.to(dtype)) for p in weights[2:]]
-    weights = BlockWeights(weights[0].to(dtype), weights[1].to(dtype), *frozen)
+def test_every_rung_gives_the_same_bits(dtype, head_norms, draw, angles, device):
+    weights = layer(draw, head_norms=head_norms)
+    frozen = [p._replace(weight=p.weight.to(dtype)) for p in weights[2:6]]
+    heads = [None if norm is None else norm.to(dtype) for norm in weights[6:]]
+    weights = BlockWeights(weights[0].to(dtype), weights[1].to(dtype), *frozen, *heads)
     tensors = leaves(weights, train_base=False)
     runs = []
     for keep in KEEP:
         x = torch.linspace(-1, 1, 5 * WIDTH, device=angles[0].device).view(1, 5, WIDTH).to(dtype).requires_grad_()
-        options = BlockOptions(HEADS, KV_HEADS, EPSILONS, None, "triton", keep)
+        options = BlockOptions(HEADS, KV_HEADS, EPSILONS, None, "triton", keep, head_epsilon=1e-4)
         y = block(x, *angles, weights=weights, options=options)
         runs.append([y.detach(), *torch.autograd.grad(y.sum(), [x, *tensors])])
     for run in runs[1:]:
@@ -154,7 +162,7 @@ class OtherMatrix:
 @pytest.mark.parametrize("accumulates", [False, True])
 def test_a_weight_in_another_form_is_only_asked_for_its_products(draw, angles, accumulates):
     weights = layer(draw)
-    others = (p._replace(weight=OtherMatrix(p.weight, accumulates=accumulates)) for p in weights[2:])
+    others = (p._replace(weight=OtherMatrix(p.weight, accumulates=accumulates)) for p in weights[2:6])
     other = BlockWeights(*weights[:2], *others)
     x = draw(1, 5, WIDTH).float().requires_grad_()
     inputs = [x, *leaves(weights, train_base=False)]

@@ -57,6 +57,7 @@ class FusedBlock(Block):
             _projection(attention.out),
             _projection(feed_forward.gate_up),
             _projection(feed_forward.down),
+            *(None if norm is None else cast("RmsNorm", norm).factor for norm in (attention.q_norm, attention.k_norm)),
         )
         return block(x, cos, sin, weights=weights, options=self.options, document_lengths=document_lengths)
 
@@ -89,7 +90,7 @@ def _is_llama(block: nn.Module) -> bool:
     if not all(isinstance(norm, RmsNorm) and norm.weight is not None for norm in norms):
         return False
     plain_scores = attention.softcap is None and attention.sinks is None
-    return attention.only_turns and plain_scores and feed_forward.has_kernel
+    return (attention.only_turns or attention.only_norms_and_turns) and plain_scores and feed_forward.has_kernel
 
 
 def fuse_blocks(
@@ -133,6 +134,7 @@ def fuse_blocks(
             activation=cast("GatedFeedForward", original.feed_forward).activation,
             interleaved=attention.interleaved,
             scale=attention.scale,
+            head_epsilon=0.0 if attention.q_norm is None else cast("RmsNorm", attention.q_norm).epsilon,
         )
         blocks[index] = FusedBlock(original, options)
 

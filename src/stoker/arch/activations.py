@@ -70,6 +70,8 @@ def fused(
     if keep != "all":
         rows = 5 * hidden_size + heads if keep == "mixer" else 6 * hidden_size + 2 * heads
         passing = _with_feed_forward(rows, layer, hidden_size, micro, tile_tokens)
+    if mixer.qk_norm is not None:  # q, k and v as the projection gave them, beside the turned ones
+        passing += heads * unit
     if offload:
         passing += _IN_FLIGHT * max(hidden_size, query) * unit
     return Held(

@@ -1,6 +1,7 @@
 """Which layers are shaped as Llama's are, for which there is a kernel that runs a whole layer. No torch.
 
-The kernel computes more than Llama: any gated activation, partial and interleaved rotation, norms stored less one.
+The kernel computes more than Llama: any gated activation, partial and interleaved rotation, norms stored less one,
+queries and keys normed head by head.
 """
 
 from functools import lru_cache
@@ -30,13 +31,22 @@ def _of_layer(layer: LayerSpec) -> str:
 def _of_attention(mixer: AttentionSpec) -> str:
     found = {
         "no positions": mixer.rope is None,
-        "norms of queries and keys": mixer.qk_norm is not None,
+        "norms of queries and keys other than of whole turned heads": _norms_otherwise(mixer),
         "soft-capped scores": mixer.softcap is not None,
         "attention sinks": mixer.sinks,
         "clipped queries, keys and values": mixer.clip_qkv is not None,
         "queries, keys and values stored by groups": mixer.qkv_layout != "blocks",
     }
     return next((what for what, there in found.items() if there), "")
+
+
+def _norms_otherwise(mixer: AttentionSpec) -> bool:
+    """Whether queries and keys are normed, and not head by head by one RMS norm before whole heads turn by halves."""
+    norm, rope = mixer.qk_norm, mixer.rope
+    if norm is None:
+        return False
+    is_rms = norm.kind == "rms" and norm.weight and not norm.bias and mixer.qk_norm_over == "head"
+    return not (is_rms and rope is not None and rope.dim == mixer.head_dim and not rope.interleaved)
 
 
 def _of_feed_forward(feed_forward: GatedSpec) -> str:

@@ -1,6 +1,8 @@
 """One decoder layer with its backward written out: attention and gated feed-forward, pre-norm, frozen or trained base.
 
-    m = x + out(attend(rotate(qkv(norm₁(x)))))          y = m + down(gated(gate_up(norm₂(m))))
+    m = x + out(attend(turn(qkv(norm₁(x)))))          y = m + down(gated(gate_up(norm₂(m))))
+
+`turn` rotates queries and keys, which may be normed head by head before.
 
 Autograd, op by op, would keep what elementwise work can rebuild, and checkpointing a layer would run all of it again.
 Here the layer itself decides what is kept. Bytes are for N tokens of width D in a two-byte dtype, S = H + 2K heads of E
@@ -11,6 +13,8 @@ channels, F the feed-forward's width; rows of statistics and LoRA's N r products
     "mixer"       rotated q, k, v; attended; m                 2N (SE+HE+D)       norms, gate_up
     "attention"   attended and its statistics                  2N HE              norms, qkv, rotation, out, gate_up
     "input"       nothing                                      0                  the same and attention
+
+Where heads are normed, the first two rungs keep q, k and v as the projection gave them instead, and turn them again.
 
 No rung runs `down` or the activation again for their own sake: the backward reads only what goes into them, and
 the activation's backward writes it on the way. Every tensor of the result is the same bit for bit on all rungs, as
@@ -27,10 +31,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stoker.kernels import glu, rms_norm, rope
+from stoker.kernels import glu, head_norm, rms_norm, rope
 from stoker.kernels.attention import DocumentLengths, attention
 from stoker.kernels.feed_forward import KEEP, BlockOptions, feed_forward, joined, tiles
 from stoker.kernels.kept_attention import Attend, KeptAttention
+from stoker.kernels.offload import HostOffload
 from stoker.kernels.projection import (
     FrozenMatrix,
     Piece,
@@ -56,6 +61,8 @@ class BlockWeights(NamedTuple):
     out: Projection
     gate_up: Projection
     down: Projection
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
 
 
 def block(
@@ -96,7 +103,8 @@ def block(
     if not torch.is_grad_enabled():  # nothing will ask for what would be kept
         layout = layout._replace(options=replace(options, keep="input", offload=None))
     with torch.autocast(device, enabled=False):
-        return _Block.apply(x, cos, sin, layout, weights.attention_norm, weights.feed_forward_norm, *tensors)
+        norms = (weights.attention_norm, weights.feed_forward_norm, weights.q_norm, weights.k_norm)
+        return _Block.apply(x, cos, sin, layout, *norms, *tensors)
 
 
 class _Fixed(NamedTuple):
@@ -152,6 +160,7 @@ class _Kept(NamedTuple):
     gate_up: Tensor | None
     rstds: tuple[Tensor, Tensor]
     products: tuple[Tensor | None, ...]
+    qkv: Tensor | None
 
 
 class _Normed(NamedTuple):
@@ -174,6 +183,8 @@ class _Block(torch.autograd.Function):
         layout: _Layout,
         attention_norm: Tensor,
         feed_forward_norm: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
         """x: [B, T, D]; tensors: weight, bias, a and b of each projection."""
@@ -183,12 +194,17 @@ class _Block(torch.autograd.Function):
         projections = _projections(layout, tensors, x.dtype)
         rows = as_rows(x)
         normed, rstd_x = _norm(rows, attention_norm, options.epsilons[0], options.implementation)
-        heads, product_qkv = _heads(projections[0], normed, x.shape, (cos, sin), options)
+        turn = _Turn(options, (cos, sin), q_norm, k_norm)
+        qkv, product_qkv = project(projections[0], normed, Piece(options.implementation))
+        qkv = qkv.view(*x.shape[:2], -1)
+        heads = turn(qkv)
+        kept_qkv = qkv if turn.norms and options.keep in ("all", "mixer") else None
+        del qkv
         attended = None
         if options.keep == "input":
             values = _attend(layout)(*heads)
         else:
-            forget = options.keep == "attention"
+            forget = options.keep == "attention" or turn.norms
             attended = KeptAttention(_attend(layout), heads, forget=forget, offload=options.offload)
             values = attended.values()
         out, values = projections[1], values.flatten(0, 1)
@@ -202,14 +218,12 @@ class _Block(torch.autograd.Function):
         kept_mid = mid if options.keep in ("all", "mixer") else None
         products = (product_qkv, product_out, product_gate_up, product_down)
         ctx.attended = attended
-        ctx.x_handle = None
-        if options.offload is not None and options.offload.takes(x):
-            ctx.x_handle = options.offload.store(x.detach())
-        ctx.layout, ctx.ran, ctx.dtypes = layout, False, (attention_norm.dtype, feed_forward_norm.dtype, *dtypes)
+        away, held = _put_away((x, kept_qkv), options.offload)
+        norms = (attention_norm, feed_forward_norm, q_norm, k_norm)
+        ctx.layout, ctx.ran, ctx.away = layout, False, away
+        ctx.dtypes = (*(None if norm is None else norm.dtype for norm in norms), *dtypes)
         kept = (kept_mid, kept_gate_up, rstd_x, rstd_mid, *products)
-        ctx.save_for_backward(
-            None if ctx.x_handle is not None else x, cos, sin, attention_norm, feed_forward_norm, *kept, *tensors
-        )
+        ctx.save_for_backward(*held, cos, sin, *norms, *kept, *tensors)
         return output.view(x.shape)
 
     @staticmethod
@@ -220,16 +234,19 @@ class _Block(torch.autograd.Function):
         if ctx.ran:
             raise RuntimeError("block: its backward ran already, and what it needs was overwritten")
         ctx.ran = True
-        x, cos, sin, *rest = ctx.saved_tensors
-        norms, kept, tensors = rest[:2], rest[2:10], rest[10:]
-        if ctx.x_handle is not None:
-            x = ctx.layout.options.offload.fetch(ctx.x_handle)
+        x, qkv, cos, sin, *rest = ctx.saved_tensors
+        norms, kept, tensors = rest[:4], rest[4:12], rest[12:]
+        offload = ctx.layout.options.offload
+        x, qkv = (
+            held if handle is None else offload.fetch(handle) for held, handle in zip((x, qkv), ctx.away, strict=True)
+        )
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
         run = _Backward(ctx.layout, norms, tensors, needs, x, (cos, sin))
         attended, ctx.attended = ctx.attended, None
-        grad_x = run(grads[0], attended, _Kept(kept[0], kept[1], (kept[2], kept[3]), tuple(kept[4:])))
-        if ctx.x_handle is not None:
-            ctx.layout.options.offload.release(ctx.x_handle)
+        grad_x = run(grads[0], attended, _Kept(kept[0], kept[1], (kept[2], kept[3]), tuple(kept[4:]), qkv))
+        for handle in ctx.away:
+            if handle is not None:
+                offload.release(handle)
         pairs = zip((*run.norm_grads, *run.grads), ctx.dtypes, strict=True)
         return grad_x, None, None, None, *(None if g is None or d is None else g.to(d) for g, d in pairs)
 
@@ -240,16 +257,18 @@ class _Backward:
     def __init__(  # noqa: PLR0917 - private, the saved tensors as they come
         self,
         layout: _Layout,
-        norms: Sequence[Tensor],
+        norms: Sequence[Tensor | None],
         tensors: Sequence[Tensor | None],
         needs: Sequence[bool],
         x: Tensor,
         tables: tuple[Tensor, Tensor],
     ) -> None:
-        self.layout, self.norms, self.x, self.tables = layout, norms, x, tables
-        self.needs_x, self.needs_norms, self.needs = needs[0], needs[1:3], needs[3:]
+        self.layout, self.x = layout, x
+        self.norms = [norm for norm in norms[:2] if norm is not None]
+        self.turn = _Turn(layout.options, tables, *norms[2:])
+        self.needs_x, self.needs_norms, self.needs = needs[0], needs[1:5], needs[5:]
         self.projections = _projections(layout, tensors, x.dtype)
-        self.norm_grads: list[Tensor | None] = [None, None]
+        self.norm_grads: list[Tensor | None] = [None, None, None, None]
         self.grads: list[Tensor | None] = [None] * len(tensors)
 
     def __call__(self, grad: Tensor, attended: KeptAttention | None, kept: _Kept) -> Tensor | None:
@@ -260,8 +279,13 @@ class _Backward:
         runs_qkv = options.keep in ("attention", "input")
         normed_x = self._norm(rows, 0)[0] if runs_qkv or self.needs[0] or qkv.rate > 0.0 else None
         heads: tuple[Tensor, ...] = ()
+        before = kept.qkv
         if runs_qkv and normed_x is not None:
-            heads, _ = _heads(qkv, normed_x, self.x.shape, self.tables, options)
+            before, _ = project(qkv, normed_x, Piece(options.implementation), product=kept.products[0])
+            before = before.view(*self.x.shape[:2], -1)
+        if before is not None:
+            heads = self.turn(before)
+            before = before if self.turn.norms else None
         if attended is None:
             attended = KeptAttention(_attend(layout), heads)
         if kept.mid is None:
@@ -281,9 +305,8 @@ class _Backward:
         grad_attended = self._projection(1, grad_mid, attended.values().flatten(0, 1), kept.products[1])
         grad_heads = attended.backward(grad_attended.view(*self.x.shape[:2], -1), heads)
         del heads, attended, mid
-        grad_qkv = rope.split_and_rotate_backward(
-            grad_heads, *self.tables, interleaved=options.interleaved, implementation=options.implementation
-        )
+        grad_qkv, *self.norm_grads[2:] = self.turn.backward(grad_heads, before, needs_weights=any(self.needs_norms[2:]))
+        del before
         grad_qkv = grad_qkv.flatten(0, 1)
         grads = grad_product(qkv, grad_qkv, kept.products[0], implementation=options.implementation)
         piece = Piece(options.implementation)
@@ -403,24 +426,68 @@ def _attend(layout: _Layout) -> Attend:
     return attend
 
 
-def _heads(
-    projection: Projection,
-    normed: Tensor,
-    shape: torch.Size,
-    tables: tuple[Tensor, Tensor],
-    options: BlockOptions,
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Rotated q, k and v [B, T, heads, E] of normed rows [B · T, D], and the adapters' product."""
-    qkv, product = project(projection, normed, Piece(options.implementation))
-    heads = rope.split_and_rotate(
-        qkv.view(*shape[:2], -1),
-        *tables,
-        num_heads=options.num_heads,
-        num_kv_heads=options.num_kv_heads,
-        interleaved=options.interleaved,
-        implementation=options.implementation,
+class _Turn:
+    """What happens to queries and keys between projection and attention: norms of heads where there are, a rotation."""
+
+    def __init__(
+        self, options: BlockOptions, tables: tuple[Tensor, Tensor], q_norm: Tensor | None, k_norm: Tensor | None
+    ) -> None:
+        self._options, self._tables = options, tables
+        self._weights = None if q_norm is None or k_norm is None else (q_norm, k_norm)
+
+    @property
+    def norms(self) -> bool:
+        """Whether heads are normed, so that the backward needs what the projection gave."""
+        return self._weights is not None
+
+    def __call__(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v [B, T, heads, E] of the projection's output [B, T, (H + 2K) · E]."""
+        options = self._options
+        sizes = {"num_heads": options.num_heads, "num_kv_heads": options.num_kv_heads}
+        if self._weights is not None:
+            return head_norm.norm_split_and_rotate(
+                qkv,
+                *self._weights,
+                *self._tables,
+                epsilon=options.head_epsilon,
+                **sizes,
+                implementation=options.implementation,
+            )
+        return rope.split_and_rotate(
+            qkv, *self._tables, **sizes, interleaved=options.interleaved, implementation=options.implementation
+        )
+
+    def backward(
+        self, grads: Sequence[Tensor], qkv: Tensor | None, *, needs_weights: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradients of the projection's output and of the norms' weights, from those of q, k and v."""
+        options = self._options
+        if self._weights is None or qkv is None:
+            interleaved, implementation = options.interleaved, options.implementation
+            grad = rope.split_and_rotate_backward(
+                grads, *self._tables, interleaved=interleaved, implementation=implementation
+            )
+            return grad, None, None
+        return head_norm.norm_split_and_rotate_backward(
+            grads,
+            qkv,
+            *self._weights,
+            *self._tables,
+            epsilon=options.head_epsilon,
+            needs_weights=needs_weights,
+            implementation=options.implementation,
+        )
+
+
+def _put_away(
+    tensors: Sequence[Tensor | None], offload: HostOffload | None
+) -> tuple[tuple[int | None, ...], tuple[Tensor | None, ...]]:
+    """For each tensor a handle, if it waits on the host, or else the tensor itself."""
+    handles = tuple(
+        offload.store(x.detach()) if x is not None and offload is not None and offload.takes(x) else None
+        for x in tensors
     )
-    return heads, product
+    return handles, tuple(x if handle is None else None for x, handle in zip(tensors, handles, strict=True))
 
 
 def _norm(x: Tensor, weight: Tensor, epsilon: float, implementation: str) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,8 @@ class BlockOptions:
     """How a layer computes: heads, the norms' epsilons, the sliding window, the kernels, and what it keeps (KEEP).
 
     `activation`: of the feed-forward's gate; `interleaved`: neighbouring channels turn together (`rope`);
-    `scale`: of attention's scores, 1 / sqrt(E) for None.
+    `scale`: of attention's scores, 1 / sqrt(E) for None; `head_epsilon`: of the norms of
+    queries and keys, where there are.
     With `offload`, x and what attention keeps wait on the host for the backward. With `tile_tokens` (not on the rung
     "all"), the feed-forward runs so many tokens at a time in both directions: of 2F values a token, the widest of the
     layer, no more than a tile's exist at once, however long the row.
@@ -40,6 +41,7 @@ class BlockOptions:
     activation: str = "silu"
     interleaved: bool = False
     scale: float | None = None
+    head_epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         if self.tile_tokens is not None and self.tile_tokens < 1:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stoker.kernels.rms_norm import rms_norm_reference
+from stoker.kernels.rms_norm import rms_norm
 from stoker.kernels.rope import rotate_reference
 from stoker.kernels.triton_support import check_implementation, jit, next_power_of_2, num_programs, tl
 
@@ -51,8 +51,38 @@ def norm_split_and_rotate_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formulas, op by op; `sizes` are the numbers of query, key and value heads."""
     q, k, v = qkv.unflatten(-1, (sum(sizes), -1)).split(tuple(sizes), dim=2)
-    q, k = rms_norm_reference(q, q_weight, epsilon), rms_norm_reference(k, k_weight, epsilon)
-    return rotate_reference(q, cos, sin), rotate_reference(k, cos, sin), v.contiguous()
+    q, k = rms_norm(q, q_weight, epsilon), rms_norm(k, k_weight, epsilon)
+    return rotate_reference(q, cos, sin), rotate_reference(k, cos, sin), v
+
+
+def norm_split_and_rotate_backward(  # noqa: PLR0917 - as the autograd function has them
+    grads: Sequence[Tensor],
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    epsilon: float,
+    needs_weights: bool,
+    implementation: str = "reference",
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns the gradients of qkv [B, T, (H + 2K) · E] and of both weights (None if not needed) from those of q, k, v.
+
+    For callers that write their own backward; the arguments are those of `norm_split_and_rotate`.
+    """
+    if check_implementation(implementation):
+        return launch_backward(grads, qkv, q_weight, k_weight, cos, sin, epsilon, needs_weights=needs_weights)
+    leaves = [x.detach().requires_grad_() for x in (qkv, q_weight, k_weight)]
+    sizes = tuple(grad.shape[2] for grad in grads)
+    with torch.enable_grad():
+        outputs = norm_split_and_rotate_reference(
+            leaves[0], leaves[1], leaves[2], cos, sin, epsilon=epsilon, sizes=sizes
+        )
+    if needs_weights:
+        grad_qkv, grad_q, grad_k = torch.autograd.grad(outputs, leaves, tuple(grads))
+        return grad_qkv, grad_q, grad_k
+    return torch.autograd.grad(outputs, leaves[0], tuple(grads))[0], None, None
 
 
 @jit
@@ -330,7 +360,10 @@ class _NormSplitAndRotate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Gradients of qkv and of the weights."""
         needs_weights = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        saved = ctx.saved_tensors
-        grad_qkv, *of_weights = launch_backward(grads, *saved, ctx.epsilon, needs_weights=needs_weights)
-        weights = [None if g is None else g.to(w.dtype) for g, w in zip(of_weights, saved[1:3], strict=True)]
-        return grad_qkv, *weights, None, None, None, None
+        qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
+        grad_qkv, grad_q, grad_k = launch_backward(
+            grads, qkv, q_weight, k_weight, cos, sin, ctx.epsilon, needs_weights=needs_weights
+        )
+        grad_q = None if grad_q is None else grad_q.to(q_weight.dtype)
+        grad_k = None if grad_k is None else grad_k.to(k_weight.dtype)
+        return grad_qkv, grad_q, grad_k, None, None, None, None

@@ -131,7 +131,10 @@ def rotate(
     """
     if check_implementation(implementation):
         return _RotateTriton.apply(q, k, cos, sin, interleaved)
-    return tuple(rotate_reference(x, cos, sin, interleaved=interleaved) for x in (q, k))
+    return (
+        rotate_reference(q, cos, sin, interleaved=interleaved),
+        rotate_reference(k, cos, sin, interleaved=interleaved),
+    )
 
 
 def split_and_rotate(

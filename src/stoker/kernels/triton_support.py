@@ -32,7 +32,7 @@ tl: Any = _language
 MAX_ROW_BLOCK = 65536
 
 
-def jit(function: Callable[..., None]) -> Any:
+def jit(function: Callable[..., Any]) -> Any:
     """Returns `function` compiled by Triton at its first launch, or unchanged where Triton is not installed."""
     return function if triton is None else triton.jit(function)
 
