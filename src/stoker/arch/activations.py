@@ -150,9 +150,17 @@ def recomputed_flops_per_token(spec: AnySpec, sequence_length: int, keep: Sequen
         if rung == "all":
             continue
         flops = arithmetic.layer_flops_per_token(layer, spec.hidden_size, sequence_length)
-        again = _RUN_AGAIN[rung] if is_fused and not why_not_llama(layer) else tuple(flops)
-        total += sum(flops[name] for name in again)
+        total += sum(flops[name] for name in run_again(layer, spec.hidden_size, rung, is_fused=is_fused))
     return total
+
+
+def run_again(layer: LayerSpec, hidden_size: int, keep: Keep, *, is_fused: bool) -> tuple[str, ...]:
+    """Returns what a layer's backward runs again, by the names of `arithmetic.layer_flops_per_token`."""
+    if keep == "all":
+        return ()
+    if is_fused and not why_not_llama(layer):
+        return _RUN_AGAIN[keep]
+    return tuple(arithmetic.layer_flops_per_token(layer, hidden_size, 1))
 
 
 _RUN_AGAIN: dict[Keep, tuple[str, ...]] = {

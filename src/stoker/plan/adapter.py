@@ -3,31 +3,37 @@
 import difflib
 import re
 
-from stoker.arch import arithmetic
 from stoker.arch.borrowed import AnySpec
 from stoker.arch.families import state_space
 from stoker.config.schema import Adapter
 from stoker.errors import Problem
+from stoker.plan import facts
+from stoker.plan.remember import remember
 
 _ALL, _DENSE = "all-linear", "all-dense"
 
 
 def targeted(spec: AnySpec, targets: str | list[str]) -> list[str]:
     """Returns the full Hugging Face names of the linear layers that `targets` means, as PEFT reads them."""
-    names = list(arithmetic.linear_shapes(spec))
-    if isinstance(targets, list):
+    return list(_targeted(spec, targets if isinstance(targets, str) else tuple(targets)))
+
+
+@remember(0)
+def _targeted(spec: AnySpec, targets: str | tuple[str, ...]) -> list[str]:
+    names = list(facts.linear_shapes(spec))
+    if isinstance(targets, tuple):
         return [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
     if targets not in (_ALL, _DENSE):
         return [name for name in names if re.fullmatch(targets, name)]
-    left_out = set(arithmetic.linears_by_name_only(spec))
+    left_out = set(facts.linears_by_name_only(spec))
     if targets == _DENSE:
-        left_out |= set(arithmetic.expert_counts(spec))
+        left_out |= set(facts.expert_counts(spec))
     return [name for name in names if name not in left_out]
 
 
 def targets_problem(spec: AnySpec, targets: str | list[str]) -> Problem | None:
     """Returns what is wrong with `adapter.targets` for this model, or None."""
-    names = list(arithmetic.linear_shapes(spec))
+    names = list(facts.linear_shapes(spec))
     last = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     if isinstance(targets, str):
         if targeted(spec, targets):
@@ -44,7 +50,7 @@ def targets_problem(spec: AnySpec, targets: str | list[str]) -> Problem | None:
 
 def loading_notice(spec: AnySpec, targets: str | list[str]) -> str:
     """Returns the sentence that says what PEFT will not load of the adapter, or ""."""
-    refused = sorted(set(targeted(spec, targets)) & arithmetic.linears_by_name_only(spec))
+    refused = sorted(set(targeted(spec, targets)) & facts.linears_by_name_only(spec))
     if not refused or state_space.peft_loads_out_proj(spec.model_type):
         return ""
     return (
@@ -55,7 +61,7 @@ def loading_notice(spec: AnySpec, targets: str | list[str]) -> str:
 
 def experts_problem(spec: AnySpec, adapter: Adapter) -> Problem | None:
     """Returns why experts cannot have this adapter, or None: in PEFT it has neither dropout nor DoRA there."""
-    experts = arithmetic.expert_counts(spec).keys() & set(targeted(spec, adapter.targets))
+    experts = facts.expert_counts(spec).keys() & set(targeted(spec, adapter.targets))
     if not experts or (adapter.kind != "dora" and adapter.dropout == 0.0):
         return None
     what = "no DoRA" if adapter.kind == "dora" else f"no dropout, and adapter.dropout is {adapter.dropout}"
@@ -69,6 +75,6 @@ def experts_problem(spec: AnySpec, adapter: Adapter) -> Problem | None:
 def adapter_parameters(spec: AnySpec, adapter: Adapter) -> int:
     """Returns how many parameters the adapter trains: two matrices a layer, and DoRA's magnitude of each output row."""
     names = targeted(spec, adapter.targets)
-    count = arithmetic.lora_parameters(spec, adapter.rank, names)
-    shapes = arithmetic.linear_shapes(spec)
+    count = facts.lora_parameters(spec, adapter.rank, tuple(names))
+    shapes = facts.linear_shapes(spec)
     return count + (sum(shapes[name][1] for name in names) if adapter.kind == "dora" else 0)

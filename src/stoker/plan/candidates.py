@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from stoker.arch import activations, arithmetic
+from stoker.arch import activations
 from stoker.arch.activations import Micro
 from stoker.arch.borrowed import AnySpec
 from stoker.config.schema import RunConfig
-from stoker.plan import execution
+from stoker.plan import execution, facts
 from stoker.plan.adapter import adapter_parameters, targeted
 from stoker.plan.hardware import Device
-from stoker.plan.ladder import Ladder, ladders
+from stoker.plan.ladder import Ladder, ladders_of
 from stoker.plan.memory import VALUE_BYTES, Memory, estimate
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -48,7 +48,7 @@ class Job:
     @cached_property
     def counts(self) -> tuple[int, int]:
         """How many parameters are trained and how many are frozen."""
-        total = arithmetic.num_parameters(self.spec)
+        total = facts.num_parameters(self.spec)
         adapter = self.config.adapter
         return (adapter_parameters(self.spec, adapter), total) if adapter else (total, 0)
 
@@ -64,21 +64,20 @@ class Job:
         if self.given is not None:
             return (self.given,)
         engine = self.config.engine
-        steps = ladders(
-            self.spec.layers,
+        return ladders_of(
+            self.spec,
             asked=engine.recompute,
             offload=engine.offload_activations,
             can_fuse=not execution.why_op_by_op(self.config.adapter, self.spec),
             can_offload=self.machine.device.kind == "cuda",
             fuses_all=self.machine.uses_triton,
         )
-        return tuple(steps)
 
     @cached_property
     def flops(self) -> float:
         """FLOPs of a trained token when nothing is computed again."""
         frozen_base = self.config.adapter is not None
-        return arithmetic.training_flops_per_token(self.spec, self.row_tokens, frozen_base=frozen_base)
+        return facts.training_flops_per_token(self.spec, self.row_tokens, frozen_base=frozen_base)
 
     def flops_with(self, ladder: Ladder) -> float:
         """FLOPs of a trained token with what is computed again."""
@@ -122,9 +121,12 @@ class Size:
     def best(self) -> "Candidate":
         """Returns the candidate that computes least again of those that fit, or else the nearest to fitting."""
         allowed = self.job.machine.host_bytes
-        each = [self.candidate(ladder) for ladder in self.job.ladders]
-        nearest = min(each, key=lambda one: (one.host_bytes > allowed, one.memory.total))
-        return next((one for one in each if one.fits), nearest)
+        each = []
+        for ladder in self.job.ladders:
+            each.append(self.candidate(ladder))
+            if each[-1].fits:
+                return each[-1]
+        return min(each, key=lambda one: (one.host_bytes > allowed, one.memory.total))
 
 
 @dataclass(frozen=True)

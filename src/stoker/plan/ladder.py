@@ -7,13 +7,14 @@ it computes again takes memory that is free by then.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from stoker.arch import activations
 from stoker.arch.activations import LADDER, OP_BY_OP_LADDER, Held, Keep, Micro
 from stoker.arch.borrowed import AnySpec
 from stoker.arch.shape import why_not_llama
 from stoker.arch.spec import LayerSpec
+from stoker.plan.remember import remember
 
 Layers = Literal["fused", "op by op"]
 TILE_TOKENS = 8192
@@ -39,10 +40,12 @@ class Ladder:
             return whole
         return tiles if tiles.device_bytes(spec, micro) < whole.device_bytes(spec, micro) else whole
 
+    @remember(1)
     def device_bytes(self, spec: AnySpec, micro: Micro) -> int:
         """Returns the bytes of all layers on the device at the backward's peak."""
         return activations.peak(self._held(spec, micro))
 
+    @remember(1)
     def host_bytes(self, spec: AnySpec, micro: Micro) -> int:
         """Returns the bytes that wait in pinned host memory."""
         return sum(held.host for held in self._held(spec, micro))
@@ -61,6 +64,12 @@ class Ladder:
         if self.layers == "op by op" or why_not_llama(layer):
             return activations.op_by_op(layer, hidden_size, micro, rung)
         return activations.fused(layer, hidden_size, micro, rung, offload=self.offload, tile_tokens=self.tile_tokens)
+
+
+@remember(0)
+def ladders_of(spec: AnySpec, **settings: Any) -> tuple[Ladder, ...]:
+    """Returns what `ladders` yields for a model's layers."""
+    return tuple(ladders(spec.layers, **settings))
 
 
 def ladders(

@@ -5,12 +5,14 @@ Trained weights, their gradients and the optimiser's averages are fp32 (Micikevi
 the compute type or a quantised one. These are estimates for choosing; a run prints the measured peak beside them.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from stoker.arch import arithmetic
 from stoker.arch.borrowed import AnySpec
 from stoker.arch.spec import LayerSpec
 from stoker.config.schema import Optimizer
+from stoker.plan import facts
+from stoker.plan.remember import remember
 
 GIB = 2**30
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -44,7 +46,7 @@ class Memory:
     @property
     def total(self) -> int:
         """All of it."""
-        return sum(asdict(self).values())
+        return sum(vars(self).values())
 
     def with_activations(self, count: int) -> "Memory":
         """Returns the same with `count` bytes more of activations, and what the allocator loses with them."""
@@ -88,17 +90,18 @@ def estimate(
     return Memory(weights, gradients, state, 0, logits, scratch, 0, reserve)
 
 
+@remember(0)
 def frozen_weight_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> int:
     """Returns the bytes of a frozen base: its layers' linear weights quantised, the rest in the compute type."""
     # Experts are kept in NF4 or in the compute type, in no other format.
-    experts = arithmetic.expert_counts(spec)
+    experts = facts.expert_counts(spec)
     shapes = [
         (into * experts.get(name, 1), out)
-        for name, (into, out) in arithmetic.linear_shapes(spec).items()
+        for name, (into, out) in facts.linear_shapes(spec).items()
         if quantization == "nf4" or name not in experts
     ]
     values, rows = sum(into * out for into, out in shapes), sum(out for _, out in shapes)
-    rest = (arithmetic.num_parameters(spec) - values) * value_bytes
+    rest = (facts.num_parameters(spec) - values) * value_bytes
     if quantization == "nf4":
         return rest + round(values * _NF4_BYTES)
     if quantization in ("int8", "fp8"):
@@ -106,13 +109,15 @@ def frozen_weight_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> i
     return rest + values * value_bytes
 
 
+@remember(0)
 def transposed_bytes(spec: AnySpec) -> int:
     """Returns the bytes of a transposed copy of every fp8 weight, a byte a value."""
-    experts = arithmetic.expert_counts(spec)
-    shapes = arithmetic.linear_shapes(spec).items()
+    experts = facts.expert_counts(spec)
+    shapes = facts.linear_shapes(spec).items()
     return sum(into * out for name, (into, out) in shapes if name not in experts)
 
 
+@remember(0)
 def scratch_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> int:
     """Returns the bytes of the buffer that holds one dequantised weight, the largest; fp8's holds a transposed one."""
     if quantization == "none":
@@ -126,6 +131,7 @@ def _fused_sizes(spec: AnySpec, layer: LayerSpec) -> list[int]:
     return [linear.weights * max(1, linear.experts) for linear in arithmetic.linears(layer, spec.hidden_size).values()]
 
 
+@remember(0)
 def _largest_layer(spec: AnySpec) -> int:
     return max((sum(_fused_sizes(spec, layer)) for layer in set(spec.layers)), default=0)
 

@@ -55,7 +55,7 @@ def test_names_are_found_however_they_are_written(name, key):
 
 
 def test_an_unknown_name_gets_the_nearest():
-    with pytest.raises(ConfigError, match="Did you mean .*h200"):
+    with pytest.raises(ConfigError, match=r"Did you mean .*h200"):
         find(["h202"], shipped())
 
 
