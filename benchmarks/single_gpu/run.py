@@ -1,8 +1,10 @@
-"""Runs cells of the single-GPU benchmark beside other trainers, one process each, and keeps what was measured.
+"""Runs cells of a benchmark on one GPU beside other trainers, one process each, and keeps what was measured.
 
     python benchmarks/single_gpu/run.py A B C E F G --peers unsloth --budget 500
+    python benchmarks/single_gpu/run.py qwen3_moe mamba2 mamba mixtral mixtral_nf4 --suite architectures --budget 500
 
-Appends to benchmarks/results/single_gpu.{json,csv} after every cell, so that a run that is cut off loses one cell at
+A suite is a folder of cells beside results. Without `--peers` a cell runs beside its own (`PEERS`).
+Appends to benchmarks/results/SUITE.{json,csv} after every cell, so that a run that is cut off loses one cell at
 most. A cell that would start after `--budget` seconds is left out and named; `--set` goes to every cell. A peer that
 would get the very same job in two cells runs once (`SAME_PEERS`). Exit code 1 if a cell has no result.
 """
@@ -10,6 +12,7 @@ would get the very same job in two cells runs once (`SAME_PEERS`). Exit code 1 i
 import argparse
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,17 +20,25 @@ import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results"
-CELLS = sorted(path.stem for path in HERE.glob("*.yaml"))
-SAME_PEERS = {"F": "A"}
-"""Peers multiply in bf16 in both cells."""
+BENCHMARKS = Path(__file__).parent.parent
+RESULTS = BENCHMARKS / "results"
+SUITES = {
+    suite: sorted(path.stem for path in (BENCHMARKS / suite).glob("*.yaml"))
+    for suite in ("single_gpu", "architectures")
+}
+PEERS = {"qwen3_moe": "unsloth", "mixtral": "hf", "mixtral_nf4": "hf", "mamba": "hf", "mamba2": "hf"}
+PEER_SECONDS = {"mamba": 40.0}
+"""A step of Transformers' takes over 20 s, so that it would never end."""
+SAME_PEERS = {"F": "A", "mixtral_nf4": "mixtral"}
+"""Peers multiply in bf16 in both cells; of a mixture they have no NF4, as bitsandbytes leaves 3-D parameters alone."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells", nargs="+", choices=CELLS, metavar="CELL", help=f"of {', '.join(CELLS)}")
-    parser.add_argument("--peers", default="", help="hf,liger,unsloth")
+    known = "; ".join(f"{suite}: {', '.join(cells)}" for suite, cells in SUITES.items())
+    parser.add_argument("cells", nargs="+", metavar="CELL", help=f"of {known}")
+    parser.add_argument("--suite", choices=list(SUITES), default="single_gpu")
+    parser.add_argument("--peers", help="hf,liger,unsloth")
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds for everything")
     parser.add_argument("--peer-timeout", type=float, default=180.0, help="seconds for one peer")
     parser.add_argument("--steps", type=int, default=8)
@@ -36,6 +47,8 @@ def main() -> int:
     parser.add_argument("--commit", help="commit to note, where there is no git")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to append to")
     options = parser.parse_args()
+    if unknown := set(options.cells) - set(SUITES[options.suite]):
+        parser.error(f"no cell {', '.join(sorted(unknown))} of {options.suite}; there are {known}")
     end = time.monotonic() + options.budget
     found: dict[str, dict] = {}
     failed = []
@@ -50,7 +63,7 @@ def main() -> int:
             failed.append(cell)
             continue
         found[cell] = facts
-        append(facts, options.results)
+        append(facts, options.results, options.suite)
     return 1 if failed else 0
 
 
@@ -59,11 +72,13 @@ def run(cell: str, options: argparse.Namespace, *, left: float, shared: dict | N
     start = time.monotonic()
     print(f"\n=== {cell} ===", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.json"
-        command = [sys.executable, "-m", "stoker.cli.main", "bench", str(HERE / f"{cell}.yaml"), "--out", str(out)]
-        command += ["--steps", str(options.steps), "--peer-timeout", str(options.peer_timeout)]
+        path, out = BENCHMARKS / options.suite / f"{cell}.yaml", Path(folder) / "out.json"
+        command = [sys.executable, "-m", "stoker.cli.main", "bench", str(path), "--out", str(out)]
+        command += ["--steps", str(options.steps)]
+        command += ["--peer-timeout", str(min(options.peer_timeout, PEER_SECONDS.get(cell, math.inf)))]
         command += ["--budget", str(left - 10)]  # ten seconds to write and to end
-        command += ["--peers", "" if shared else options.peers]
+        asked = PEERS.get(cell, "") if options.peers is None else options.peers
+        command += ["--peers", "" if shared else asked]
         for name in ("models", "commit"):
             value = getattr(options, name)
             command += [f"--{name}", value] if value else []
@@ -97,13 +112,13 @@ def with_peers(facts: dict, shared: dict) -> dict:
     return facts
 
 
-def append(facts: dict, results: Path) -> None:
+def append(facts: dict, results: Path, suite: str = "single_gpu") -> None:
     """Adds a cell's facts to the JSON, and its lines to the CSV."""
     results.mkdir(parents=True, exist_ok=True)
-    path = results / "single_gpu.json"
+    path = results / f"{suite}.json"
     runs = json.loads(path.read_text())["runs"] if path.is_file() else []
     path.write_text(json.dumps({"runs": [*runs, facts]}, indent=1) + "\n")
-    table = results / "single_gpu.csv"
+    table = results / f"{suite}.csv"
     lines = [
         {name: facts[name] for name in ("cell", "title", "rows", "device", "commit", "date")}
         | {"floor_tokens_per_second": facts["floor"]["tokens_per_second"]}

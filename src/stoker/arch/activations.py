@@ -2,6 +2,8 @@
 
 The rungs are those of the layer kernel (`kernels/block.py`), whose docstring says what each keeps. A layer that runs op
 by op under autograd has only two of them: "all", and "input" (activation checkpointing, Chen et al., arXiv:1604.06174).
+One of attention and a mixture of experts has a third, "attention": its result is kept, the rest of the mixer is not.
+One of Mamba-1 has "mixer": what lies between its projections is run again.
 Bytes are those of the layers' tensors; what the caching allocator adds is the plan's to reckon with.
 """
 
@@ -13,12 +15,14 @@ from stoker.arch import arithmetic
 from stoker.arch.borrowed import AnySpec
 from stoker.arch.parts import parts
 from stoker.arch.shape import why_not_llama
-from stoker.arch.spec import AttentionSpec, ExpertsSpec, GatedSpec, LayerSpec
+from stoker.arch.spec import AttentionSpec, ExpertsSpec, GatedSpec, LayerSpec, Mamba1Spec
 
 Keep = Literal["all", "mixer", "attention", "input"]
 LADDER: tuple[Keep, ...] = ("all", "mixer", "attention", "input")
 """From keeping most to keeping least; each step down runs more again."""
 OP_BY_OP_LADDER: tuple[Keep, ...] = ("all", "input")
+# Values of a Mamba-1 mixer's inner size that its kernels keep between the projections, by measurement.
+_BETWEEN = 4.5
 # Tensors on their way to the host or back at any time (`kernels/offload.py`: four leave, or four come).
 _IN_FLIGHT = 4
 
@@ -103,12 +107,31 @@ def _llama_parts(layer: LayerSpec) -> tuple[AttentionSpec, GatedSpec]:
     return mixer, feed_forward
 
 
-def legal(layers: Sequence[LayerSpec], keep: Sequence[Keep]) -> tuple[Keep, ...]:
-    """Returns the rungs with those that only the layer kernel has replaced, where a layer cannot go through it."""
+def legal(layers: Sequence[LayerSpec], keep: Sequence[Keep], *, is_fused: bool = True) -> tuple[Keep, ...]:
+    """Returns the rungs; where a layer cannot go through the layer kernel, the next lower of those that it has.
+
+    `is_fused`: layers that can go through it do.
+    """
     return tuple(
-        rung if rung in OP_BY_OP_LADDER or not why_not_llama(layer) else OP_BY_OP_LADDER[-1]
+        rung
+        if is_fused and not why_not_llama(layer)
+        else next(lower for lower in LADDER[LADDER.index(rung) :] if lower in op_by_op_rungs(layer))
         for layer, rung in zip(layers, keep, strict=True)
     )
+
+
+def op_by_op_rungs(layer: LayerSpec) -> tuple[Keep, ...]:
+    """Returns the rungs of a layer that runs op by op, from keeping most to keeping least."""
+    if isinstance(layer.mixer, Mamba1Spec):
+        return ("all", "mixer", "input")
+    if isinstance(layer.mixer, AttentionSpec) and _keeps_little(layer):  # nothing of the mixture is run again
+        return ("all", "attention", "input")
+    return OP_BY_OP_LADDER
+
+
+def _keeps_little(layer: LayerSpec) -> bool:
+    feed_forward = layer.feed_forward
+    return layer.placement == "pre" and isinstance(feed_forward, ExpertsSpec) and not feed_forward.shared_size
 
 
 def op_by_op(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep) -> Held:
@@ -122,11 +145,14 @@ def op_by_op(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep) -> He
     inside = list(parts(layer, hidden_size).values())
     widest = inside[-1].widest if inside else 0  # the feed-forward's, which is never narrower than what mixes
     passing = 2 * unit + widest * micro.tokens * micro.value_bytes
-    if keep == "all":
+    if keep == "all" and isinstance(mixer := layer.mixer, Mamba1Spec):
+        return Held(whole + round(_BETWEEN * mixer.inner_size * micro.tokens * micro.value_bytes), passing)
+    if keep == "all" or (keep == "mixer" and isinstance(layer.mixer, Mamba1Spec)):
         return Held(whole, passing)
-    feed_forward = layer.feed_forward
-    if layer.placement == "pre" and isinstance(feed_forward, ExpertsSpec) and not feed_forward.shared_size:
+    if _keeps_little(layer):
         again = 2 * unit + 4 * inside[-1].saved_statistics * micro.tokens
+        if keep == "attention" and isinstance(mixer := layer.mixer, AttentionSpec):
+            again += mixer.num_heads * (mixer.head_dim * micro.value_bytes + 4) * micro.tokens
         return Held(again, whole + passing - again + unit)
     return Held(unit, whole + passing)
 

@@ -1,5 +1,6 @@
 """Puts the plan's ladder, offload and memory limit into effect on a loaded model."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from stoker.plan.memory import GIB
@@ -21,6 +22,7 @@ def set_up_layers(decoder: "Model", plan: Plan) -> "HostOffload | None":
     """
     from stoker.adapters.fused_block import fuse_blocks
     from stoker.kernels.offload import HostOffload
+    from stoker.nn.mamba1 import Mamba1
 
     take_apart(decoder)
     offload = HostOffload() if plan.offload_activations else None
@@ -34,7 +36,11 @@ def set_up_layers(decoder: "Model", plan: Plan) -> "HostOffload | None":
         )
         return offload
     for block, rung in zip(decoder.blocks, plan.keep, strict=True):
-        block.recompute = rung == "input"  # type: ignore[assignment]
+        block.recompute = rung in ("attention", "input")  # type: ignore[assignment]
+        block.keep_attention = rung == "attention"  # type: ignore[assignment]
+        if isinstance(mixer := getattr(block, "mixing", None), Mamba1):
+            # The reference would keep the state of every position.
+            mixer.keeps_all = rung == "all" and plan.kernels == "triton"
     return None
 
 
@@ -48,7 +54,7 @@ def take_apart(decoder: "Model") -> None:
             parts: list[Any] = [block.attention, block.feed_forward]
             norms: dict[str, Any] = {name: getattr(block, name) for name in ("attention_norm", "feed_forward_norm")}
             decoder.blocks[index] = Block(*parts, **norms).train(block.training)
-        block.recompute = False  # type: ignore[assignment]
+        block.recompute = block.keep_attention = False  # type: ignore[assignment]
 
 
 def set_up_weights(decoder: "Model", plan: Plan) -> None:
@@ -114,3 +120,11 @@ def limit_memory(plan: Plan, limit_gib: float | None) -> None:
     if plan.device == "cuda":
         _, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(1.0 if limit_gib is None else min(1.0, limit_gib * GIB / total))
+
+
+def warm_up_reason(plan: Plan) -> str:
+    """Returns why a first step may take long, and where what it makes is kept; "" where it makes nothing."""
+    if plan.kernels != "triton":
+        return ""
+    folder = os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache"
+    return f"Triton compiles each kernel once and keeps it in {folder}, which TRITON_CACHE_DIR moves"

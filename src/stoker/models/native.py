@@ -31,19 +31,25 @@ def build(
     seed gives the same weights on every device.
     """
     decoder = on_meta(spec, dtype=dtype, kernels=kernels).to_empty(device=device)
-    generator = torch.Generator().manual_seed(seed)
+    fill(decoder, generator=torch.Generator().manual_seed(seed), initializer_range=initializer_range)
+    return decoder
+
+
+def fill(decoder: Decoder, *, generator: torch.Generator, initializer_range: float) -> None:
+    """Gives a decoder the random weights that `build` describes, drawn where `generator` is."""
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             if name.endswith("norm.weight"):
                 continue
             if name.endswith(".bias"):
                 parameter.zero_()
+            elif generator.device.type == parameter.device.type != "cpu":
+                parameter.normal_(0.0, initializer_range, generator=generator)
             else:
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, initializer_range, generator=generator))
         for module in decoder.modules():
             if not isinstance(module, torch.nn.Linear | torch.nn.Embedding) and hasattr(module, "reset_parameters"):
                 cast("Callable[[], None]", module.reset_parameters)()
-    return decoder
 
 
 def load(

@@ -88,6 +88,9 @@ class Block(nn.Module):
         that the backward would otherwise run even what it does not need.
         """
         feed_forward = self._modules.get("feed_forward")
+        # The state of random numbers cannot be read while a graph is captured; what is captured draws none.
+        is_captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        context["preserve_rng_state"] = not is_captured
         if self.keep_attention:
             context["context_fn"] = partial(create_selective_checkpoint_contexts, _attention_ops())
         if type(self) is not Block or self.mixing is None or not getattr(feed_forward, "keeps_little", False):

@@ -23,7 +23,7 @@ class Mamba1(nn.Module):
 
     The matrix that widens the step sizes, `dt_weight` [E, R], is a plain parameter: Transformers multiplies by it
     without calling its layer, so that an adapter there would be ignored. A_log, D and the step sizes' bias stay fp32 in
-    a model of any dtype; the state is computed in fp32.
+    a model of any dtype; the state is computed in fp32. `keeps_all`: the backward runs nothing again.
     """
 
     keeps_float32 = ("A_log", "D", "dt_bias")
@@ -46,6 +46,7 @@ class Mamba1(nn.Module):
     ) -> None:
         super().__init__()
         self.kernels = kernels
+        self.keeps_all = False
         self.x_sizes = [time_step_rank, state_size, state_size]
         self.in_proj = FusedLinear(hidden_size, (2 * inner_size,), names=in_names, bias=bias)
         self.conv = CausalConv(inner_size, conv_kernel, bias=conv_bias, kernels=kernels)
@@ -74,7 +75,7 @@ class Mamba1(nn.Module):
         projected = self.in_proj(x)
         if cache is not None:
             return self.out_proj(self._continued(projected, cache))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self.keeps_all:
             # What lies between is several times as wide as the projection, and quick to compute again. Random numbers
             # are drawn again only for an adapter's dropout: their state cannot be read while a graph is captured.
             draws = self.training and getattr(self.x_proj, "draws_random_numbers", False)

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from stoker.arch import activations
 from stoker.arch.borrowed import AnySpec, BorrowedSpec
 from stoker.arch.shape import why_not_llama
 from stoker.config.schema import Adapter, RunConfig
@@ -115,7 +116,7 @@ def refuse_unknown_rungs(config: RunConfig, spec: AnySpec, device: Device) -> No
     """Raises PlanError for a rung of the ladder, or an offload, that does not exist for this model or device."""
     engine, why = config.engine, why_op_by_op(config.adapter, spec)
     otherwise = "; or adapter.kind: lora" if _why_not_adapter(config.adapter) else ""
-    if why and engine.recompute in ("mixer", "attention"):
+    if why and engine.recompute in {"mixer", "attention"} - _op_by_op_rungs(spec):
         raise PlanError(
             f"engine.recompute = {engine.recompute} is a rung of the layer kernel, which cannot run here: {why}.",
             fix=f"Use none, input or auto{otherwise}.",
@@ -130,6 +131,11 @@ def refuse_unknown_rungs(config: RunConfig, spec: AnySpec, device: Device) -> No
             f"engine.offload_activations = true needs the layer kernel, which cannot run here: {why}.",
             fix=f"Use false or auto{otherwise}.",
         )
+
+
+def _op_by_op_rungs(spec: AnySpec) -> set[str]:
+    layers = () if isinstance(spec, BorrowedSpec) else spec.layers
+    return {rung for layer in layers for rung in activations.op_by_op_rungs(layer)}
 
 
 def layers_reason(config: RunConfig, spec: AnySpec, layers: str, *, uses_triton: bool) -> str:

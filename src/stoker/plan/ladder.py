@@ -7,10 +7,11 @@ it computes again takes memory that is free by then.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from stoker.arch import activations
-from stoker.arch.activations import LADDER, OP_BY_OP_LADDER, Held, Keep, Micro
+from stoker.arch.activations import LADDER, Held, Keep, Micro
 from stoker.arch.borrowed import AnySpec
 from stoker.arch.shape import why_not_llama
 from stoker.arch.spec import LayerSpec
@@ -35,9 +36,10 @@ class Ladder:
 
     def tiled(self, spec: AnySpec, micro: Micro) -> "Ladder":
         """Returns the same with the feed-forward in tiles if that lowers the peak, and without if not."""
-        whole, tiles = replace(self, tile_tokens=None), replace(self, tile_tokens=TILE_TOKENS)
+        whole = self if self.tile_tokens is None else replace(self, tile_tokens=None)
         if self.layers != "fused" or set(self.keep) <= {"all"} or micro.tokens <= TILE_TOKENS:
             return whole
+        tiles = replace(self, tile_tokens=TILE_TOKENS)
         return tiles if tiles.device_bytes(spec, micro) < whole.device_bytes(spec, micro) else whole
 
     @remember(1)
@@ -90,7 +92,7 @@ def ladders(
     """
     everything = ("all",) * len(layers)
     if not can_fuse:
-        yield from _mixtures(layers, OP_BY_OP_LADDER, asked, offload=False, how="op by op")
+        yield from _mixtures(layers, LADDER, asked, offload=False, how="op by op")
         return
     if not fuses_all and asked in ("auto", "none") and offload is not True:
         yield Ladder(everything, offload=False, layers="op by op")
@@ -108,15 +110,16 @@ def _mixtures(
 ) -> Iterator[Ladder]:
     """Yields every layer on the highest rung, then one layer after the other a rung lower; or the rung asked for."""
     count = len(layers)
+    legal = partial(activations.legal, is_fused=how == "fused")
     if asked != "auto":
         rung: Keep = next(rung for rung in LADDER if rung == ("all" if asked == "none" else asked))
-        yield Ladder(activations.legal(layers, (rung,) * count), offload, how)
+        yield Ladder(legal(layers, (rung,) * count), offload, how)
         return
-    keep = activations.legal(layers, (rungs[0],) * count)
+    keep = legal(layers, (rungs[0],) * count)
     yield Ladder(keep, offload, how)
     for upper, lower in itertools.pairwise(rungs):
         for lowered in range(1, count + 1):
-            previous, keep = keep, activations.legal(layers, (lower,) * lowered + (upper,) * (count - lowered))
+            previous, keep = keep, legal(layers, (lower,) * lowered + (upper,) * (count - lowered))
             if keep != previous:
                 yield Ladder(keep, offload, how)
 

@@ -70,7 +70,7 @@ def _load_unsloth(job: Job) -> Any:
             model,
             r=adapter["rank"],
             lora_alpha=adapter["alpha"],
-            target_modules=adapter["targets"],
+            target_modules=[*adapter["targets"], *_unsloth_experts(adapter)],
             lora_dropout=0,
             bias="none",
             use_gradient_checkpointing="unsloth" if job["checkpointing"] else False,
@@ -83,11 +83,18 @@ def _load_unsloth(job: Job) -> Any:
     return model
 
 
+def _unsloth_experts(adapter: dict[str, Any]) -> list[str]:
+    """Unsloth finds a mixture's 3-D parameters by the names of their parts as linear layers."""
+    if not adapter["target_parameters"]:
+        return []
+    return ["gate_proj", "up_proj", "down_proj", "gate_up_proj"]
+
+
 def _load_transformers(job: Job) -> Any:
     from transformers import AutoModelForCausalLM
 
     _limit_memory(job)
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"attn_implementation": "sdpa"} if job["has_attention"] else {}
     if job["quantization"] == "nf4":
         from transformers import BitsAndBytesConfig
 
@@ -97,9 +104,7 @@ def _load_transformers(job: Job) -> Any:
             bnb_4bit_compute_dtype=_dtype(job),
             bnb_4bit_use_double_quant=True,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=_dtype(job), device_map={"": _place(job)}, attn_implementation="sdpa", **more
-    )
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=_dtype(job), device_map={"": _place(job)}, **more)
     model.config.use_cache = False
     if job["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -117,6 +122,7 @@ def _load_transformers(job: Job) -> Any:
             bias="none",
             target_modules=adapter["targets"],
             task_type="CAUSAL_LM",
+            **({"target_parameters": adapter["target_parameters"]} if adapter["target_parameters"] else {}),
         )
         model = get_peft_model(model, settings)
     model.train()

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from stoker.arch import arithmetic
+from stoker.arch.borrowed import AnySpec
+from stoker.arch.spec import AttentionSpec, ExpertsSpec
 from stoker.compose.bench.measure import WARMUP_STEPS, Steps
 from stoker.compose.bench.result import Measured
 from stoker.compose.model import Base
@@ -70,8 +72,9 @@ def write_job(config: RunConfig, plan: Plan, base: Base, steps: Steps, folder: P
         "tokens": steps.tokens,
         "warmup_steps": WARMUP_STEPS,
         "adapter": _adapter(config, base),
+        "has_attention": any(isinstance(layer.mixer, AttentionSpec) for layer in base.spec.layers),
         "quantization": plan.quantization if plan.quantization == "nf4" else "none",
-        "checkpointing": any(rung != "all" for rung in plan.keep),
+        "checkpointing": any(rung != "all" for rung in plan.keep) or _makes_again(base.spec),
         "precision": plan.precision,
         "learning_rate": config.train.learning_rate,
         "optimizer": config.train.optimizer.kind,
@@ -88,10 +91,31 @@ def write_job(config: RunConfig, plan: Plan, base: Base, steps: Steps, folder: P
 def _adapter(config: RunConfig, base: Base) -> dict[str, Any] | None:
     if config.adapter is None:
         return None
-    targets = config.adapter.targets
+    targets, experts = config.adapter.targets, arithmetic.expert_counts(base.spec)
     if targets == "all-linear":
-        targets = list(dict.fromkeys(name.rpartition(".")[2] for name in arithmetic.linear_shapes(base.spec)))
-    return {"rank": config.adapter.rank, "alpha": config.adapter.alpha, "targets": targets}
+        only = arithmetic.linears_by_name_only(base.spec)
+        targets = list(
+            dict.fromkeys(ending(name, 1) for name in arithmetic.linear_shapes(base.spec) if name not in only)
+        )
+    # By the last parts of their names: module that holds the mixture, its experts, parameter.
+    parameters = {ending(name, 3): ending(name, 1) for name in experts}
+    return {
+        "rank": config.adapter.rank,
+        "alpha": config.adapter.alpha,
+        "targets": [target for target in targets if target not in parameters.values()],
+        # What PEFT calls adapters of 3-D parameters.
+        "target_parameters": [name for name, short in parameters.items() if short in targets],
+    }
+
+
+def ending(name: str, count: int) -> str:
+    """The last `count` parts of a dotted name."""
+    return ".".join(name.split(".")[-count:])
+
+
+def _makes_again(spec: AnySpec) -> bool:
+    """Whether layers run parts of themselves again of their own accord, as mixtures do; a peer then may do so too."""
+    return any(isinstance(getattr(layer, "feed_forward", None), ExpertsSpec) for layer in spec.layers)
 
 
 def run(name: str, job: Path, *, timeout_seconds: float) -> Measured:

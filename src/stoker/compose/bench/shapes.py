@@ -3,26 +3,28 @@
 Written once as a Hugging Face folder, drawn on the device, so that every trainer loads the same weights the usual way.
 """
 
-import json
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stoker.arch import arithmetic, families
-from stoker.arch.spec import ArchSpec
-from stoker.errors import ModelError
+from stoker.arch import families
+from stoker.errors import ModelError, OutputError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 PREFIX = "shape:"
-_FORMAT = 1
+_FORMAT = 2
 """Raised when the code below changes what it writes, so that folders made before are made again."""
 _DEVIATION = 0.02
 
+_SPECIAL: dict[str, Any] = {
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "initializer_range": _DEVIATION,
+}
 _LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -40,10 +42,7 @@ _LLAMA_8B: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-    "initializer_range": _DEVIATION,
+    **_SPECIAL,
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": _LLAMA_8B,
@@ -65,8 +64,83 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "head_dim": 16,
     },
+    "mamba-130m": {
+        "architectures": ["MambaForCausalLM"],
+        "model_type": "mamba",
+        "vocab_size": 50280,
+        "hidden_size": 768,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 24,
+        "state_size": 16,
+        "conv_kernel": 4,
+        "expand": 2,
+        "time_step_rank": 48,
+        "tie_word_embeddings": True,
+        **_SPECIAL,
+    },
+    "mamba2-780m": {
+        "architectures": ["Mamba2ForCausalLM"],
+        "model_type": "mamba2",
+        "vocab_size": 50288,
+        "hidden_size": 1536,
+        "num_hidden_layers": 48,
+        "num_heads": 48,
+        "head_dim": 64,
+        "state_size": 128,
+        "n_groups": 1,
+        "conv_kernel": 4,
+        "expand": 2,
+        "chunk_size": 256,
+        "tie_word_embeddings": True,
+        **_SPECIAL,
+    },
+    "qwen3-30b-a3b-8-layers": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+        **_SPECIAL,
+    },
+    "mixtral-8x7b-4-layers": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        **_SPECIAL,
+    },
 }
-"""Name -> config.json, in the sizes of the published models (without rope scaling, which costs nothing in a step)."""
+"""Name -> config.json, in the sizes of the published models (without rope scaling, which costs nothing in a step); of
+the mixtures, the first few layers."""
 
 
 def is_shape(name: str) -> bool:
@@ -96,9 +170,10 @@ def resolve(name: str, *, device: "torch.device | str", folder: Path | None = No
             aside.rename(target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
+    except (OSError, OutputError) as error:
+        why = error.strerror if isinstance(error, OSError) else None
         raise ModelError(
-            f"The model {name} cannot be written to {target}: {error.strerror or error}.",
+            f"The model {name} cannot be written to {target}: {why or error}.",
             fix="Make room, or name another place with --models.",
         ) from error
     return target
@@ -107,48 +182,22 @@ def resolve(name: str, *, device: "torch.device | str", folder: Path | None = No
 def write(
     config: dict[str, Any], folder: Path, *, device: "torch.device | str", max_shard_bytes: int = 2 * 2**30
 ) -> None:
-    """Writes a model of `config` with normal bf16 weights (norms are one) and a byte-level tokenizer."""
-    import torch
-    from safetensors.torch import save_file
+    """Writes a model of `config` in bf16, and a byte-level tokenizer.
 
+    Norms are one and biases zero, a state space's rates and step sizes are those that it begins with, and all else is
+    normal, drawn on `device`, whose memory holds the model meanwhile.
+    """
+    import torch
+
+    from stoker.models import native
+    from stoker.models.build import on_meta
+
+    spec = families.read(config, "shape")
     generator = torch.Generator(device=device).manual_seed(0)
-    shard: dict[str, Tensor] = {}
-    places: dict[str, str] = {}
-
-    def flush() -> None:
-        name = f"model-{len(set(places.values())) + 1:05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        places.update(dict.fromkeys(shard, name))
-        shard.clear()
-
-    for name, tensor in _tensors(families.read(config, "shape"), device, generator):
-        if shard and sum(one.nbytes for one in shard.values()) + tensor.nbytes > max_shard_bytes:
-            flush()
-        shard[name] = tensor
-    flush()
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+    decoder = on_meta(spec, dtype=torch.bfloat16, kernels="reference").to_empty(device=device)
+    native.fill(decoder, generator=generator, initializer_range=_DEVIATION)
     _write_tokenizer(folder)
-    _write_json(folder / "config.json", {**config, "dtype": "bfloat16"})
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _tensors(
-    spec: ArchSpec, device: "torch.device | str", generator: "torch.Generator"
-) -> "Iterator[tuple[str, Tensor]]":
-    import torch
-
-    linears = {f"{name}.weight": shape for name, shape in arithmetic.linear_shapes(spec).items()}
-    for entry in families.weight_map(spec):
-        for name in entry.theirs:
-            if entry.ours.endswith("norm.weight"):
-                yield name, torch.ones(spec.hidden_size, dtype=torch.bfloat16)
-                continue
-            columns, rows = linears.get(name, (spec.hidden_size, spec.vocab_size))
-            drawn = torch.empty((rows, columns), dtype=torch.bfloat16, device=device)
-            yield name, drawn.normal_(0.0, _DEVIATION, generator=generator).cpu()
+    native.save(decoder, spec, folder, config={**config, "dtype": "bfloat16"}, max_shard_bytes=max_shard_bytes)
 
 
 def _write_tokenizer(folder: Path) -> None:
