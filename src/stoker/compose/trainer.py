@@ -17,6 +17,7 @@ from stoker.errors import ConfigError
 from stoker.observe.observer import Observer
 from stoker.optim import optimizers, schedules
 from stoker.optim.groups import RateScale
+from stoker.optim.stochastic import Update
 from stoker.plan.plan import Plan
 from stoker.tasks.supervised import SupervisedTask
 from stoker.train.loop import Trainer
@@ -56,6 +57,26 @@ def compute_dtype(plan: Plan) -> "torch.dtype":
     from stoker.distributed.single import PRECISIONS
 
     return PRECISIONS[plan.precision] or torch.float32
+
+
+def weight_dtype(config: RunConfig, plan: Plan) -> "torch.dtype":
+    """Returns what the model's own weights are kept in: frozen ones in the compute type, trained ones as configured."""
+    import torch
+
+    if config.adapter is not None:
+        return compute_dtype(plan)
+    return torch.bfloat16 if config.train.weight_dtype == "bf16" else torch.float32
+
+
+def widen_vectors(decoder: "Model") -> None:
+    """Keeps norms' weights and biases in fp32 where the matrices are bf16.
+
+    They are a ten-thousandth of the weights. Each is in every token's way, and a norm's lie near 1, where bf16 numbers
+    are 2^-8 apart: steps of 1e-5 would become rare jumps 400 times as large.
+    """
+    for parameter in decoder.parameters():
+        if parameter.ndim < 2:
+            parameter.data = parameter.data.float()
 
 
 def add_adapter(decoder: "Model", adapter: Adapter, *, seed: int) -> None:
@@ -112,13 +133,19 @@ def make_engine(config: RunConfig, plan: Plan, decoder: "Model", data: Data, *, 
 
     limit_memory(plan, config.engine.memory_limit_gib)
     set_up_weights(decoder, plan)
+    if config.adapter is None:
+        widen_vectors(decoder)
     offload = set_up_layers(decoder, plan)
     on_discard = () if offload is None else (offload.clear,)
     strategy = SingleDevice(plan.device, precision=plan.precision, on_discard=on_discard, cuda_graphs=plan.cuda_graphs)
     strategy.prepare(
         SupervisedTask(decoder, kernels=plan.kernels),
         lambda named: make_optimizer(
-            named, config.train.optimizer, config.train.learning_rate, rate_scale=trained.rate_scale(config.train)
+            named,
+            config.train.optimizer,
+            config.train.learning_rate,
+            rate_scale=trained.rate_scale(config.train),
+            rounded_update=_rounded_update(config, plan),
         ),
     )
 
@@ -149,11 +176,39 @@ def make_optimizer(
     learning_rate: float,
     *,
     rate_scale: RateScale | None = None,
+    rounded_update: Update | None = None,
 ) -> "torch.optim.Optimizer":
     """Returns the optimiser that the configuration names, over `named_parameters`."""
     return optimizers.build(
-        list(named_parameters), learning_rate=learning_rate, rate_scale=rate_scale, **chosen.model_dump()
+        list(named_parameters),
+        learning_rate=learning_rate,
+        rate_scale=rate_scale,
+        rounded_update=rounded_update,
+        **chosen.model_dump(),
     )
+
+
+def _rounded_update(config: RunConfig, plan: Plan) -> Update | None:
+    """Returns AdamW's step for weights in bf16, whose random bits follow the run's seed; None for weights in fp32."""
+    if config.train.weight_dtype != "bf16" or config.adapter is not None:
+        return None
+    from stoker.kernels.adamw import AdamWStep, adamw_
+
+    def update(
+        weight: "torch.Tensor",
+        grad: "torch.Tensor",
+        average: "torch.Tensor",
+        square: "torch.Tensor",
+        *,
+        number: int,
+        betas: Sequence[float],
+        **values: Any,
+    ) -> None:
+        numbers = AdamWStep(first_beta=betas[0], second_beta=betas[1], **values)
+        options: dict[str, Any] = {"seed": config.train.seed, "number": number, "implementation": plan.kernels}
+        adamw_(weight, grad, average, square, numbers, **options)
+
+    return update
 
 
 def make_schedule(config: RunConfig, steps: int) -> schedules.Schedule:
@@ -174,6 +229,7 @@ def make_trainer(
     *,
     observers: Sequence[Observer],
     description: Mapping[str, str] | None = None,
+    warm_up_reason: str = "",
 ) -> Trainer:
     """Returns the trainer of a run, which saves its checkpoints in `folder`."""
     train, output = config.train, config.output
@@ -187,6 +243,7 @@ def make_trainer(
         early_stopping=EarlyStopping(stopping.patience, stopping.min_improvement) if stopping else None,
         loss_limit=LossLimit(train.loss_limit.above, train.loss_limit.patience) if train.loss_limit else None,
         log_every_steps=train.log_every_steps,
+        warm_up_reason=warm_up_reason,
     )
     return Trainer(
         engine.strategy,

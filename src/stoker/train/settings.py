@@ -55,7 +55,10 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Settings:
-    """`schedule` maps a step's index (from 0) to the share of `learning_rate` that it uses."""
+    """`schedule` maps a step's index (from 0) to the share of `learning_rate` that it uses.
+
+    `warm_up_reason`: why a first step may take long, said where it does.
+    """
 
     total_steps: int
     learning_rate: float
@@ -65,3 +68,4 @@ class Settings:
     early_stopping: EarlyStopping | None = None
     loss_limit: LossLimit | None = None
     log_every_steps: int = 1
+    warm_up_reason: str = ""

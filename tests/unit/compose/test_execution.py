@@ -1,6 +1,7 @@
 """The plan's choices on a live model."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from stoker.adapters.fused_block import FusedBlock, freeze_into, why_not_fused
 from stoker.adapters.lora import add_lora
 from stoker.arch.families import read
-from stoker.compose.execution import fp8_notice, layers_not_in_fp8, set_up_layers, set_up_weights
+from stoker.compose.execution import fp8_notice, layers_not_in_fp8, set_up_layers, set_up_weights, warm_up_reason
 from stoker.config.load import parse
 from stoker.models import native
 from stoker.nn.block import Block
@@ -163,3 +164,9 @@ def test_layers_that_stay_out_of_fp8_are_counted_and_named(in_fp8, plan):
     assert sentence.startswith("2 of 12 linear layers stay in bf16, because fp8 would move the output by more than 6%")
     assert sentence.endswith("model.layers.2.self_attn.q_proj, k_proj, v_proj.")
     assert not fp8_notice(decoder, plan(quantization="none"))
+
+
+def test_a_warm_up_is_explained_where_kernels_are_compiled(monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere")
+    assert "/somewhere" in warm_up_reason(SimpleNamespace(kernels="triton"))
+    assert warm_up_reason(SimpleNamespace(kernels="reference")) == ""
