@@ -14,7 +14,7 @@ import stoker
 from stoker.checkpoint.read import load as read
 from stoker.compose import finish, losses, resume
 from stoker.compose.data import Data, prepare_data, refuse_faults, refuse_rows_of_other_tasks, summary
-from stoker.compose.execution import borrowed_notices, fp8_notice, layers_not_in_fp8
+from stoker.compose.execution import borrowed_notices, fp8_notice, layers_not_in_fp8, warm_up_reason
 from stoker.compose.hardware import probe, with_loaded
 from stoker.compose.model import Base, fitted, load_decoder, load_tokenizer, open_base, pad_id
 from stoker.compose.run_folder import Journal, RunFolder, now, versions
@@ -199,7 +199,14 @@ def _run(
         if "before" not in notes.facts:
             notes.add(before={split: asdict(one) for split, one in losses.measure(engine, console).items()})
         before = {split: losses.Measured(**one) for split, one in notes.facts["before"].items()}
-        trainer = make_trainer(config, engine, folder, observers=observers, description={"title": describe(config)})
+        trainer = make_trainer(
+            config,
+            engine,
+            folder,
+            observers=observers,
+            description={"title": describe(config)},
+            warm_up_reason=warm_up_reason(plan),
+        )
         assert model.decoder is not None
         with embedding_noise(model.decoder, config.train.embedding_noise):
             result = trainer.run(resume=resume_run)

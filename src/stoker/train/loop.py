@@ -21,6 +21,7 @@ from stoker.train.interrupt import Interrupt
 from stoker.train.settings import Checkpoints, Settings
 from stoker.train.state import TrainState
 from stoker.train.step import StepOutcome, take_step
+from stoker.train.warm_up import WarmUp
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Trainer:
         self._saved: tuple[int, int] | None = None
         self._last_checkpoint: Path | None = None
         self._window_tokens, self._window_seconds = 0, 0.0
+        self._warm_up = WarmUp(settings.warm_up_reason)
 
     def run(self, *, resume: bool = False) -> TrainingResult:
         """Trains from the start, or from the latest whole checkpoint when `resume`, and returns how it ended.
@@ -132,7 +134,10 @@ class Trainer:
         self.state.step = index + 1
         self.state.max_positions = self._guard.max_positions
         self.state.num_trained_tokens += outcome.num_trained_tokens
-        self._log(outcome, learning_rate, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._log(outcome, learning_rate, seconds)
+        if sentence := self._warm_up.after(seconds):
+            self._emit(Notice(sentence))
         self._loss_guard.check(outcome.loss, self.state.step)
 
     def _log(self, outcome: StepOutcome, learning_rate: float, seconds: float) -> None:
