@@ -23,8 +23,12 @@ PAGE = ROOT / "docs" / "configuration.md"
 MODELS = ROOT / "docs" / "models.md"
 FROM_AXOLOTL = ROOT / "docs" / "from_axolotl.md"
 README = ROOT / "README.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 MAIN_JOB = ROOT / "benchmarks" / "results" / "main_job.json"
 SINGLE_GPU = ROOT / "benchmarks" / "results" / "single_gpu.json"
+ARCHITECTURES = ROOT / "benchmarks" / "results" / "architectures.json"
+
+_LONG_ERROR = 60
 
 _HEAD = """\
 # The YAML of a run
@@ -161,8 +165,16 @@ def models_page() -> str:
 
 def readme() -> str:
     """Returns the README with its tables of speed renewed from the committed results."""
-    text = README.read_text(encoding="utf-8")
-    tables = {"main_job": _main_job_table(), "single_gpu": single_gpu_table(SINGLE_GPU)}
+    return _with_tables(README, {"main_job": _main_job_table(), "single_gpu": single_gpu_table(SINGLE_GPU)})
+
+
+def benchmarks_page() -> str:
+    """Returns the page on benchmarks with its table of architectures renewed from the committed results."""
+    return _with_tables(BENCHMARKS, {"architectures": single_gpu_table(ARCHITECTURES, suite="architectures")})
+
+
+def _with_tables(page: Path, tables: dict[str, str]) -> str:
+    text = page.read_text(encoding="utf-8")
     for name, table in tables.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, _, rest = text.partition(begin)
@@ -171,8 +183,8 @@ def readme() -> str:
     return text
 
 
-def single_gpu_table(path: Path) -> str:
-    """Returns the last result of each cell of the single-GPU benchmark; nothing when none is there."""
+def single_gpu_table(path: Path, *, suite: str = "single_gpu") -> str:
+    """Returns the last result of each cell of a suite of the single-GPU benchmark; nothing when none is there."""
     if not path.is_file():
         return ""
     runs = {facts["cell"]: facts for facts in json.loads(path.read_text(encoding="utf-8"))["runs"]}
@@ -187,7 +199,8 @@ def single_gpu_table(path: Path) -> str:
     where = "; ".join(f"{device}, torch {torch}, commit {commit}" for device, torch, commit in sorted(made))
     lines.append(
         f"\n{where}. The floor is the time of the step's matrix products and attention alone, measured in the same "
-        "run; in brackets, with every layer computed twice. Made by `python benchmarks/single_gpu/run.py`."
+        "run; in brackets, with every layer computed twice. Made by `python benchmarks/single_gpu/run.py"
+        + ("`." if suite == "single_gpu" else f" --suite {suite}`.")
     )
     return "\n".join(lines) + "\n"
 
@@ -204,9 +217,16 @@ def _share_of_floor(row: dict[str, Any]) -> str:
 def _beside(row: dict[str, Any]) -> str:
     name = {"hf": "Transformers + PEFT", "liger": "with Liger", "unsloth": "Unsloth"}[row["name"]]
     if row["error"]:
-        return f"{name}: no result"
+        return f"{name}: no result ({_why(row['error'])})"
     ratios = f"**{row['stoker_speed_ratio']:.2f} x** its speed, {row['stoker_memory_ratio']:.2f} x its memory"
     return f"{name}: {_speed_and_memory(row)} ({ratios})"
+
+
+def _why(error: str) -> str:
+    """An error in a few words, for a table."""
+    if "out of memory" in error:
+        return "out of memory"
+    return error if len(error) < _LONG_ERROR else f"{error[:_LONG_ERROR]}..."
 
 
 def _main_job_table() -> str:
@@ -235,7 +255,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if a page differs from what would be written")
     check = parser.parse_args().check
-    pages = {PAGE: page, MODELS: models_page, FROM_AXOLOTL: from_axolotl.page, README: readme}
+    pages = {
+        PAGE: page,
+        MODELS: models_page,
+        FROM_AXOLOTL: from_axolotl.page,
+        README: readme,
+        BENCHMARKS: benchmarks_page,
+    }
     drifted = [path for path, text in pages.items() if not _is_same(path, text())]
     for path in drifted:
         if check:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from stoker.plan.hardware import Device, Hardware
 
 ROOT = Path(__file__).parents[2]
 CELLS = sorted((ROOT / "benchmarks" / "single_gpu").glob("*.yaml"))
+ARCHITECTURES = sorted((ROOT / "benchmarks" / "architectures").glob("*.yaml"))
 H200 = Hardware(
     (
         Device("cuda", "NVIDIA H200", 139 * 2**30, bf16=True, compute_capability=(9, 0), triton=True),
@@ -70,6 +72,53 @@ def test_a_cell_fits_an_h200_and_runs_as_it_says(path):
     assert set(plan.keep) == {"attention" if path.stem in "BCD" else "all"}
     assert plan.quantization == {"C": "nf4", "D": "nf4", "F": "fp8"}.get(path.stem, "none")
     assert f"single_gpu/{path.name}" in path.read_text()
+
+
+def test_there_is_a_cell_for_each_architecture_that_differs(runner):
+    assert [path.stem for path in ARCHITECTURES] == ["mamba", "mamba2", "mixtral", "mixtral_nf4", "qwen3_moe"]
+    assert runner.PEERS.keys() == {path.stem for path in ARCHITECTURES}
+
+
+@pytest.mark.parametrize("path", ARCHITECTURES, ids=lambda path: path.stem)
+def test_an_architecture_fits_an_h200_and_is_captured(path, runner):
+    config = load(path)
+    spec = families.read(shapes.SHAPES[config.model.base.removeprefix("shape:")], "shape")
+    plan = choose(config, spec, H200)
+    assert (plan.kernels, plan.layers, plan.cuda_graphs) == ("triton", "op by op", True)
+    assert plan.micro_batch_size == config.train.batch_size
+    kept = {"qwen3_moe": "attention", "mixtral": "input", "mixtral_nf4": "input"}
+    assert set(plan.keep) == {kept.get(path.stem, "all")}
+    assert plan.quantization == ("nf4" if path.stem == "mixtral_nf4" else "none")
+    assert f"architectures/{path.name} --peers {runner.PEERS[path.stem]}" in path.read_text()
+
+
+def test_a_cell_that_is_not_of_the_suite_is_refused(runner, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run.py", "mamba"])
+    with pytest.raises(SystemExit):
+        runner.main()
+    assert "no cell mamba of single_gpu" in capsys.readouterr().err
+
+
+def test_each_cell_runs_beside_its_own_peer_and_shares_it(runner, monkeypatch, tmp_path):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        out = Path(command[command.index("--out") + 1])
+        cell = Path(command[4]).stem
+        peers = [(command[command.index("--peers") + 1], 50.0)] if command[command.index("--peers") + 1] else []
+        out.write_text(json.dumps(facts(cell, 100.0, peers)))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(runner.subprocess, "run", run)
+    arguments = ["mamba", "mixtral", "mixtral_nf4", "--suite", "architectures", "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["run.py", *arguments])
+    assert runner.main() == 0
+    assert [command[command.index("--peers") + 1] for command in commands] == ["hf", "hf", ""]
+    assert [command[command.index("--peer-timeout") + 1] for command in commands] == ["40.0", "180.0", "180.0"]
+    *_, last = json.loads((tmp_path / "architectures.json").read_text())["runs"]
+    assert [row["name"] for row in last["results"]] == ["stoker", "hf"]
+    assert "--suite architectures" in single_gpu_table(tmp_path / "architectures.json", suite="architectures")
 
 
 def test_peers_of_the_same_job_are_shared_between_cells(runner):

@@ -27,8 +27,8 @@ def command(
 ) -> None:
     """Measure a run's speed and memory on random rows, beside the physical floor and other trainers.
 
-    model.base may be shape:llama-3.1-8b or shape:llama-3.2-1b: random weights, no download. With data.packing rows hold
-    documents of real lengths, otherwise each is full.
+    model.base may be shape:llama-3.1-8b, shape:llama-3.2-1b or another shape of docs/benchmarks.md: random weights, no
+    download. With data.packing rows hold documents of real lengths, otherwise each is full.
 
     Example: stoker bench run.yaml --peers hf,unsloth --out results.json
     """

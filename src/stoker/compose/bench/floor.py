@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from stoker.arch import arithmetic
 from stoker.arch.borrowed import AnySpec
-from stoker.arch.spec import AttentionSpec
+from stoker.arch.spec import AttentionSpec, ExpertsSpec, Mamba1Spec, Mamba2Spec, SideBySideSpec
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +78,16 @@ def work(spec: AnySpec, *, tokens: int, trained_tokens: int, frozen: bool) -> Wo
     mixers = [layer.mixer for layer in spec.layers]
     # The scans of state spaces, and attention of a class of Transformers, are left out: the floor is lower than theirs.
     return Work(needed, forward, Counter(mixer for mixer in mixers if isinstance(mixer, AttentionSpec)))
+
+
+def simplified(spec: AnySpec) -> str:
+    """Returns what the floor of this architecture is not, as a sentence, or ""."""
+    mixers = [layer.mixer for layer in spec.layers]
+    if any(isinstance(mixer, Mamba1Spec | Mamba2Spec | SideBySideSpec) for mixer in mixers):
+        return "the floor counts matrix products and attention; convolutions and scans of state spaces are left out"
+    if any(isinstance(getattr(layer, "feed_forward", None), ExpertsSpec) for layer in spec.layers):
+        return "the floor takes all experts' products for one dense product with as many rows"
+    return ""
 
 
 def _uses(rows: int, inner: int, columns: int, *, fp8: bool, weight_gradient: bool) -> list[Product]:

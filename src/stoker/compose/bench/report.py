@@ -131,8 +131,9 @@ def commit() -> str:
         return "unknown"
 
 
-def notices(measured: Sequence[Measured], left_out: Mapping[str, str]) -> list[str]:
-    """Returns sentences about what did not go as asked."""
-    said = [f"{one.name}: {text}" for one in measured for text in one.notices]
+def notices(measured: Sequence[Measured], left_out: Mapping[str, str], *, about_floor: str = "") -> list[str]:
+    """Returns sentences about what did not go as asked, after `about_floor`."""
+    said = [about_floor] if about_floor else []
+    said += [f"{one.name}: {text}" for one in measured for text in one.notices]
     said += [f"{one.name} has no result: {one.error}" for one in measured if one.error]
     return said + [f"{name} is left out: {reason}" for name, reason in left_out.items()]

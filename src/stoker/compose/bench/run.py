@@ -60,7 +60,7 @@ def bench(config: RunConfig, options: Options, *, console: Console) -> report.Fa
     _free(plan)
     left_out = peers.names_without(options.peers, device=plan.device)
     measured = [ours]
-    facts = _facts(config, options, plan, bound, steps, measured=measured, left_out=left_out)
+    facts = _facts(config, options, plan, bound, steps, base=base, measured=measured, left_out=left_out)
     _write(facts, options)  # so that a peer that takes the machine down does not take our numbers with it
     with tempfile.TemporaryDirectory() as folder:
         job = peers.write_job(config, plan, base, steps, Path(folder))
@@ -69,7 +69,7 @@ def bench(config: RunConfig, options: Options, *, console: Console) -> report.Fa
                 continue
             seconds = min(options.peer_timeout_seconds, end - time.monotonic())
             measured.append(peers.checked(peers.run(name, job, timeout_seconds=max(0.0, seconds)), ours))
-            facts = _facts(config, options, plan, bound, steps, measured=measured, left_out=left_out)
+            facts = _facts(config, options, plan, bound, steps, base=base, measured=measured, left_out=left_out)
             _write(facts, options)
     _show(facts, console)
     if options.output is not None:
@@ -89,6 +89,7 @@ def _facts(
     bound: floor.Floor,
     steps: Steps,
     *,
+    base: Base,
     measured: Sequence[Measured],
     left_out: Mapping[str, str],
 ) -> report.Facts:
@@ -109,7 +110,7 @@ def _facts(
         "floor": report.floor_values(bound, sum(steps.tokens) / len(steps.tokens)),
         "results": report.rows(measured, bound, computes_again=any(rung != "all" for rung in plan.keep)),
         "losses": {one.name: list(one.losses) for one in measured},
-        "notices": report.notices(measured, left_out),
+        "notices": report.notices(measured, left_out, about_floor=floor.simplified(base.spec)),
     }
 
 

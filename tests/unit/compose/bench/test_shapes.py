@@ -36,6 +36,15 @@ def test_shapes_have_the_published_sizes():
     counts = {name: arithmetic.num_parameters(families.read(config, name)) for name, config in shapes.SHAPES.items()}
     assert counts["llama-3.1-8b"] == 8_030_261_248
     assert counts["llama-3.2-1b"] == 1_235_814_400
+    assert counts["mamba-130m"] == 129_135_360
+    assert counts["mamba2-780m"] == 780_161_280
+    # Of the mixtures, so many layers and embedding and head.
+    whole = {
+        name: families.read(shapes.SHAPES[name] | {"num_hidden_layers": count}, name)
+        for name, count in {"qwen3-30b-a3b-8-layers": 48, "mixtral-8x7b-4-layers": 32}.items()
+    }
+    assert arithmetic.num_parameters(whole["qwen3-30b-a3b-8-layers"]) == 30_532_122_624
+    assert arithmetic.num_parameters(whole["mixtral-8x7b-4-layers"]) == 46_702_792_704
 
 
 def test_an_unknown_shape_is_refused_with_those_that_exist():
