@@ -14,6 +14,7 @@ from stoker.data.loader import Documents, StepLoader
 from stoker.data.pack import Layout
 from stoker.data.preparation import Preparation
 from stoker.data.prepare import split
+from stoker.data.prepared import Prepared, Selection
 from stoker.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 class Data:
     """Documents to train on and, if asked for, documents held out; `notices` are sentences for the user."""
 
-    train: Documents
-    validation: Documents | None
+    train: Prepared | Selection
+    validation: Prepared | Selection | None
     audits: dict[str, Audit]
     notices: tuple[str, ...]
     windows: Preparation | None = None
