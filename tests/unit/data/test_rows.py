@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from stoker.data.audit import problems, warnings
+from stoker.data.loader import StepLoader
 from stoker.data.options import ChatOptions, PromptTexts
 from stoker.data.prepare import SourceOptions, prepare
 from stoker.data.records import Given
@@ -290,6 +291,25 @@ def test_rows_of_tokens_are_taken_as_they_are(chatml):
     assert masks == [[False, False, True, True], [False, True], [False, True]]
     with pytest.raises(DataError, match=f"row 1: token id {len(chatml)} is outside the tokenizer's"):
         prepared(chatml, [{"input_ids": [len(chatml)]}])
+
+
+def test_labels_of_given_tokens_become_the_targets_of_batches(chatml):
+    rows = [
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8]},
+        {"input_ids": [9, 10, 11], "labels": [-100, 10, 11]},
+    ]
+    loader = StepLoader(
+        prepared(chatml, rows), batch_size=2, micro_batch_size=2, sequence_length=8, packing=False, seed=0
+    )
+    (batch,) = loader.step(0)
+    assert batch.input_ids[:, :4].tolist() == [[5, 6, 7, 8], [9, 10, 11, 0]]
+    assert batch.targets[:, :4].tolist() == [[6, -100, 8, -100], [10, 11, -100, -100]]
+
+
+@pytest.mark.parametrize("labels", [[6, 7, 8, -100], [-100, -100, 8, 7]])
+def test_labels_that_are_not_the_tokens_themselves_are_refused(chatml, labels):
+    with pytest.raises(DataError, match=r"row 2: field 'labels': \d+ at \d is neither .*Other targets are not learned"):
+        prepared(chatml, [{"input_ids": [5]}, {"input_ids": [5, 6, 7, 8], "labels": labels}])
 
 
 def test_prompt_and_completion_are_plain_text_or_a_conversation(make_tokenizer, chatml, trained_texts):
