@@ -121,6 +121,31 @@ def weights_for_all_or_none(config: RunConfig) -> Iterator[Finding]:
         yield Finding(("data", "train", index), what, "Give every source a weight, or none.")
 
 
+def weights_mix_training_rows(config: RunConfig) -> Iterator[Finding]:
+    """Only training rows are drawn by weight, and to draw from several sources each of them must be there."""
+    data = config.data
+    weights = [source.weight for source in data.train]
+    if data.prepare == "overlap" and not data.streaming and len(weights) > 1 and None not in weights:
+        what = "data.train[0].weight: data.prepare = overlap goes through the sources one after the other."
+        fix = "Use data.prepare: ahead or data.streaming: true, which mix sources, or remove the weights."
+        yield Finding(("data", "train", 0, "weight"), what, fix)
+    for index, source in enumerate(data.validation if isinstance(data.validation, list) else ()):
+        if source.weight is not None:
+            what = f"data.validation[{index}].weight has no effect: every held-out row is evaluated once."
+            yield Finding(("data", "validation", index, "weight"), what, "Remove it.")
+
+
+def some_length_is_left(config: RunConfig) -> Iterator[Finding]:
+    """Between the least and the greatest length there must be room for a document."""
+    data = config.data
+    if data.on_long in ("drop", "stop") and data.min_length > data.sequence_length:
+        what = (
+            f"data.min_length = {data.min_length} and data.sequence_length = {data.sequence_length} with data.on_long = "
+            f"{data.on_long} leave no document."
+        )
+        yield Finding(("data", "min_length"), what, "Lower it.")
+
+
 def shards_exist(config: RunConfig) -> Iterator[Finding]:
     """Parts are counted from 0."""
     for path, source in _sources(config):
@@ -238,6 +263,8 @@ RULES = (
     formats_are_known,
     conversations_stay_whole,
     weights_for_all_or_none,
+    weights_mix_training_rows,
+    some_length_is_left,
     shards_exist,
     windows_need_steps,
     targets_are_a_pattern,

@@ -1,5 +1,7 @@
 import pytest
 
+MIXED = "data.train=[{path: a.jsonl, weight: 2.0}, {path: b.jsonl, weight: 1.0}]"
+
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
@@ -21,6 +23,9 @@ import pytest
         (["data.on_long=split"], "data.on_long = split is for task pretrain"),
         (["data.train=[{path: a.jsonl, weight: 1.0}, {path: b.jsonl}]"], "data.train[1] has no weight"),
         (["data.train.0.shard={num: 3, index: 3}"], "shard.index = 3, but the parts are 0 to 2. Count from 0"),
+        ([MIXED, "data.prepare=overlap", "train.steps=5"], "data.train[0].weight: data.prepare = overlap goes through"),
+        (["data.validation=[{path: a.jsonl, weight: 1.0}]"], "data.validation[0].weight has no effect"),
+        (["data.min_length=65", "data.sequence_length=64", "data.on_long=drop"], "leave no document"),
         (["data.streaming=true"], "data.streaming = true needs train.steps"),
         (["data.prepare=overlap"], "data.prepare = overlap needs train.steps"),
         (["data.streaming=true", "train.steps=5", "data.validation=0.1"], "no rows can be drawn from the data"),
@@ -47,6 +52,9 @@ def test_what_does_not_go_together_is_refused(complaints, overrides, words):
         ["adapter.targets='.*(q|v)_proj'"],
         ["engine.device=cpu", "engine.precision=bf16"],
         ["data.train=[{path: 'https://x/y.jsonl', weight: 1.0, shard: {num: 2, index: 1}}]"],
+        [MIXED, "data.streaming=true", "train.steps=5"],
+        ["data.train.0.weight=2.0", "data.prepare=overlap", "train.steps=5"],
+        ["data.min_length=65", "data.sequence_length=64"],
         ["data.streaming=true", "train.steps=5", "data.validation=[{path: 's3://bucket/x.jsonl'}]"],
     ],
 )
