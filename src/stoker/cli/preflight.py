@@ -38,7 +38,22 @@ def _model(config: RunConfig) -> tuple[AnySpec | None, list[tuple[ConfigPath, Pr
         spec = local_spec(base, trust_remote_code=chosen.trust_remote_code, overrides=chosen.overrides)
     except ModelError as error:
         return None, [(path, problem) for problem in error.problems]
-    return spec, limits.problems(config, spec) if spec else []
+    if spec is None:
+        return None, []
+    unreadable = _pickled_weights(Path(base).expanduser())
+    return spec, [*([(path, unreadable)] if unreadable else []), *limits.problems(config, spec)]
+
+
+def _pickled_weights(folder: Path) -> Problem | None:
+    """What is wrong with a folder whose weights are all pickled, as `models.folder` finds when it loads."""
+    pickled = sorted(folder.glob("*.bin"))
+    if not pickled or any(folder.glob("*.safetensors")):
+        return None
+    return Problem(
+        f"model.base = {folder}: the only weights are pickled ({pickled[0].name}), and unpickling runs whatever code "
+        "they hold.",
+        fix="Convert them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors.",
+    )
 
 
 def local_spec(

@@ -52,7 +52,7 @@ def read(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = F
         try:
             return borrowed.read(folder, why=why, is_remote=False)
         except ModelError as error:
-            raise (refusal if model_type in families.FAMILIES else error) from error
+            raise (_both(refusal, error) if model_type in families.FAMILIES else error) from error
     _refuse_remote_code(config, where, trust_remote_code=trust_remote_code)
     return borrowed.read(folder, why=why, is_remote=True)
 
@@ -92,10 +92,24 @@ def hf_tensors(model: Model, spec: Spec) -> Iterable[tuple[str, Tensor]]:
     return native.hf_tensors(model, spec)
 
 
+def _both(native: ModelError, borrowed: ModelError) -> ModelError:
+    """What the family refused, and that Transformers' class, which would be the remedy, refuses it too."""
+    problem, other = native.problems[0], borrowed.problems[0]
+    return ModelError(
+        problem.what, where=problem.where, fix=f"{other.what.removesuffix('.')}. {other.fix or ''}".strip()
+    )
+
+
 def _transformers_has(model_type: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _is_of_another_kind(model_type: Any) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
 
 
 def _refuse_quantized(config: Mapping[str, Any], where: str) -> None:
@@ -110,6 +124,14 @@ def _refuse_quantized(config: Mapping[str, Any], where: str) -> None:
 
 def _refuse_remote_code(config: Mapping[str, Any], where: str, *, trust_remote_code: bool) -> None:
     model_type, reference = config.get("model_type"), remote_class(config)
+    if reference is None and _is_of_another_kind(model_type):
+        raise ModelError(
+            f'model_type "{model_type}" is no causal language model: Transformers has it as an encoder, a pair of '
+            "encoder and decoder, or a model of images or sound.",
+            where=where,
+            fix="Only causal language models are trained here (`stoker models` lists types). Where one is inside, save "
+            "it as a folder of its own.",
+        )
     if reference is None:
         raise ModelError(
             f'model_type "{model_type}" is neither native nor a causal language model of Transformers.',

@@ -66,6 +66,16 @@ def test_what_no_family_reads_is_run_through_transformers_and_check_says_so(writ
     assert "bloom, through Transformers' BloomForCausalLM" in capsys.readouterr().out
 
 
+def test_a_folder_with_pickled_weights_alone_is_refused_before_the_run(write_run, here):
+    path = write_run()
+    (here / "model" / "pytorch_model.bin").write_bytes(b"")
+    (problem,) = problems(path)
+    assert problem.startswith(f"{path}:2: ")
+    assert "pickled (pytorch_model.bin)" in problem
+    (here / "model" / "model.safetensors").write_bytes(b"")
+    check.command(path, [])
+
+
 def test_a_broken_config_json_is_named(write_run, here):
     path = write_run()
     (here / "model" / "config.json").write_text("{")

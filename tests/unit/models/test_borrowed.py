@@ -5,7 +5,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import ArceeConfig, AutoModelForCausalLM, BertConfig, BertLMHeadModel, HeliumConfig, OPTConfig
+from transformers import (
+    ArceeConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertGenerationConfig,
+    BertGenerationDecoder,
+    BertLMHeadModel,
+    HeliumConfig,
+    OPTConfig,
+)
 
 from stoker.adapters.lora import add_lora
 from stoker.errors import ModelError
@@ -157,12 +166,16 @@ def test_dropped_attention_weights_keep_documents_apart():
     assert not torch.equal(results[0][:, :2], results[1][:, :2])
 
 
-def test_an_encoder_is_refused(tmp_path):
+def test_an_encoder_is_refused_by_its_configuration_or_by_what_it_predicts(tmp_path):
     torch.manual_seed(0)
     sizes = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
-    BertLMHeadModel(BertConfig(**sizes)).save_pretrained(tmp_path)
+    BertLMHeadModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ModelError, match=r"is an encoder.*is_decoder"):
+        opened(tmp_path / "bert")
+    other = BertGenerationDecoder(BertGenerationConfig(**sizes))  # a type without a class for masked words
+    other.save_pretrained(tmp_path / "other")
     with pytest.raises(ModelError, match=r"predictions depend on later tokens.*is_decoder"):
-        opened(tmp_path)
+        opened(tmp_path / "other")
 
 
 @pytest.mark.parametrize(

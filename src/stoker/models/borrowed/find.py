@@ -29,8 +29,12 @@ def config_of(folder: Path, *, trust_remote_code: bool) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(f"Transformers cannot read this configuration: {error}", where=str(folder)) from error
+    except Exception as error:  # each class checks its configuration in its own way, with errors of its own
+        raise ModelError(
+            f"Transformers cannot read this configuration: {_said(error)}",
+            where=str(folder / "config.json"),
+            fix="Mend config.json, or fetch the model again.",
+        ) from error
     if hasattr(config, "rescale_every"):
         # RWKV divides weights in place between training and evaluation, against overflow in fp16. That changes
         # nothing in exact arithmetic, but is lost on a quantised weight and would end up in saved ones.
@@ -45,9 +49,36 @@ def on_meta(config: Any, *, trust_remote_code: bool) -> nn.Module:
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, NotImplementedError) as error:
-        raise ModelError(f"Transformers cannot make this model: {error}", where=str(config.name_or_path)) from error
+    except Exception as error:  # as by dividing by a number of heads
+        raise ModelError(
+            f"Transformers cannot make this model: {_said(error)}",
+            where=str(config.name_or_path),
+            fix="Mend config.json, or fetch the model again.",
+        ) from error
     return cast("nn.Module", model)
+
+
+def _said(error: Exception) -> str:
+    """What an error says, on one line; its kind where it says nothing that reads alone."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
+
+
+def refuse_encoder(config: Any) -> None:
+    """Raises ModelError for an encoder: a type made for masked words, unless it says that it decodes.
+
+    Transformers has causal classes of such types too, which look ahead all the same.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    is_masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_encoder_decoder
+    if is_masked and getattr(config, "is_decoder", None) is False:
+        raise ModelError(
+            f'model_type "{config.model_type}" is an encoder: each token sees those after it, so that there is no '
+            "next token to learn.",
+            where=str(config.name_or_path),
+            fix="Name a causal model; if these weights were trained as one, set is_decoder: true in config.json.",
+        )
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -36,6 +36,7 @@ def read(folder: Path, *, why: str, is_remote: bool) -> BorrowedSpec:
     ModelError when Transformers cannot make it, or when it lacks what Stoker needs of a model.
     """
     config = find.config_of(folder, trust_remote_code=is_remote)
+    find.refuse_encoder(config)
     model = find.on_meta(config, trust_remote_code=is_remote)
     path, blocks = find.find_blocks(model)
     _, head = find.find_head(model)
