@@ -25,6 +25,7 @@ from stoker.cli import (
     inspect,
     merge,
     models,
+    plan,
     prepare,
     train,
 )
@@ -60,6 +61,7 @@ def root(
 app.command("init")(init.command)
 app.command("check")(check.command)
 app.command("convert")(convert.command)
+app.command("plan")(plan.command)
 app.command("prepare")(prepare.command)
 app.command("inspect")(inspect.command)
 app.command("train")(train.command)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from stoker.arch import activations
 from stoker.arch.activations import Micro
 from stoker.arch.borrowed import AnySpec
 from stoker.config.schema import RunConfig
@@ -82,7 +81,7 @@ class Job:
     def flops_with(self, ladder: Ladder) -> float:
         """FLOPs of a trained token with what is computed again."""
         is_fused = ladder.layers == "fused"
-        again = activations.recomputed_flops_per_token(self.spec, self.row_tokens, ladder.keep, is_fused=is_fused)
+        again = facts.recomputed_flops_per_token(self.spec, self.row_tokens, ladder.keep, is_fused=is_fused)
         return self.flops + again
 
     def memory(self, tokens: int, *, casts_by_layer: bool) -> Memory:

@@ -38,8 +38,11 @@ def choose(
     *,
     statistics: Statistics | None = None,
     ladder: Ladder | None = None,
+    advise: bool = True,
 ) -> Plan:
     """Returns the plan of a run; `ladder` is the one to run with, if it still fits (that of a run that goes on).
+
+    `advise`: the error for what does not fit says what would, which takes longer than the plan.
 
     Raises:
         PlanError: what was asked for does not exist on this hardware, or does not fit in its memory; the message
@@ -59,9 +62,9 @@ def choose(
     candidates = _candidates(job)
     fitting = [one for one in candidates if one.fits]
     if not fitting and ladder is not None:
-        return choose(config, spec, hardware, statistics=statistics)
+        return choose(config, spec, hardware, statistics=statistics, advise=advise)
     if not fitting:
-        raise PlanError(_shortfall(job, candidates), fix=_what_fits(job, hardware))
+        raise PlanError(_shortfall(job, candidates), fix=_what_fits(job, hardware) if advise else None)
     best = _best(fitting)
     keep_transposed, memory, transposed_reason = _transposed(best)
     graphs, graphs_reason = _cuda_graphs(best)

@@ -1,6 +1,6 @@
 """Facts of an architecture that plans ask for again and again, each computed once; never to be changed."""
 
-from stoker.arch import arithmetic
+from stoker.arch import activations, arithmetic
 from stoker.plan.remember import remember
 
 num_parameters = remember(0)(arithmetic.num_parameters)
@@ -8,4 +8,5 @@ linear_shapes = remember(0)(arithmetic.linear_shapes)
 linears_by_name_only = remember(0)(arithmetic.linears_by_name_only)
 expert_counts = remember(0)(arithmetic.expert_counts)
 training_flops_per_token = remember(0)(arithmetic.training_flops_per_token)
+recomputed_flops_per_token = remember(0)(activations.recomputed_flops_per_token)
 lora_parameters = remember(0)(arithmetic.lora_parameters)

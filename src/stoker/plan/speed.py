@@ -25,6 +25,7 @@ from stoker.arch.spec import (
     SideBySideSpec,
 )
 from stoker.config.schema import RunConfig
+from stoker.plan import facts
 from stoker.plan.adapter import targeted
 from stoker.plan.catalogue import CatalogueDevice
 from stoker.plan.memory import VALUE_BYTES, frozen_weight_bytes, optimizer_bytes
@@ -161,8 +162,7 @@ class _Clock:
         self.bandwidth = found.bandwidth * device.bandwidth
         self.adapted = 0.0
         if config.adapter is not None:
-            shapes = arithmetic.linear_shapes(spec)
-            self.adapted = len(targeted(spec, config.adapter.targets)) / max(1, len(shapes))
+            self.adapted = len(targeted(spec, config.adapter.targets)) / max(1, len(facts.linear_shapes(spec)))
 
     def step(self) -> Step:
         """Returns all parts, of all micro-batches and the update."""

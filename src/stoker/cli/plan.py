@@ -1,0 +1,244 @@
+"""`stoker plan`: what a run takes on which hardware, in time and money, before anything is paid for."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stoker.cli.options import AllowUnknown, Overrides, RunFile
+from stoker.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from stoker.arch.borrowed import AnySpec
+    from stoker.config.load import Loaded
+    from stoker.plan.catalogue import CatalogueDevice
+    from stoker.plan.survey import Offer, Request, Verdict
+
+_AMOUNT = re.compile(r"\$?([0-9]*\.?[0-9]+)\s*(usd|\$)?", re.IGNORECASE)
+_DURATION = re.compile(r"([0-9]*\.?[0-9]+)\s*(m|min|h|d)", re.IGNORECASE)
+_HOURS = {"m": 1 / 60, "min": 1 / 60, "h": 1.0, "d": 24.0}
+_SHOWN = 14
+
+
+def command(
+    run_file: RunFile,
+    overrides: Overrides = [],  # noqa: B006 - typer reads the default, nothing changes it
+    allow_unknown: AllowUnknown = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="Devices by name: t4,4090,a100-80,h100; all, or those with a price unless set.")
+    ] = None,
+    here: Annotated[bool, typer.Option("--here", help="This machine (loads PyTorch to look at it).")] = False,
+    gpus: Annotated[
+        Path | None, typer.Option(metavar="FILE.TOML", help="Your own devices and prices, in gpus.toml's form.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="full,lora,nf4,int8,fp8; what the YAML leaves open unless set.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="Plan for a known model's sizes, such as llama-3.1-70b.")] = None,
+    budget: Annotated[str | None, typer.Option(help="The fastest for at most so much: 20usd.")] = None,
+    deadline: Annotated[str | None, typer.Option(help="The cheapest that is done by then: 90m, 6h, 2d.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the data, if it is not at hand.")] = None,
+    tokens_per_row: Annotated[float | None, typer.Option(min=1.0, help="Tokens of a row on average.")] = None,
+    trained_share: Annotated[float | None, typer.Option(help="Share of the tokens that are learned.")] = None,
+    host_memory: Annotated[float, typer.Option(min=1.0, help="GiB of host memory beside each device.")] = 64.0,
+    explain: Annotated[
+        str | None, typer.Option(metavar="CATEGORY", help="A figure's formula with its numbers.")
+    ] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="Show every candidate.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="PLAN.HTML", help="Write the charts to this page.")] = None,
+) -> None:
+    """Show what fits, how long it takes and what it costs, on any hardware; loads nothing, asks no network.
+
+    Example: stoker plan run.yaml --gpu t4,4090,h100 --deadline 6h
+    """
+    from stoker.cli.read import read
+    from stoker.plan import catalogue, limits, survey, survey_text
+    from stoker.plan.memory import GIB
+    from stoker.plan.workload import given
+
+    if here and gpu is not None:
+        raise ConfigError("--here plans for this machine, --gpu for others.", fix="Give one of them.")
+    if explain is not None and explain not in survey_text.CATEGORIES:
+        raise ConfigError(f"--explain {explain!r} is no category.", fix=f"Use {', '.join(survey_text.CATEGORIES)}.")
+    budget_usd, deadline_hours = _amount(budget), _hours(deadline)
+    loaded = read(run_file, overrides, allow_unknown=allow_unknown, to_stderr=json_output)
+    spec, model_note = _architecture(loaded, shape)
+    config = limits.fitted(loaded.config, spec)
+    known = catalogue.with_file(gpus) if gpus is not None else catalogue.shipped()
+    host_bytes = int(host_memory * GIB)
+    if here:
+        devices, host_bytes = _this_machine(known)
+    else:
+        devices = _chosen(gpu, known)
+
+    from stoker.compose.sample import known_documents
+
+    documents = given(
+        rows=rows, tokens_per_row=tokens_per_row, trained_share=trained_share, known=known_documents(config)
+    )
+    request = survey.Request(
+        config,
+        spec,
+        documents,
+        survey.methods_of(methods) if methods is not None else survey.allowed_methods(config),
+        host_bytes=host_bytes,
+        budget_usd=budget_usd,
+        deadline_hours=deadline_hours,
+    )
+    offers = survey.survey(request, devices)
+    found = survey.verdict(request, offers)
+    if html is not None:
+        _write_page(html, survey_text.to_dict(request, offers, found))
+    if json_output:
+        typer.echo(json.dumps(survey_text.to_dict(request, offers, found), indent=1, default=str))
+    elif explain is not None:
+        typer.echo(_explained(request, offers, found, explain))
+    else:
+        _print(request, offers, found, model_note, show_all=show_all)
+        if html is not None:
+            typer.echo(f"Charts: {html}")
+    if not any(one.fits for one in offers):
+        raise typer.Exit(1)
+
+
+def _amount(text: str | None) -> float | None:
+    if text is None:
+        return None
+    match = _AMOUNT.fullmatch(text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(f"--budget {text!r} is no amount.", fix="Write 20usd, $20 or 20; prices are in US dollars.")
+    return float(match[1])
+
+
+def _hours(text: str | None) -> float | None:
+    if text is None:
+        return None
+    match = _DURATION.fullmatch(text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(f"--deadline {text!r} is no duration.", fix="Write 90m, 6h or 2d.")
+    return float(match[1]) * _HOURS[match[2].lower()]
+
+
+def _architecture(loaded: "Loaded", shape: str | None) -> "tuple[AnySpec, str]":
+    """Returns the model's architecture and, where its own config.json is not at hand, what stands in for it.
+
+    Raises:
+        ModelError: nothing is known of the model; the message says how to tell.
+    """
+    from stoker.arch import shapes
+    from stoker.cli import preflight
+
+    chosen = loaded.config.model
+    if shape is not None:
+        return shapes.spec(shape), f"sizes of the shape {shape}"
+    if chosen.base.startswith("shape:"):
+        return shapes.spec(chosen.base.removeprefix("shape:")), ""
+    if chosen.base.startswith(preflight.BUILTIN):
+        from stoker import builtin
+
+        builtin.resolve_model(chosen.base)
+    folder = str(_cached(chosen.base) or chosen.base)
+    spec = preflight.local_spec(folder, trust_remote_code=chosen.trust_remote_code, overrides=chosen.overrides)
+    if spec is not None:
+        return spec, ""
+    name = shapes.of_model(chosen.base)
+    if name is not None:
+        return shapes.spec(name), f"{chosen.base} is not on this disk; sizes of the shape {name}, which its name has"
+    raise ModelError(
+        f"the config.json of {chosen.base} is not on this disk, and nothing is downloaded to plan.",
+        where=loaded.origins.get(("model", "base")),
+        fix=f"Use --shape with the nearest of {', '.join(shapes.names())}; or put config.json alone into a folder and "
+        "add --set model.base=FOLDER.",
+    )
+
+
+def _cached(base: str) -> Path | None:
+    """Returns the folder of a Hub model in Hugging Face's cache, if its config.json lies there."""
+    from stoker.cli import places
+
+    if places.exists(base) or not places.may_be_model_id(base) or "/" not in base:
+        return None
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(base, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _chosen(names: str | None, known: "Mapping[str, CatalogueDevice]") -> "list[CatalogueDevice]":
+    from stoker.plan import catalogue
+
+    if names is None:
+        return [one for one in known.values() if one.price is not None]
+    if names == "all":
+        return list(known.values())
+    return catalogue.find([name for name in names.split(",") if name.strip()], known)
+
+
+def _this_machine(known: "Mapping[str, CatalogueDevice]") -> "tuple[list[CatalogueDevice], int]":
+    """Returns the device that a run here would use, by the catalogue's figures, and the host's free memory.
+
+    Raises:
+        ConfigError: its GPU is not in the catalogue.
+    """
+    from stoker.compose.hardware import probe
+    from stoker.plan import catalogue
+
+    hardware = probe()
+    host = hardware.first("cpu")
+    gpu = hardware.first("cuda")
+    host_bytes = host.memory_bytes if host is not None else 0
+    if gpu is None:
+        cpu, threads = known["cpu"], hardware.num_threads
+        rates = {dtype: rate * threads / 16 for dtype, rate in cpu.rates.items()}
+        name = host.name if host is not None else cpu.name
+        return [replace(cpu, name=name, memory_bytes=host_bytes, rates=rates, price=None)], host_bytes
+    found = catalogue.by_name(gpu.name, known)
+    if found is None:
+        raise ConfigError(
+            f"{gpu.name} is not in the catalogue.",
+            fix="Describe it in a file, in gpus.toml's form, and name it by --gpus.",
+        )
+    return [replace(found, name=gpu.name, memory_bytes=gpu.memory_bytes, price=None)], host_bytes
+
+
+def _explained(request: "Request", offers: "Sequence[Offer]", found: "Verdict", category: str) -> str:
+    from stoker.plan import survey_text
+
+    one = found.best or next((one for one in offers if one.fits), None)
+    if one is None:
+        return "\n".join(survey_text.misfits(offers))
+    return survey_text.explain(request, one, category)
+
+
+def _print(request: "Request", offers: "Sequence[Offer]", found: "Verdict", note: str, *, show_all: bool) -> None:
+    from stoker.arch import arithmetic
+    from stoker.plan import survey_text
+
+    count = arithmetic.num_parameters(request.spec) / 1e9
+    typer.echo(f"{request.config.model.base}: {request.spec.family}, {count:,.2f} billion parameters")
+    for sentence in [*([f"Model: {note}."] if note else []), *survey_text.notes(request, offers)]:
+        typer.echo(sentence)
+    typer.echo("")
+    if any(one.fits for one in offers):
+        typer.echo(survey_text.table(offers, at_most=None if show_all else _SHOWN))
+    missing = survey_text.misfits(offers)
+    for sentence in missing:
+        typer.echo(f"does not fit  {sentence}")
+    typer.echo("")
+    for sentence in survey_text.summary(request, found):
+        typer.echo(sentence)
+
+
+def _write_page(path: Path, survey: "Mapping[str, object]") -> None:
+    from stoker.errors import OutputError
+    from stoker.observe import plan_page
+
+    try:
+        path.write_text(plan_page.render(survey), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"--html {path} cannot be written: {error.strerror}.", fix="Name another file.") from None
