@@ -1,12 +1,13 @@
 """The rows: entries of `datasets`, `test_datasets` and `pretraining_dataset`, and the keys about all of them."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from stoker.config import row_formats
 from stoker.config.axolotl.entries import at, custom, honoured, in_source
 from stoker.config.axolotl.outcome import Entry, Outcome, Reading, UnreadableError
-from stoker.config.axolotl.values import Convert, flag, is_off, number, positive, text, texts, whole
+from stoker.config.axolotl.values import Convert, advice, flag, is_off, number, positive, text, texts, whole
 from stoker.config.document import Path
 
 Whole = Mapping[str, Any]
@@ -83,7 +84,7 @@ def ds_type(reading: Reading) -> Outcome:
     own = _own(reading)
     names = texts(own.get("data_files") or own.get("path") or "")
     if reading.value not in _LOADERS:
-        raise UnreadableError(f"it must be one of {', '.join(_LOADERS)}.")
+        raise UnreadableError("it is not one of the words that Axolotl knows.", advice(str(reading.value), _LOADERS))
     return honoured({(*reading.entry, "file_type"): _file_type(str(reading.value), names)})
 
 
@@ -200,6 +201,9 @@ def properties(reading: Reading) -> Outcome:
         if ours is None:
             continue
         known = _PROPERTIES.get(str(theirs))
+        close = difflib.get_close_matches(str(theirs), ("role", "content"), 1, 0.8)
+        if close and not known:
+            raise UnreadableError(f"{theirs} is no key that templates read.", f"Did you mean {close[0]}?")
         name = ("fields", known) if known else ("fields", "message_properties", str(theirs))
         settings[(*reading.entry, *name)] = text(ours)
     return honoured(settings)
@@ -228,7 +232,7 @@ def end_of_turn(value: Any) -> str:
     """Returns which turns' end tokens are learned."""
     found = "none" if value is False else str(value)
     if found not in _END_OF_TURN:
-        raise UnreadableError(f"it must be one of {', '.join(_END_OF_TURN)}.")
+        raise UnreadableError("it is not one of the words that Axolotl knows.", advice(str(found), _END_OF_TURN))
     return found
 
 
@@ -283,7 +287,7 @@ def long_rows(reading: Reading) -> Outcome:
     words = {"drop": "drop", "truncate": "truncate", "raise": "stop"}
     value = str(reading.value).lower()
     if value not in words:
-        raise UnreadableError(f"it must be one of {', '.join(words)}.")
+        raise UnreadableError("it is not one of the words that Axolotl knows.", advice(str(value), words))
     return honoured({at("data.on_long"): words[value]})
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stoker.config.axolotl.outcome import Entry, Kind, Outcome, Reading, Rule, UnreadableError
-from stoker.config.axolotl.values import Convert, is_off
+from stoker.config.axolotl.values import Convert, advice, is_off
 from stoker.config.document import Path
 from stoker.config.show import inline
 
@@ -104,7 +104,7 @@ def one_of(**words: Any) -> Convert:
 
     def convert(value: Any) -> Any:
         if value not in words:
-            raise UnreadableError(f"it must be one of {', '.join(words)}.")
+            raise UnreadableError("it is not one of the words that Axolotl knows.", advice(str(value), words))
         return words[value]
 
     return convert

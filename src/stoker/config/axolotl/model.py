@@ -22,6 +22,8 @@ def precision(reading: Reading) -> Outcome:
     name = reading.name
     if name == "bf16" and str(reading.value) == "auto":
         return honoured({at("engine.precision"): "fp16" if wants_fp16 else "auto"})
+    if wants_bf16 and wants_fp16:
+        raise UnreadableError("the file asks for bf16 and for fp16.", "Keep one of them.")
     if wants_bf16:
         chosen = "bf16"
     elif wants_fp16:
@@ -244,12 +246,18 @@ PLUGINS: dict[str, tuple[str, str]] = {
 """Axolotl's own plugins, by the name of their package."""
 
 
+_PLUGIN_CLASSES = {"cut_cross_entropy": "CutCrossEntropyPlugin", "liger": "LigerPlugin", "kernels": "KernelsPlugin"}
+
+
 def plugin(reading: Reading) -> Outcome:
     """One entry of `plugins`: the name of a class."""
     name = str(reading.value)
     match = re.match(r"axolotl\.integrations\.(\w+)", name)
     if match and match.group(1) in PLUGINS:
         kind, text = PLUGINS[match.group(1)]
+        expected, given = _PLUGIN_CLASSES.get(match.group(1)), name.rpartition(".")[2]
+        if expected not in (None, given):
+            raise UnreadableError(f"{given} is no plugin of Axolotl's.", f"Did you mean {expected}?")
         return Outcome(kind, text)  # pyrefly: ignore[bad-argument-type]
     if "CutCrossEntropy" in name or "cut_cross_entropy" in name:
         return Outcome("automatic", PLUGINS["cut_cross_entropy"][1])

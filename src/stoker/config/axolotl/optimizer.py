@@ -5,7 +5,7 @@ from typing import Any
 
 from stoker.config.axolotl.entries import at, honoured
 from stoker.config.axolotl.outcome import Outcome, Reading, UnreadableError
-from stoker.config.axolotl.values import is_off, number
+from stoker.config.axolotl.values import advice, is_off, number
 
 _PAGED = "its state is not paged to the host's memory"
 _EIGHT_BITS = "8 bits a value instead of fewer"
@@ -82,7 +82,9 @@ def optimizer(reading: Reading) -> Outcome:
     if name in NO_OPTIMIZERS:
         return Outcome("refused", f"the optimiser {name} is not done. {NO_OPTIMIZERS[name]}.")
     if name not in OPTIMIZERS:
-        raise UnreadableError(f"{name} is no optimiser that Axolotl knows.", f"Use one of {', '.join(OPTIMIZERS)}.")
+        raise UnreadableError(
+            f"{name} is no optimiser that Axolotl knows.", advice(name, [*OPTIMIZERS, *NO_OPTIMIZERS])
+        )
     ours, note = OPTIMIZERS[name]
     return honoured({at("train.optimizer.kind"): ours}, note)
 

@@ -6,7 +6,7 @@ from typing import Any
 from stoker.config.axolotl import parallel
 from stoker.config.axolotl.entries import at, honoured
 from stoker.config.axolotl.outcome import Outcome, Reading, UnreadableError
-from stoker.config.axolotl.values import is_off, number, positive, whole
+from stoker.config.axolotl.values import advice, is_off, number, positive, whole
 
 Whole = Mapping[str, Any]
 
@@ -116,7 +116,8 @@ def schedule(reading: Reading) -> Outcome:
     if name in NO_SCHEDULES:
         return Outcome("refused", f"the schedule {name} is not done. Use {NO_SCHEDULES[name]}.")
     if name not in SCHEDULES:
-        raise UnreadableError(f"it must be one of {', '.join(SCHEDULES)}.")
+        known = [*SCHEDULES, *NO_SCHEDULES]
+        raise UnreadableError("it is not one of the words that Axolotl knows.", advice(name, known))
     settings: dict[tuple[str | int, ...], Any] = {at("train.schedule.kind"): SCHEDULES[name]}
     note = ""
     if name == "polynomial":

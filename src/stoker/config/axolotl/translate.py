@@ -152,7 +152,7 @@ class _Translator:
             if value in _BLANKS:
                 self._report.append(Line(path, value, "no effect", BLANK, where))
             else:
-                self._refuse(path, value, "it must be a section of its own.", "", where)
+                self._refuse(path, value, *_layout(path, pattern, value), where)
             return
         advice = _advice(path)
         if self._allow_unknown:
@@ -176,12 +176,18 @@ class _Translator:
 
     def _check_required(self) -> None:
         if not any(datasets.entries(self._whole, name) for name in ("datasets", "pretraining_dataset")):
-            self._missing("datasets", "Name the rows to train on.")
+            self._missing(("datasets",), "Name the rows to train on.")
+        for name in datasets.LISTS:
+            for index, entry in enumerate(datasets.entries(self._whole, name)):
+                if isinstance(entry, Mapping) and entry.get("path") in _BLANKS:
+                    self._missing((name, index, "path"), "Name a file, a folder or a dataset of the Hub.")
         if self._whole.get("learning_rate") is None:
-            self._missing("learning_rate", "Set it, for example 2e-4 with an adapter, 2e-5 without.")
+            self._missing(("learning_rate",), "Set it, for example 2e-4 with an adapter, 2e-5 without.")
 
-    def _missing(self, name: str, fix: str) -> None:
-        self._done.problems.append(Problem(f"{name} is missing.", self._where((name,)), fix))
+    def _missing(self, path: Path, fix: str) -> None:
+        """Adds a problem for a key that has to be there, unless an unknown key was probably meant for it."""
+        if not any(problem.fix == f"Did you mean {path[-1]}?" for problem in self._done.problems):
+            self._done.problems.append(Problem(f"{dotted(path)} is missing.", self._where(path), fix))
 
     def _write_defaults(self) -> None:
         """Writes out what Axolotl does where a key is not there, as far as ours would do otherwise."""
@@ -247,6 +253,17 @@ def _entry(path: Path) -> Path:
     return ()
 
 
+def _layout(path: Path, pattern: str, value: Any) -> tuple[str, str]:
+    """Returns what is wrong with a value where a list or a mapping has to be, and how to write it."""
+    if f"{pattern}[]" in KEYS or f"{pattern}[]" in SECTIONS:
+        inner = "path: " if f"{pattern}[].path" in KEYS else ""
+        example = f"- {inner}{_shown(value)}" if not isinstance(value, dict) else "a dash before the first key of each"
+        return "it must be a list.", f"Write its entries beneath it: {example}"
+    known = next((key for key in KEYS if key.startswith(f"{pattern}.")), "")
+    shown = _shown(value) if not isinstance(value, list) and pattern == "datasets[]" else "..."
+    return "it must be a mapping.", f"Write its keys beneath it, such as {known.rpartition('.')[2]}: {shown}"
+
+
 def _advice(path: Path) -> str:
     """Returns what an unknown key was probably meant to be: one beside it, or one of another level."""
     parent, _, name = _pattern(path).rpartition(".")
@@ -254,11 +271,10 @@ def _advice(path: Path) -> str:
     level += [section for section in SECTIONS if "." not in section and not parent]
     if not parent and name in _OTHER_NAMES:
         return f"Did you mean {_OTHER_NAMES[name]}?"
-    near = difflib.get_close_matches(name, level, 1, 0.75)
     homes = [known for known in KEYS if known.rpartition(".")[2] == name]
-    if homes and not near:
+    if homes:
         return f"It belongs elsewhere: {homes[0]}."
-    near = near or difflib.get_close_matches(name, level, 1, 0.6)
+    near = difflib.get_close_matches(name, level, 1, 0.6)
     return f"Did you mean {near[0].removesuffix('[]')}?" if near else "Remove it, or look for typing mistakes."
 
 

@@ -1,7 +1,8 @@
 """Values as Axolotl takes them: numbers may be quoted, and YAML 1.1's `yes`, `no`, `on` and `off` are booleans."""
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from stoker.config.axolotl.outcome import UnreadableError
@@ -64,3 +65,10 @@ def positive(value: Any) -> int:
 def is_off(value: Any) -> bool:
     """Whether the value turns a feature off."""
     return value in (False, 0, 0.0) or (isinstance(value, str) and value.lower() in ("false", "no", "off", "none"))
+
+
+def advice(name: str, known: Iterable[str]) -> str:
+    """Returns the known name that a misspelt one is close to, or all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(name.lower(), names, 1, 0.75)
+    return f"Did you mean {close[0]}?" if close else f"Use one of {', '.join(names)}."

@@ -152,7 +152,9 @@ def test_a_key_that_is_written_twice_is_refused(tmp_path):
 
 
 def test_a_section_that_is_not_one_is_refused(problem):
-    assert problem(special_tokens="<pad>") == ('their.yml: special_tokens = "<pad>": it must be a section of its own.')
+    assert problem(special_tokens="<pad>") == (
+        'their.yml: special_tokens = "<pad>": it must be a mapping. Write its keys beneath it, such as bos_token: ...'
+    )
 
 
 # What the file says and what the command line says
@@ -221,3 +223,48 @@ def test_any_choice_of_keys_is_translated_whole_or_refused_with_a_reason(chosen)
     assert bool(refused) == bool(found.problems)
     if not found.problems:
         assert parse(keys).model.base == MINIMAL["base_model"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"datasets": "rows.jsonl"},
+            "datasets = rows.jsonl: it must be a list. Write its entries beneath it: - path: rows",
+        ),
+        (
+            {"datasets": ["rows.jsonl"]},
+            "datasets[0] = rows.jsonl: it must be a mapping. Write its keys beneath it, such",
+        ),
+        (
+            {"datasets": [{"type": "alpaca"}]},
+            "datasets[0].path is missing. Name a file, a folder or a dataset of the Hub.",
+        ),
+        (
+            {"plugins": "x.LigerPlugin"},
+            "plugins = x.LigerPlugin: it must be a list. Write its entries beneath it: - x.L",
+        ),
+        (
+            {"plugins": ["axolotl.integrations.liger.LigerPlugn"]},
+            "LigerPlugn is no plugin of Axolotl's. Did you mean Li",
+        ),
+        ({"eos_token": "</s>"}, "eos_token is no key of Axolotl's. It belongs elsewhere: special_tokens.eos_token."),
+        ({"optimizer": "adamw_tourch"}, "adamw_tourch is no optimiser that Axolotl knows. Did you mean adamw_torch?"),
+        ({"lr_scheduler": "cosin"}, "it is not one of the words that Axolotl knows. Did you mean cosine?"),
+        ({"lr_scheduler": "staircase"}, "it is not one of the words that Axolotl knows. Use one of cosine, "),
+        ({"learning_rate": None, "learnign_rate": 1e-4}, "learnign_rate is no key of Axolotl's. Did you mean learning"),
+        (
+            {"datasets": [{"path": "a.jsonl", "type": "chat_template", "message_property_mappings": {"rol": "from"}}]},
+            "rol is no key that templates read. Did you mean role?",
+        ),
+    ],
+)
+def test_a_mistake_is_named_once_with_what_to_write(problem, keys, said):
+    assert said in problem(**keys)
+
+
+def test_asking_for_both_precisions_is_refused(translated):
+    said = [str(found) for found in translated(bf16=True, fp16=True).problems]
+
+    assert len(said) == 2
+    assert all("the file asks for bf16 and for fp16. Keep one of them." in one for one in said)
