@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from stoker.data import cache, formats, rows, sources, storage
@@ -120,7 +121,13 @@ class Opened:
     def made_from(self, digest: Digest) -> dict[str, Any]:
         """Returns what the cache's list shows of the source, and tells by whether it is still what it was."""
         files = self.source.files if self.source else ()
-        states = {file: {"state": storage.state(file), "digest": digest(file)} for file in files}
+        states = {
+            file if storage.is_url(file) else str(Path(file).absolute()): {
+                "state": storage.state(file),
+                "digest": digest(file),
+            }
+            for file in files
+        }
         return {"label": self.label, "files": states}
 
     def share(self, at: Position) -> float | None:

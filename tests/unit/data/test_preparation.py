@@ -254,6 +254,18 @@ def test_list_names_what_was_made_from_what_and_why_it_is_stale(write, run, tmp_
     assert entry.stale.startswith("made with transformers ")
 
 
+def test_data_of_another_folder_is_not_taken_for_stale(write, run, tmp_path, monkeypatch):
+    write(mixed_rows(20))
+    monkeypatch.chdir(tmp_path)
+    run(SourceOptions(path="rows.jsonl"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    (entry,) = cache_list.entries(tmp_path / "cache")
+
+    assert (entry.sources, entry.stale) == (("rows.jsonl",), "")
+
+
 def test_prune_removes_what_was_long_unused(write, run, tmp_path):
     run(write(mixed_rows(20)))
     (entry,) = cache_list.entries(tmp_path / "cache")
