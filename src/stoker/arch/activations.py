@@ -186,7 +186,13 @@ def run_again(layer: LayerSpec, hidden_size: int, keep: Keep, *, is_fused: bool)
         return ()
     if is_fused and not why_not_llama(layer):
         return _RUN_AGAIN[keep]
-    return tuple(arithmetic.layer_flops_per_token(layer, hidden_size, 1))
+    names, mixer = tuple(arithmetic.layer_flops_per_token(layer, hidden_size, 1)), layer.mixer_name
+    if keep == "mixer" and isinstance(layer.mixer, Mamba1Spec):
+        return mixer, f"{mixer}.x_proj"
+    if _keeps_little(layer):
+        left_out = ("feed_forward", mixer) if keep == "attention" else ("feed_forward",)
+        return tuple(name for name in names if name not in left_out and not name.startswith("feed_forward."))
+    return names
 
 
 _RUN_AGAIN: dict[Keep, tuple[str, ...]] = {

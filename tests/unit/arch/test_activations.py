@@ -82,3 +82,45 @@ def test_lower_rungs_run_more_again_and_the_layer_kernel_never_the_last_matmul(s
     forward = arithmetic.flops_per_token(spec, 4096) - 2 * 4096 * 128256
     assert again[-1] == forward - 32 * 2 * 4096 * 14336
     assert activations.recomputed_flops_per_token(spec, 4096, ["input"] * 32, is_fused=False) == forward
+
+
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "moe_intermediate_size": 16,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+MAMBA = {"model_type": "mamba", "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1, "time_step_rank": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "rungs"), [(MIXTURE, ["all", "attention", "input"]), (MAMBA, ["all", "mixer", "input"])]
+)
+def test_mixtures_and_mamba_have_a_rung_between_op_by_op(config, rungs):
+    (layer,) = read(config, "config.json").layers
+    assert list(activations.op_by_op_rungs(layer)) == rungs
+    asked = {rung: activations.legal((layer,), (rung,), is_fused=False)[0] for rung in activations.LADDER}
+    assert set(asked.values()) == set(rungs)
+    assert all(asked[rung] == rung for rung in rungs)
+    micro = activations.Micro(64, 2)
+    kept = [activations.op_by_op(layer, 32, micro, rung).kept for rung in rungs]
+    assert kept == sorted(kept, reverse=True)
+    assert len(set(kept)) == 3
+    again = [set(activations.run_again(layer, 32, rung, is_fused=False)) for rung in rungs]
+    assert not again[0]
+    assert again[0] < again[1] < again[2]
+    assert not any(name.startswith("feed_forward") for name in again[2])
+
+
+def test_a_mixture_that_keeps_attention_holds_its_result_and_a_number_a_head():
+    (layer,) = read(MIXTURE, "config.json").layers
+    kept = {
+        rung: activations.op_by_op(layer, 32, activations.Micro(64, 2), rung).kept for rung in ("attention", "input")
+    }
+    assert kept["attention"] - kept["input"] == 64 * (32 * 2 + 4 * 4)

@@ -71,6 +71,36 @@ def test_op_by_op_layers_recompute_where_they_keep_their_input(decoder, plan):
     assert all(map(torch.equal, gradients(decoder), expected))
 
 
+def test_a_mixture_keeps_attention_and_mamba_all_where_kernels_hold_little(plan):
+    mixture = {**CONFIG, "model_type": "mixtral", "num_local_experts": 4}
+    decoder = native.build(read(mixture, "config.json"))
+    for rung, expected in (("attention", (True, True)), ("input", (True, False)), ("all", (False, False))):
+        set_up_layers(decoder, plan(layers="op by op", keep=(rung,) * 3))
+        assert {(block.recompute, block.keep_attention) for block in decoder.blocks} == {expected}
+    mamba = {"model_type": "mamba", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "time_step_rank": 2}
+    decoder = native.build(read(mamba, "config.json"))
+    for kernels, rung, expected in (("triton", "all", True), ("triton", "mixer", False), ("reference", "all", False)):
+        set_up_layers(decoder, plan(layers="op by op", kernels=kernels, keep=(rung,) * 3))
+        assert {block.mixing.keeps_all for block in decoder.blocks} == {expected}
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mixtral"])
+def test_gradients_are_the_same_on_every_rung(plan, model_type):
+    sizes = {"mamba": {"time_step_rank": 2, "intermediate_size": 32}, "mixtral": {"num_local_experts": 4}}
+    decoder = native.build(read({**CONFIG, "model_type": model_type, **sizes[model_type]}, "config.json"))
+    ids, found = torch.arange(16)[None], []
+    for rung in ("input", "mixer", "all") if model_type == "mamba" else ("input", "attention", "all"):
+        set_up_layers(decoder, plan(layers="op by op", keep=(rung,) * 3))
+        if rung == "all" and model_type == "mamba":
+            for block in decoder.blocks:
+                block.mixing.keeps_all = True
+        found.append(torch.autograd.grad(decoder(ids).square().mean(), list(decoder.parameters()), allow_unused=True))
+    for other in found[1:]:
+        for mine, first in zip(other, found[0], strict=True):
+            assert (mine is None) == (first is None)
+            assert mine is None or torch.allclose(mine, first, rtol=1e-5, atol=1e-7)
+
+
 def test_offloaded_layers_share_one_place_on_the_host(decoder, plan):
     expected = gradients(decoder)
     offload = set_up_layers(decoder, plan(layers="fused", keep=("attention",) * 3, offload_activations=True))

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from stoker.compose.bench import peer, peers
+from stoker.compose.bench import peer, peers, shapes
 from stoker.compose.bench.measure import measure
 from stoker.compose.bench.result import Measured
 from stoker.compose.bench.rows import random_data
 from stoker.compose.hardware import probe
+from stoker.compose.model import open_base
 from stoker.errors import ConfigError
 from stoker.plan.choose import choose
 
@@ -52,6 +53,33 @@ def test_transformers_and_peft_have_our_losses_on_the_same_job(job, overrides):
     assert result["tokens_per_second"] > 0
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert trained == 4 * 2 * (64 + 64 + 2 * (64 + 32) + 64 + 64 + 3 * (64 + 128))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mamba"])
+def test_mixtures_and_state_spaces_are_the_same_job_too(model_type, config, tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "model_type": model_type}
+    if model_type == "mamba":
+        sizes |= {"intermediate_size": 32, "time_step_rank": 2, "tie_word_embeddings": True}
+    else:
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 32}
+        sizes |= {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    shapes.write(sizes, tmp_path, device="cpu")
+    chosen, base = config(), open_base(str(tmp_path))
+    plan = choose(chosen, base.spec, probe())
+    ours, steps = measure(chosen, plan, base, random_data(chosen, 64, steps=4), steps=1)
+    written = json.loads(peers.write_job(chosen, plan, base, steps, tmp_path).read_text())
+    assert written["has_attention"] == written["checkpointing"] == (model_type == "qwen3_moe")
+    adapter = {key: written["adapter"][key] for key in ("targets", "target_parameters")}
+    if model_type == "mamba":
+        assert adapter == {"targets": ["in_proj", "x_proj"], "target_parameters": []}
+    else:
+        assert adapter["targets"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+        assert adapter["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model, _ = peer.load("hf", written)
+    result = peer.train("hf", model, written)
+    assert result["losses"][0] == pytest.approx(ours.losses[0], rel=1e-4)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trained == plan.num_trained_parameters
 
 
 def test_every_weight_is_trained_without_an_adapter(job):
