@@ -169,8 +169,8 @@ def convert_tokens(row: Row, reading: Reading) -> Given:
             raise DataError(
                 f"field {fields.get('labels', 'labels')!r}: {label} at {index} is neither the token's id {token} nor "
                 f"{NOT_LEARNED}.",
-                fix="Labels stand beside their tokens and are shifted later: give each token its own id, or -100 where it "
-                "does not train. Other targets are not learned.",
+                fix="Labels stand beside their tokens and are shifted later: give each token its own id, or -100 where "
+                "it does not train. Other targets are not learned.",
             )
     kept = [index for index, real in enumerate(mask) if real]
     if not kept:

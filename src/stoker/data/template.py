@@ -8,7 +8,8 @@ text and every position, in time linear in the conversation.
 
 Marks change what a template sees, so a template that looks into contents (`startswith`, `split`, ...) could render
 otherwise. The text that Transformers renders from the unmarked messages is the truth: the first rows of a dataset are
-compared with it, and every row if the template does more with contents than print and trim them. Where the two
+compared with it, and every row if the template does more with contents than print and trim them. What a template of
+the first kind prints around contents depends on the roles alone, and is kept (`stoker.data.skeleton`). Where the two
 differ, only the contents that train are marked. If that does not help, or if a message calls tools, whose text no
 content tells, the template says which text each turn of its loop over the messages prints
 (`stoker.data.template_turns`). What cannot be placed with certainty is an error that names the message.
@@ -27,6 +28,7 @@ import jinja2
 
 from stoker.data import marks
 from stoker.data.marks import Rendered, Slot
+from stoker.data.skeleton import Skeletons
 from stoker.data.template_analysis import escapes_contents, only_prints_contents
 from stoker.data.template_engine import parse
 from stoker.data.template_turns import Turns
@@ -76,6 +78,8 @@ class ChatTemplate:
         self._looks_like_marks = marks.MARK.search(source) is not None
         self._turns: Turns | None = None
         self._rows_seen = 0
+        # Contents are escaped by some, and others print what time it is.
+        self._skeletons = None if self._escapes or "strftime_now" in source else Skeletons()
 
     @property
     def method(self) -> str:
@@ -106,8 +110,10 @@ class ChatTemplate:
                 "the row has tools, but the chat template does not mention them.",
                 fix="Use a chat template with tools, or remove them from the row.",
             )
-        plain = [_plain(message) for message in messages]
         self._rows_seen += 1
+        if self._skeletons is not None and not tools and (known := self._skeletons.render(messages)) is not None:
+            return known
+        plain = [_plain(message) for message in messages]
         calls = () if by_tags else _calls(plain, roles)
         stand_ins = marks.stand_ins(plain)
         if self._looks_like_marks or stand_ins is None or not marks.can_be_marked(plain, tools):
@@ -115,6 +121,8 @@ class ChatTemplate:
         rendered, slots = self._render_marked(plain, tools, stand_ins, None)
         is_sure = not self._checks_all_rows and self._rows_seen > CHECKED_ROWS and not calls and not rendered.uncertain
         if is_sure and not stand_ins and all(map(self._is_plain_slot, slots)):
+            if self._skeletons is not None and not tools:
+                self._skeletons.learn(messages, rendered)
             return rendered
         truth = self._render_plain(plain, tools)
         if rendered.text != truth and roles is not None:

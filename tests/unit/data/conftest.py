@@ -198,7 +198,7 @@ def chatml():
     return template_tokenizer("chatml")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tokenizer():
     """The builder itself: `make_tokenizer(template, bos=, eos=, kind=, add_bos=)`."""
     return build_tokenizer

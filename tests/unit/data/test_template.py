@@ -37,10 +37,17 @@ def counted(monkeypatch):
     return count
 
 
-def test_conversation_is_rendered_once_after_the_first_rows(chatml, counted):
+def test_conversations_built_alike_are_rendered_once_after_the_first_rows(chatml, counted):
     template, renders = counted(chatml)
     for _ in range(CHECKED_ROWS + 50):
         template.render(MESSAGES)
+    assert renders == {"marked": CHECKED_ROWS + 1, "plain": CHECKED_ROWS}
+
+
+def test_conversations_with_more_than_contents_are_rendered_each_after_the_first_rows(chatml, counted):
+    template, renders = counted(chatml)
+    for _ in range(CHECKED_ROWS + 50):
+        template.render([message | {"name": "x"} for message in MESSAGES])
     assert renders == {"marked": CHECKED_ROWS + 50, "plain": CHECKED_ROWS}
 
 
