@@ -140,8 +140,8 @@ def some_length_is_left(config: RunConfig) -> Iterator[Finding]:
     data = config.data
     if data.on_long in ("drop", "stop") and data.min_length > data.sequence_length:
         what = (
-            f"data.min_length = {data.min_length} and data.sequence_length = {data.sequence_length} with data.on_long = "
-            f"{data.on_long} leave no document."
+            f"data.min_length = {data.min_length} and data.sequence_length = {data.sequence_length} with "
+            f"data.on_long = {data.on_long} leave no document."
         )
         yield Finding(("data", "min_length"), what, "Lower it.")
 
