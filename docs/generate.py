@@ -134,6 +134,11 @@ _MODELS_HEAD = """\
 - **generation from the whole text**: the class has no state to decode from step by step, so each token runs all again.
 - The rows below are what tests find on tiny checkpoints of each type. A model type that is not among them is looked at
   when it is loaded. A native type whose `config.json` asks for what its family does not compute is borrowed.
+- Many models are another's type: `llama` is Llama 1 to 3.3, Yi, DeepSeek LLM and Coder, SmolLM 1 and 2, Falcon 3 and
+  others; `mistral` is Mistral, Nemo and Ministral 8B; `qwen2` is Qwen 2, 2.5 and QwQ; `phi3` is Phi 3, 3.5 and 4;
+  `gpt_neox` is Pythia; `cohere2` is Command R7B and A. A model's type is `model_type` in its `config.json`.
+- Encoders, pairs of encoder and decoder, and models of images or sound are refused. A class of several kinds that
+  Transformers counts among causal language models, as Gemma 3's (`gemma3`), is borrowed and trains on text alone.
 - Borrowed weights must be unquantised safetensors; `model.quantization` makes NF4, int8 or fp8 of them on the way to
   the device, while the host holds the whole model once.
 

@@ -11,6 +11,7 @@ import torch
 from oracle import CHECKS, pair
 from safetensors.torch import load_file, save_file
 from transformers import (
+    ArceeConfig,
     Cohere2Config,
     CohereConfig,
     Exaone4Config,
@@ -62,6 +63,16 @@ CASES = {
     "exaone4 whole": Exaone4Config(**SIZES, sliding_window=None, layer_types=["full_attention"] * 2),
     "glm": GlmConfig(**SIZES, **HALF, head_dim=12),
     "glm4": Glm4Config(**SIZES, **HALF, head_dim=8),
+    "arcee": ArceeConfig(
+        **SIZES,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "arcee biases": ArceeConfig(**SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
 }
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from stoker.arch.families import FAMILIES
 from stoker.builtin import is_builtin, resolve_model, resolve_rows
 from stoker.config.load import load
 
@@ -26,6 +27,12 @@ def test_what_an_example_calls_builtin_exists(path):
             assert resolve_rows(source.path).is_file()
     if is_builtin(config.model.base):
         assert resolve_model(config.model.base).is_dir()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_each_native_type_has_an_example_by_its_name_or_in_its_head(model_type):
+    heads = {path.stem: path.read_text(encoding="utf-8").partition("model:\n")[0] for path in EXAMPLES}
+    assert any(stem == model_type or f"(model type {model_type})" in head for stem, head in heads.items())
 
 
 def test_the_quickstart_asks_what_its_rows_answer():

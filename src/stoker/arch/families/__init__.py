@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from stoker.arch.families import (
+    arcee,
     bamba,
     cohere,
     deepseek,
@@ -79,6 +80,7 @@ FAMILIES: dict[str, Family] = {
     "glm4": glm,
     "internlm2": internlm,
     "internlm3": internlm,
+    "arcee": arcee,
     "mixtral": mixtures,
     "deepseek_v2": deepseek,
     "deepseek_v3": deepseek,

@@ -191,7 +191,8 @@ def _with_weights(folder: Path, spec: BorrowedSpec, *, dtype: torch.dtype) -> nn
         with _no_progress_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(f"Transformers cannot load this model: {error}", where=str(folder)) from error
+        fix = "Fetch the model again, or mend its config.json."
+        raise ModelError(f"Transformers cannot load this model: {error}", where=str(folder), fix=fix) from error
     model, info = loaded
     _refuse(info, folder)
     return model
