@@ -69,6 +69,8 @@ def command(
     loaded = read(run_file, overrides, allow_unknown=allow_unknown, to_stderr=json_output)
     spec, model_note = _architecture(loaded, shape)
     config = limits.fitted(loaded.config, spec)
+    if shape is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"base": f"shape:{shape}"})})
     known = catalogue.with_file(gpus) if gpus is not None else catalogue.shipped()
     host_bytes = int(host_memory * GIB)
     if here:
@@ -135,7 +137,7 @@ def _architecture(loaded: "Loaded", shape: str | None) -> "tuple[AnySpec, str]":
 
     chosen = loaded.config.model
     if shape is not None:
-        return shapes.spec(shape), f"sizes of the shape {shape}"
+        return shapes.spec(shape), f"the shape {shape} in place of {chosen.base}"
     if chosen.base.startswith("shape:"):
         return shapes.spec(chosen.base.removeprefix("shape:")), ""
     if chosen.base.startswith(preflight.BUILTIN):

@@ -70,8 +70,8 @@ def _memory(offers: Sequence[Mapping[str, Any]]) -> str:
         marker={"symbol": "line-ns-open", "size": 18, "color": _INK, "line": {"width": 2}},
         hovertemplate="%{y}<br>has %{x:.1f} GiB<extra></extra>",
     )
-    figure.update_layout(barmode="stack", height=140 + _ROW_PIXELS * len(offers), **_layout())
-    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_layout(barmode="stack", height=150 + _ROW_PIXELS * len(offers), **_layout())
+    figure.update_yaxes(range=[len(offers) - 0.4, -0.6], automargin=True)
     figure.update_xaxes(title_text="GiB at the peak", rangemode="tozero")
     return figure.to_html(full_html=False, include_plotlyjs="inline", config=_config())
 
@@ -126,9 +126,16 @@ def _layout() -> dict[str, Any]:
         "template": "plotly_white",
         "margin": {"l": 60, "r": 24, "t": 30, "b": 50},
         "font": {"family": "system-ui, sans-serif", "color": _INK, "size": 13},
-        "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left"},
+        "legend": {
+            "orientation": "h",
+            "traceorder": "normal",
+            "y": 1.0,
+            "yanchor": "bottom",
+            "x": 0,
+            "xanchor": "left",
+        },
     }
 
 
 def _config() -> dict[str, Any]:
-    return {"displaylogo": False, "responsive": True}
+    return {"displayModeBar": False, "responsive": True}

@@ -1,0 +1,122 @@
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from stoker.cli.main import app
+from stoker.errors import ConfigError, ModelError
+
+ROWS = ("--rows", "20000", "--tokens-per-row", "450", "--trained-share", "0.4")
+
+
+def plan(*arguments):
+    result = CliRunner().invoke(app, ["plan", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_it_recommends_and_says_what_the_figures_rest_on(write_run):
+    run = write_run(base="meta-llama/Llama-3.1-8B", length="4096", extra="adapter: {}")
+    result = plan(run, "--gpu", "t4,4090,h100", *ROWS)
+    assert result.exit_code == 0
+    assert "sizes of the shape llama-3.1-8b, which its name has" in result.stdout
+    assert "Recommended: " in result.stdout
+    assert "What would change this" in result.stdout
+    assert "rules of thumb on other devices" in result.stdout
+
+
+def test_a_model_at_hand_is_read_from_its_config(write_run):
+    values = json.loads(plan(write_run(), "--gpu", "t4", "--json").stdout)
+    assert values["offers"][0]["plan"]["num_parameters"] < 200_000
+    assert values["offers"][0]["method"] == "full"
+
+
+def test_a_model_that_is_nowhere_is_refused_with_the_way_to_tell(write_run):
+    with pytest.raises(ModelError, match=r"--shape .*llama-3.1-70b"):
+        plan(write_run(base="someone/own-model"), "--gpu", "t4")
+
+
+def test_a_shape_stands_in_for_the_model(write_run):
+    values = json.loads(plan(write_run(), "--shape", "qwen3-8b", "--gpu", "h200", "--methods", "lora", "--json").stdout)
+    assert values["model"]["base"] == "shape:qwen3-8b"
+    assert values["offers"][0]["plan"]["num_parameters"] > 8e9
+
+
+def test_nothing_that_fits_is_exit_code_1_with_what_would(write_run):
+    result = plan(write_run(), "--shape", "llama-3.1-70b", "--gpu", "t4")
+    assert result.exit_code == 1
+    assert "does not fit  Tesla T4" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("--gpu", "h101"), "no device 'h101'"),
+        (("--budget", "cheap"), "no amount"),
+        (("--deadline", "6 parsecs"), "no duration"),
+        (("--explain", "magic"), "no category"),
+        (("--methods", "magic"), "magic is no method"),
+        (("--here", "--gpu", "t4"), "Give one of them"),
+        (("--rows", "5"), None),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(write_run, arguments, what):
+    if what is None:  # what is not given comes from a look at the file
+        assert plan(write_run(), "--gpu", "t4", *arguments).exit_code == 0
+        return
+    with pytest.raises(ConfigError) as caught:
+        plan(write_run(), *arguments)
+    assert what in str(caught.value)
+
+
+def test_a_formula_is_explained(write_run):
+    text = plan(
+        write_run(), "--shape", "llama-3.1-8b", "--gpu", "h200", "--methods", "lora", "--explain", "time"
+    ).stdout
+    assert "matmul" in text
+    assert "0.69 x 990 TFLOP/s" in text or "0.69 x 989 TFLOP/s" in text
+
+
+def test_own_prices_are_taken_from_a_file(write_run, here):
+    (here / "mine.toml").write_text("[t4]\nprice = 0.01\n")
+    values = json.loads(plan(write_run(), "--gpu", "t4", "--gpus", here / "mine.toml", "--json").stdout)
+    assert values["offers"][0]["device"]["price"]["usd_per_hour"] == 0.01
+
+
+def test_the_page_opens_offline(write_run, here):
+    page = here / "plan.html"
+    arguments = ("--shape", "llama-3.1-8b", "--gpu", "t4,4090,h100", "--methods", "lora,nf4", *ROWS)
+    assert plan(write_run(), *arguments, "--html", page).exit_code == 0
+    text = page.read_text()
+    assert "GeForce RTX 4090, adapter on NF4" in text
+    assert "none is better in both" in text
+    assert 'src="http' not in text
+
+
+def test_this_machine_is_planned_for(write_run):
+    values = json.loads(plan(write_run(), "--here", "--json").stdout)
+    assert len({offer["device"]["key"] for offer in values["offers"]}) == 1
+
+
+def test_it_answers_without_torch_in_under_a_second_of_work(write_run):
+    run = write_run(base="meta-llama/Llama-3.1-8B", length="4096", extra="adapter: {}")
+    code = (
+        "import sys; from stoker.cli.main import app; app(sys.argv[1:], standalone_mode=False); "
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'torch was imported'"
+    )
+    names = "t4,4090,l40s,a100-80,h100,h200"
+    before = os.times()
+    started = time.monotonic()
+    subprocess.run(
+        [sys.executable, "-c", code, "plan", str(run), "--gpu", names, *ROWS], check=True, stdout=subprocess.DEVNULL
+    )
+    elapsed = time.monotonic() - started
+    after = os.times()
+    # Of the processor, as a machine that is busy with other things would fail the clock.
+    used = after.children_user - before.children_user + after.children_system - before.children_system
+    assert used < 1.0, f"{used:.2f} s of processor time, {elapsed:.2f} s by the clock"

@@ -1,0 +1,148 @@
+from dataclasses import replace
+
+import pytest
+
+from stoker.errors import ConfigError
+from stoker.plan import survey_text
+from stoker.plan.catalogue import shipped
+from stoker.plan.survey import Request, allowed_methods, methods_of, pareto, survey, verdict
+from stoker.plan.workload import log_normal
+
+NAMES = ("t4", "rtx4090", "a100-80", "h100")
+DEVICES = [shipped()[name] for name in NAMES]
+DOCUMENTS = log_normal(20_000, 450, 0.4, "a test")
+
+
+@pytest.fixture
+def ask(run, llama_8b):
+    def build(*overrides, methods=("lora", "nf4"), documents=DOCUMENTS, devices=DEVICES, **changes):
+        request = Request(run(*overrides), llama_8b, documents, methods, **changes)
+        offers = survey(request, devices)
+        return request, offers, verdict(request, offers)
+
+    return build
+
+
+def test_every_device_and_method_is_there_and_what_fits_comes_first_by_time(ask):
+    _, offers, _ = ask()
+    assert len(offers) == 8
+    fits = [one.fits for one in offers]
+    assert fits == sorted(fits, reverse=True)
+    times = [one.step.seconds for one in offers if one.fits]
+    assert times == sorted(times)
+    (t4,) = [one for one in offers if not one.fits]
+    assert (t4.device.key, t4.method) == ("t4", "lora")
+    assert "GiB" in t4.why
+
+
+def test_categories_of_memory_add_up_to_the_plan(ask):
+    for one in ask(methods=("full", "lora", "nf4", "int8", "fp8"))[1]:
+        if one.fits:
+            assert sum(one.memory().values()) == one.plan.memory.total
+            assert all(count >= 0 for count in one.memory().values())
+            assert (one.memory()["adapters"] == 0) == (one.method == "full")
+
+
+def test_hours_and_cost_are_those_of_all_steps(ask):
+    one = next(one for one in ask()[1] if one.device.key == "h100" and one.method == "lora")
+    assert one.hours == pytest.approx(one.work.steps * one.step.seconds / 3600, rel=0.05)
+    assert one.usd == pytest.approx(one.hours * one.device.price.usd_per_hour)
+
+
+def test_a_deadline_takes_the_cheapest_in_time_and_a_budget_the_fastest_for_the_money(ask):
+    _, offers, free = ask()
+    fitting = [one for one in offers if one.fits]
+    limit = sorted(one.hours for one in fitting)[2]
+    _, _, hurried = ask(deadline_hours=limit)
+    in_time = [one for one in fitting if one.hours <= limit]
+    assert hurried.best.usd <= 1.1 * min(one.usd for one in in_time)
+    assert hurried.best.hours <= limit
+    money = sorted(one.usd for one in fitting)[2]
+    _, _, thrifty = ask(budget_usd=money)
+    assert thrifty.best.usd <= money
+    assert thrifty.best.hours <= 1.1 * min(one.hours for one in fitting if one.usd <= money)
+    assert free.best.name in {one.name for one in fitting}
+
+
+def test_what_no_candidate_keeps_to_is_said_with_the_nearest(ask):
+    _, _, found = ask(deadline_hours=0.001)
+    assert found.best is None
+    assert "the fastest is H100 SXM" in found.because
+    _, _, unknown = ask(documents=None, deadline_hours=1.0)
+    assert "not known" in unknown.because
+
+
+def test_nothing_fits_and_what_would_is_said(ask):
+    _, offers, found = ask(methods=("full",), devices=[shipped()["t4"]])
+    assert not offers[0].fits
+    assert found.best is None
+    assert any("Tesla T4" in sentence for sentence in found.would_change)
+
+
+def test_a_quantised_base_must_gain_to_be_recommended(ask):
+    # On a roomy card NF4 is slower than the base as it is.
+    _, _, found = ask(devices=[shipped()["h100"]])
+    assert found.best.method == "lora"
+
+
+def test_the_runner_up_is_on_another_device_and_a_price_would_change_the_answer(ask):
+    _, _, found = ask()
+    assert found.second.device.key != found.best.device.key
+    assert "x the time" in found.runner_up
+    dearer = found.best.device
+    assert any("would win" in sentence for sentence in found.would_change)
+    price = replace(dearer.price, usd_per_hour=100 * dearer.price.usd_per_hour)
+    others = [replace(one, price=price) if one.key == dearer.key else one for one in DEVICES]
+    _, _, changed = ask(devices=others)
+    assert changed.best.device.key != dearer.key
+
+
+def test_more_memory_is_named_where_it_would_spare_time(ask):
+    _, _, found = ask("data.sequence_length=4096", methods=("lora",), devices=[shipped()["rtx4090"]])
+    assert any("GiB nothing would be computed again" in sentence for sentence in found.would_change)
+
+
+def test_without_prices_the_fastest_is_recommended(ask):
+    bare = [replace(one, price=None) for one in DEVICES]
+    _, offers, found = ask(devices=bare)
+    assert found.best is offers[0]
+    assert pareto(offers) == []
+
+
+def test_no_candidate_beats_one_of_the_pareto_line(ask):
+    _, offers, _ = ask()
+    line = pareto(offers)
+    for one in line:
+        for other in offers:
+            if other.fits and other is not one:
+                assert other.step.seconds >= one.step.seconds or other.usd_per_step > one.usd_per_step
+
+
+def test_methods_are_what_the_yaml_leaves_open(run):
+    assert allowed_methods(run()) == ("lora", "nf4", "int8", "fp8")
+    assert allowed_methods(run("model.quantization=nf4")) == ("nf4",)
+    assert allowed_methods(run("model.quantization=none")) == ("lora",)
+    assert allowed_methods(run("adapter=null")) == ("full",)
+    assert methods_of("nf4, full") == ("full", "nf4")
+    with pytest.raises(ConfigError, match="qlora is no method"):
+        methods_of("qlora")
+
+
+def test_the_table_has_a_line_for_each_and_json_has_it_all(ask):
+    request, offers, found = ask()
+    lines = survey_text.table(offers).splitlines()
+    assert len(lines) == 8
+    assert survey_text.misfits(offers) == []
+    values = survey_text.to_dict(request, offers, found)
+    assert len(values["offers"]) == 8
+    assert values["recommended"] == found.best.name
+    text = "\n".join(survey_text.summary(request, found))
+    assert text.startswith(f"Recommended: {found.best.name}")
+
+
+@pytest.mark.parametrize("category", survey_text.CATEGORIES)
+def test_every_category_has_its_formula_with_numbers(ask, category):
+    request, offers, _ = ask()
+    text = survey_text.explain(request, offers[0], category)
+    assert category in text
+    assert any(letter.isdigit() for letter in text)
