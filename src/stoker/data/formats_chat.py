@@ -25,6 +25,7 @@ ROLES = {
 """Names of roles in the wild, and the name that chat templates know. Others pass through unchanged in `role`."""
 
 _LISTS = ("messages", "conversations")
+_PLAIN = {"role", "content"}
 _THOUGHTS = tuple(
     re.compile(rf"\s*{opening}(.*?){closing}\s*", re.DOTALL)
     for opening, closing in (
@@ -106,8 +107,10 @@ Read = tuple[dict[str, Any], bool | None, Detail | None]
 def _system(row: Row, read: list[Read], reading: Reading) -> list[Read]:
     """Returns the system message that the row's own field, or the default, puts before the others."""
     text = row.get("system")
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"field 'system' is {kind(text)}, not text.")
     has_one = read[0][0]["role"] == "system"
-    if isinstance(text, str) and text.strip():
+    if text and text.strip():
         if has_one:
             raise DataError("the row has a field 'system' and a system message too.")
         return [({"role": "system", "content": text}, None, None)]
@@ -117,6 +120,8 @@ def _system(row: Row, read: list[Read], reading: Reading) -> list[Read]:
 
 def _message(message: Any, place: str, reading: Reading) -> Read:
     """Returns a message as templates take it, whether it says that it trains, and which characters do."""
+    if (plain := _plain_message(message, reading)) is not None:
+        return plain, None, None
     if not isinstance(message, Mapping):
         raise DataError(f"{place} is {kind(message)}, not an object with role and content.")
     fields, sharegpt = reading.fields, "from" in message and "role" not in message
@@ -126,6 +131,9 @@ def _message(message: Any, place: str, reading: Reading) -> Read:
     role = _role(theirs, role_name, place, message, reading, must_be_known=sharegpt)
     used = {role_name, content_name}
     rest = _others(message, used, reading)
+    for thought in ("reasoning_content", "thinking"):
+        if thought in rest and not isinstance(rest[thought], str):
+            raise DataError(f"{place}.{thought} is {kind(rest[thought])}, not text.")
     if str(theirs).lower() == "function_call":
         call = decoded(message.get(content_name))
         rest["tool_calls"], content = (list(call) if isinstance(call, list | tuple) else [call]), None
@@ -142,9 +150,22 @@ def _message(message: Any, place: str, reading: Reading) -> Read:
     return read, trains, detail
 
 
+def _plain_message(message: Any, reading: Reading) -> dict[str, Any] | None:
+    """Returns a message of a known role and a text where nothing is to be looked up, which is nearly all; else None."""
+    if type(message) is not dict or message.keys() != _PLAIN or reading.fields or reading.chat.roles:
+        return None
+    if reading.chat.message_properties or reading.chat.split_thinking:
+        return None
+    role, content = message["role"], message["content"]
+    known = ROLES.get(role) if isinstance(role, str) and role != "function_call" else None
+    return {"role": known, "content": content} if known is not None and isinstance(content, str) else None
+
+
 def _role(theirs: Any, name: str, place: str, message: Row, reading: Reading, *, must_be_known: bool) -> str:
+    if theirs is None:
+        raise DataError(f"{place}.{name} is missing or null; the message has: {names(message)}.")
     if not isinstance(theirs, str) or not theirs:
-        raise DataError(f"{place} has no {name!r}; it has: {names(message)}.")
+        raise DataError(f"{place}.{name} is {'empty' if theirs == '' else kind(theirs)}, not the name of a role.")
     for ours, aliases in reading.chat.roles.items():
         if theirs in aliases:
             return ours

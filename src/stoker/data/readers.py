@@ -157,6 +157,9 @@ def _read_csv(opened: BinaryIO, name: str, *, delimiter: str = ",") -> Iterator[
     line = 1
     try:
         columns = next(reader, [])
+        twice = next((column for column in columns if columns.count(column) > 1), None)
+        if twice is not None:
+            raise DataError(f"the column {twice!r} is named twice. Rename one of them.", where=f"{name}:1")
         line = reader.line_num + 1
         for values in reader:
             if values and len(values) != len(columns):
@@ -167,7 +170,24 @@ def _read_csv(opened: BinaryIO, name: str, *, delimiter: str = ",") -> Iterator[
     except csv.Error as error:
         raise DataError(f"the file is not CSV: {error}.", where=f"{name}:{line}") from error
     except UnicodeDecodeError as error:
-        raise DataError("the file is not UTF-8.", where=f"{name}:{line}") from error
+        raise DataError("the file is not UTF-8.", where=f"{name}:{_first_undecodable(opened) or line}") from error
+
+
+def _first_undecodable(opened: BinaryIO) -> int | None:
+    """Returns the number of the first line that is not UTF-8; text is decoded in blocks, which do not tell it.
+
+    None where a file cannot be read again from its beginning.
+    """
+    try:
+        opened.seek(0)
+        for number, line in enumerate(opened, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    except (OSError, ValueError):
+        return None
+    return None
 
 
 def _read_tsv(opened: BinaryIO, name: str) -> Iterator[Row]:

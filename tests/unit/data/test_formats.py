@@ -168,7 +168,7 @@ def test_tools_and_calls_without_content_pass_through():
         ({"messages": []}, "field 'messages' is empty."),
         ({"messages": "hello"}, "field 'messages' is text, not a list."),
         ({"messages": ["hello"]}, "messages[0] is text, not an object with role and content."),
-        ({"messages": [{"content": "a"}]}, "messages[0] has no 'role'; it has: content."),
+        ({"messages": [{"content": "a"}]}, "messages[0].role is missing or null; the message has: content."),
         (
             {"messages": [{"role": "user", "text": "a"}]},
             "messages[0].content is missing or null; the message has: role, text.",
