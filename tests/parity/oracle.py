@@ -292,6 +292,23 @@ def check_nf4(pair: Pair) -> None:
     assert not torch.equal(found, pair.ours.logits(pair.ours(ids)))
 
 
+def check_bf16(pair: Pair) -> None:
+    """Under autocast to bf16, as `engine.precision: bf16` trains, loss and gradients are near those in fp32."""
+    ids = pair.tokens(2, 24)
+    batch = Batch(ids, ids.roll(-1, 1), None, ids.numel(), ids.numel())
+    task = SupervisedTask(pair.ours).eval()
+    trained = [parameter for parameter in pair.ours.parameters() if parameter.requires_grad]
+    losses, gradients = [], []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(task(batch).loss_sum)
+        found = torch.autograd.grad(losses[-1], trained)
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+    assert losses[0] != losses[1], "nothing ran in bf16"
+    assert abs(losses[1] - losses[0]) <= 0.02 * losses[0]
+    assert nn.functional.cosine_similarity(*gradients, dim=0) > 0.98
+
+
 CHECKS: dict[str, Callable[[Pair], None]] = {
     "logits": check_logits,
     "gradients": check_gradients,
@@ -304,6 +321,7 @@ CHECKS: dict[str, Callable[[Pair], None]] = {
     "layers": check_layers,
     "lora": check_lora,
     "nf4": check_nf4,
+    "bf16": check_bf16,
 }
 
 
