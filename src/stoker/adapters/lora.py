@@ -150,9 +150,9 @@ class LoraLinear(nn.Module):
     def _row_norms(self) -> Tensor:
         # While decoding, the norms are computed once: for one token they would cost as much as `rank` tokens.
         a, b, base = self.lora_a, self.lora_b, self.base
-        stored = next(base.matrix.buffers()) if isinstance(base, FrozenLinear) else base.weight
-        key = (a._version, b._version, a.data_ptr(), b.data_ptr(), stored.data_ptr())
         decoding = not self.training and not torch.is_grad_enabled()
+        stored = id(base.matrix) if isinstance(base, FrozenLinear) else base.weight.data_ptr()
+        key = (a._version, b._version, a.data_ptr(), b.data_ptr(), stored)
         if decoding and self._kept_norms is not None and self._kept_norms[0] == key:
             return self._kept_norms[1]
         norms = row_norms(base.weight, a, b, scaling=self.settings.scaling, slices=self._slices)

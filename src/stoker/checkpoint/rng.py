@@ -1,4 +1,4 @@
-"""The state of every random-number generator that a step may draw from: Python's, NumPy's, torch's on each device."""
+"""The state of every random-number generator that a step may draw from: Python's, NumPy's, torch's on its device."""
 
 import random
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the states as named uint8 tensors (torch) and JSON values (Python and NumPy)."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        for index, value in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"cuda:{index}"] = value
+        # A process draws on one GPU; asking the others would take memory there.
+        tensors[f"cuda:{torch.cuda.current_device()}"] = torch.cuda.get_rng_state()
     if torch.backends.mps.is_available():
         tensors["mps"] = torch.mps.get_rng_state()
     version, words, gauss = random.getstate()
@@ -24,12 +24,12 @@ def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Puts back what `state` returned; states of devices that this machine lacks are passed over."""
+    """Puts back what `state` returned; states of other devices are passed over."""
     torch.set_rng_state(tensors["cpu"])
     for name, value in tensors.items():
         kind, _, index = name.partition(":")
-        if kind == "cuda" and torch.cuda.is_available() and int(index) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(value, int(index))
+        if kind == "cuda" and torch.cuda.is_available() and int(index) == torch.cuda.current_device():
+            torch.cuda.set_rng_state(value)
         elif kind == "mps" and torch.backends.mps.is_available():
             torch.mps.set_rng_state(value)
     version, words, gauss = values["python"]

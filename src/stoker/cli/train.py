@@ -1,10 +1,13 @@
 """`stoker train`: run a YAML."""
 
+import sys
 from typing import Annotated
 
 import typer
 
 from stoker.cli.options import AllowUnknown, Overrides, RunFile
+from stoker.cli.read import read
+from stoker.config.load import Loaded, load_with_origins
 
 
 def command(
@@ -14,20 +17,39 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew in a folder that holds another run.")
     ] = False,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine, one for each GPU: engine.num_processes.")
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Times to go on from the last checkpoint after a process died.")
+    ] = 0,
     allow_unknown: AllowUnknown = False,
 ) -> None:
     """Train what the YAML describes, Stoker's or Axolotl's; Ctrl-C saves and stops.
 
-    Example: stoker train run.yaml --set train.learning_rate=1e-4
+    Example: stoker train run.yaml --gpus 2 --set train.learning_rate=1e-4
     """
-    from stoker.cli.read import read
+    from stoker.compose import launch
     from stoker.errors import ConfigError
 
     if resume and overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite throws it away.", fix="Give one of them.")
+    if gpus is not None:
+        overrides = [*overrides, f"engine.num_processes={gpus}"]
+    if launch.is_worker():
+        with launch.recorded():
+            loaded = load_with_origins(run_file, overrides, allow_unknown=allow_unknown)
+            _train(loaded, resume=resume, overwrite=overwrite)
+        return
     loaded = read(run_file, overrides, allow_unknown=allow_unknown)
+    count = loaded.config.engine.num_processes or 1
+    if (count > 1 or max_restarts) and not launch.is_inside_another():
+        raise typer.Exit(launch.start(sys.argv[1:], num_processes=count, max_restarts=max_restarts))
+    raise typer.Exit(_train(loaded, resume=resume, overwrite=overwrite))
 
+
+def _train(loaded: Loaded, *, resume: bool, overwrite: bool) -> int:
+    """Returns the exit code."""
     from stoker.compose.train import train
 
-    result = train(loaded, resume_run=resume, overwrite=overwrite)
-    raise typer.Exit(result.exit_code)
+    return train(loaded, resume_run=resume, overwrite=overwrite).exit_code

@@ -108,7 +108,14 @@ def refuse_rows_of_other_tasks(config: RunConfig, audits: dict[str, Audit]) -> N
 
 
 def loader(
-    config: RunConfig, documents: Documents, *, micro_batch_size: int, pad_id: int, mixed: bool = False
+    config: RunConfig,
+    documents: Documents,
+    *,
+    micro_batch_size: int,
+    pad_id: int,
+    mixed: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> StepLoader:
     """Returns the batches of `documents`, as the configuration lays them out; `mixed` by the weights of data.train."""
     weights = [source.weight for source in config.data.train if source.weight is not None]
@@ -119,6 +126,8 @@ def loader(
         sequence_length=config.data.sequence_length,
         packing=config.data.packing,
         seed=config.train.seed,
+        rank=rank,
+        world_size=world_size,
         pad_id=pad_id,
         shuffle=config.data.shuffle,
         weights=weights if mixed and weights else None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from stoker.compose.trainer import Engine
+from stoker.distributed.strategy import Strategy
 from stoker.train.evaluate import evaluate
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Measured:
     num_batches: int
     num_trained_tokens: int
     whole: bool
+    num_ranks: int = 1
 
 
 def measure(engine: Engine, console: Console) -> dict[str, Measured]:
@@ -37,15 +39,18 @@ def measure_again(engine: Engine, before: dict[str, Measured], console: Console)
     losses = {}
     for split, measured in before.items():
         with console.status(f"loss after training: {split}"):
-            losses[split] = evaluate(engine.strategy, islice(_batches(engine, split), measured.num_batches)).loss
+            # As many rows, over however many ranks there are now.
+            count = -(-measured.num_batches * measured.num_ranks // engine.strategy.world_size)
+            losses[split] = evaluate(engine.strategy, islice(_batches(engine, split), count)).loss
     return losses
 
 
 def _timed(engine: Engine, split: str, console: Console) -> Measured:
-    batches = _Timed(_batches(engine, split))
+    batches = _Timed(_batches(engine, split), engine.strategy)
     with console.status(f"loss before training: {split}"):
         evaluation = evaluate(engine.strategy, batches)
-    return Measured(evaluation.loss, batches.count, evaluation.num_trained_tokens, batches.is_whole)
+    ranks = engine.strategy.world_size
+    return Measured(evaluation.loss, batches.count, evaluation.num_trained_tokens, batches.is_whole, ranks)
 
 
 def _splits(engine: Engine) -> list[str]:
@@ -57,17 +62,18 @@ def _batches(engine: Engine, split: str) -> "Iterable[Batch]":
 
 
 class _Timed:
-    """Batches until the time is up, at least one of them with a trained token."""
+    """Batches until the time is up on a rank, at least one of them with a trained token; equally many on all ranks."""
 
-    def __init__(self, batches: "Iterable[Batch]") -> None:
-        self._batches = batches
+    def __init__(self, batches: "Iterable[Batch]", strategy: Strategy) -> None:
+        self._batches, self._strategy = batches, strategy
         self.count = 0
         self.is_whole = True
 
     def __iter__(self) -> "Iterator[Batch]":
         started, trained = time.monotonic(), 0
         for batch in self._batches:
-            if trained and time.monotonic() - started > _SECONDS_A_SPLIT:
+            late = time.monotonic() - started > _SECONDS_A_SPLIT
+            if all(self._strategy.sum_over_ranks([trained, late])):
                 self.is_whole = False
                 return
             self.count += 1

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import stoker
 from stoker.checkpoint.read import load as read
-from stoker.compose import finish, losses, resume
+from stoker.compose import finish, launch, losses, parallel, resume
 from stoker.compose.data import Data, prepare_data, refuse_faults, refuse_rows_of_other_tasks, summary
 from stoker.compose.execution import borrowed_notices, fp8_notice, layers_not_in_fp8, warm_up_reason
 from stoker.compose.hardware import probe, with_loaded
@@ -20,7 +20,7 @@ from stoker.compose.model import Base, fitted, load_decoder, load_tokenizer, ope
 from stoker.compose.run_folder import Journal, RunFolder, now, versions
 from stoker.compose.session import Session
 from stoker.compose.trained import embedding_noise, keep_only
-from stoker.compose.trainer import Engine, add_adapter, compute_dtype, describe, make_engine, make_trainer
+from stoker.compose.trainer import Engine, add_adapter, compute_dtype, describe, make_engine, make_trainer, weight_dtype
 from stoker.compose.upload import upload
 from stoker.compose.vocabulary import Tokens, grow
 from stoker.config import show
@@ -38,6 +38,7 @@ from stoker.plan.plan import Plan
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from stoker.distributed.ranks import Ranks
     from stoker.models.open import Model as LoadedModel
 
 # What of a plan is its ladder.
@@ -84,10 +85,12 @@ class _Notes:
 
     folder: RunFolder
     facts: dict[str, Any] = field(default_factory=dict)
+    writes: bool = True
 
     def add(self, **facts: Any) -> None:
         self.facts |= facts
-        self.folder.write_json("run.json", self.facts)
+        if self.writes:
+            self.folder.write_json("run.json", self.facts)
 
 
 def train(
@@ -105,10 +108,28 @@ def train(
     Raises:
         UserError: something the user can mend, before the first step. TrainingError: training cannot go on.
     """
-    console = console or Console()
+    ranks = parallel.join(loaded.config)
+    try:
+        return _train(loaded, ranks, resume_run=resume_run, overwrite=overwrite, console=console, model=model)
+    finally:
+        ranks.leave()
+
+
+def _train(
+    loaded: Loaded, ranks: "Ranks", *, resume_run: bool, overwrite: bool, console: Console | None, model: Model | None
+) -> RunResult:
+    console = console or Console(quiet=not ranks.is_first)
     config, folder = loaded.config, RunFolder.of(loaded.config.output.folder)
-    resume_run = resume_run or (config.output.resume and folder.config.exists() and not overwrite)
-    folder.check(resume=resume_run, overwrite=overwrite)
+    parallel.require_same(ranks, config)
+
+    def resumes() -> bool:
+        goes_on = resume_run or launch.is_restarted(_read_notes(folder))
+        goes_on = goes_on or (config.output.resume and folder.config.exists() and not overwrite)
+        folder.check(resume=goes_on, overwrite=overwrite)
+        return goes_on
+
+    resume_run = ranks.share(resumes)
+    overwrite = overwrite and not resume_run
     _say(console, f"stoker {stoker.__version__}  {describe(config)}", style="bold")
     model = model or _open(config)
     config = fitted(config, model.base)
@@ -122,9 +143,10 @@ def train(
     for sentence in warnings:
         _say(console, sentence, style="yellow")
     hardware = probe() if model.decoder is None else with_loaded(probe(), model.decoder)
-    plan = _choose(config, model.base, data, hardware, folder if resume_run else None)
+    base, before = model.base, folder if resume_run else None
+    plan = ranks.share(lambda: _choose(config, base, data, hardware, before, world_size=ranks.world_size))
     _say(console, plan.table())
-    engine = _make_engine(config, plan, model, data, console)
+    engine = _make_engine(config, plan, model, data, console, ranks=ranks)
     assert model.decoder is not None
     not_in_fp8 = layers_not_in_fp8(model.decoder, plan)
     for sentence in borrowed_notices(model.decoder, packing=config.data.packing):
@@ -135,10 +157,13 @@ def train(
     for sentence in filter(None, (fp8_notice(model.decoder, plan), adapter_notice, left_out)):
         warnings.append(sentence)
         _say(console, sentence, style="yellow")
-    folder.claim(overwrite=overwrite)  # Last, so that a mistake found so far leaves the folder as it was.
-    notes = _Notes(folder, _read_notes(folder) if resume_run else {})
-    _write_inputs(folder, loaded, plan, data)
+    facts = ranks.share(lambda: _read_notes(folder) if resume_run else {})
+    if ranks.is_first:
+        folder.claim(overwrite=overwrite)  # Last, so that a mistake found so far leaves the folder as it was.
+        _write_inputs(folder, loaded, plan, data)
+    notes = _Notes(folder, facts, writes=ranks.is_first)
     notes.add(
+        launch=launch.run_id(),
         title=describe(config),
         versions=versions(),
         device=plan.device_name,
@@ -146,7 +171,9 @@ def train(
         layers_not_in_fp8=not_in_fp8,
     )
     with closing(engine):
-        return _run(config, plan, model, engine, folder=folder, notes=notes, resume_run=resume_run, console=console)
+        return _run(
+            config, plan, model, engine, ranks, folder=folder, notes=notes, resume_run=resume_run, console=console
+        )
 
 
 def _open(config: RunConfig) -> Model:
@@ -162,8 +189,16 @@ def _open(config: RunConfig) -> Model:
     return Model(base, tokenizer)
 
 
-def _choose(config: RunConfig, base: Base, data: Data, hardware: Hardware, resumed: RunFolder | None) -> Plan:
+def _choose(
+    config: RunConfig, base: Base, data: Data, hardware: Hardware, resumed: RunFolder | None, *, world_size: int
+) -> Plan:
     """Returns the plan; that of a resumed run keeps the choices that its results depend on in their last bits."""
+    config = parallel.share_of_one(config, world_size)
+    plan = _choose_for_one(config, base, data, hardware, resumed)
+    return parallel.spread(plan, config, world_size)
+
+
+def _choose_for_one(config: RunConfig, base: Base, data: Data, hardware: Hardware, resumed: RunFolder | None) -> Plan:
     statistics = Statistics(data.longest)
     plan = choose(config, base.spec, hardware, statistics=statistics)
     if resumed is None:
@@ -188,6 +223,7 @@ def _run(
     plan: Plan,
     model: Model,
     engine: Engine,
+    ranks: "Ranks",
     *,
     folder: RunFolder,
     notes: _Notes,
@@ -195,7 +231,7 @@ def _run(
     console: Console,
 ) -> RunResult:
     journal = Journal()
-    with _observers(config, folder, journal, console) as observers:
+    with _observers(config, folder, journal, console, speaks=ranks.is_first) as observers:
         if "before" not in notes.facts:
             notes.add(before={split: asdict(one) for split, one in losses.measure(engine, console).items()})
         before = {split: losses.Measured(**one) for split, one in notes.facts["before"].items()}
@@ -218,6 +254,8 @@ def _run(
         memory={"predicted": plan.memory.total, "measured": engine.strategy.peak_memory_bytes()},
     )
     if result.reason == "interrupted":
+        if not ranks.is_first:
+            return RunResult(folder.path, result.reason, result.step, result.seconds, {}, (), None, None)
         finish.say_interrupted(console, folder, result)
         by = result.interrupted_by
         return RunResult(folder.path, result.reason, result.step, result.seconds, {}, (), None, result.checkpoint, by)
@@ -227,10 +265,15 @@ def _run(
     assert model.decoder is not None
     is_adapter = config.adapter is not None
     target = folder.adapter if is_adapter else folder.model
-    weights = finish.save_weights(model.base, model.decoder, model.tokenizer, target, is_adapter=is_adapter)
+    with engine.strategy.gathered(trained_only=is_adapter):
+        if ranks.is_first:
+            finish.save_weights(model.base, model.decoder, model.tokenizer, target, is_adapter=is_adapter)
+    weights = target
     after = losses.measure_again(engine, before, console)
     pairs = {split: {"before": before[split].loss, "after": loss} for split, loss in after.items()}
     answers = finish.answer(model.session(plan, describe(config)), config.output.questions, console)
+    if not ranks.is_first:
+        return RunResult(folder.path, result.reason, result.step, result.seconds, pairs, answers, weights, None)
     notes.add(losses=pairs, answers=[{"question": question, "answer": text} for question, text in answers])
     finish.conclude(console, folder, losses=pairs, answers=answers, weights=weights, result=result)
     if config.output.hub_model_id is not None:
@@ -241,7 +284,9 @@ def _run(
     )
 
 
-def _make_engine(config: RunConfig, plan: Plan, model: Model, data: Data, console: Console) -> Engine:
+def _make_engine(
+    config: RunConfig, plan: Plan, model: Model, data: Data, console: Console, *, ranks: "Ranks"
+) -> Engine:
     """Loads the weights unless they are loaded, adds a new adapter, and makes everything that takes a step."""
     import torch
 
@@ -249,7 +294,7 @@ def _make_engine(config: RunConfig, plan: Plan, model: Model, data: Data, consol
     torch.set_float32_matmul_precision("high" if config.engine.tf32 else "highest")
     torch.manual_seed(config.train.seed)
     if model.decoder is None:
-        dtype = compute_dtype(plan) if config.adapter is not None else torch.float32
+        dtype = weight_dtype(config, plan)
         with console.status("loading weights"):
             model.decoder = load_decoder(
                 model.base, device=plan.device, dtype=dtype, kernels=plan.kernels, quantization=plan.quantization
@@ -262,12 +307,20 @@ def _make_engine(config: RunConfig, plan: Plan, model: Model, data: Data, consol
             add_adapter(model.decoder, config.adapter, seed=config.train.seed)
     if config.train.only is not None:
         keep_only(model.decoder, model.base.spec, config.train.only)
-    return make_engine(config, plan, model.decoder, data, pad_id=pad_id(model.tokenizer))
+    engine = make_engine(config, plan, model.decoder, data, pad_id=pad_id(model.tokenizer), ranks=ranks)
+    if ranks.rank:
+        torch.manual_seed(config.train.seed + ranks.rank)  # no two ranks drop the same values
+    return engine
 
 
 @contextmanager
-def _observers(config: RunConfig, folder: RunFolder, journal: Journal, console: Console) -> Iterator[list[Observer]]:
-    """Opens everything that watches the run, and closes it whatever happens."""
+def _observers(
+    config: RunConfig, folder: RunFolder, journal: Journal, console: Console, *, speaks: bool
+) -> Iterator[list[Observer]]:
+    """Opens everything that watches the run, and closes it whatever happens; one of many processes `speaks`."""
+    if not speaks:
+        yield [journal]
+        return
     names = config.output.trackers
     if names == "auto":
         names = ["tensorboard"] if trackers.is_installed("tensorboard") else []

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import torch
 
     from stoker.data.batch import Batch
-    from stoker.distributed.single import SingleDevice
+    from stoker.distributed.ranks import Ranks
+    from stoker.distributed.strategy import Strategy
     from stoker.models.open import Model
 
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 class Engine:
     """What runs the steps: the strategy with the task prepared in it, and the batches."""
 
-    strategy: "SingleDevice"
+    strategy: "Strategy"
     train: StepLoader | StreamLoader
     validation: StepLoader | None
     total_steps: int
@@ -126,10 +127,12 @@ def _go_on_from(decoder: "Model", adapter: Adapter, folder: Path) -> None:
         layer.settings = replace(layer.settings, dropout=adapter.dropout)
 
 
-def make_engine(config: RunConfig, plan: Plan, decoder: "Model", data: Data, *, pad_id: int) -> Engine:
-    """Wraps the model in its task, prepares the strategy and cuts the documents into steps."""
+def make_engine(
+    config: RunConfig, plan: Plan, decoder: "Model", data: Data, *, pad_id: int, ranks: "Ranks | None" = None
+) -> Engine:
+    """Wraps the model in its task, prepares the strategy and cuts the documents into steps, of which `ranks` share."""
     from stoker.compose.execution import limit_memory, set_up_layers, set_up_weights
-    from stoker.distributed.single import SingleDevice
+    from stoker.compose.parallel import make_strategy
 
     limit_memory(plan, config.engine.memory_limit_gib)
     set_up_weights(decoder, plan)
@@ -137,7 +140,7 @@ def make_engine(config: RunConfig, plan: Plan, decoder: "Model", data: Data, *, 
         widen_vectors(decoder)
     offload = set_up_layers(decoder, plan)
     on_discard = () if offload is None else (offload.clear,)
-    strategy = SingleDevice(plan.device, precision=plan.precision, on_discard=on_discard, cuda_graphs=plan.cuda_graphs)
+    strategy = make_strategy(config, plan, decoder, ranks, on_discard=on_discard)
     strategy.prepare(
         SupervisedTask(decoder, kernels=plan.kernels),
         lambda named: make_optimizer(
@@ -150,7 +153,15 @@ def make_engine(config: RunConfig, plan: Plan, decoder: "Model", data: Data, *, 
     )
 
     def batches(documents: Documents, *, mixed: bool = False) -> StepLoader:
-        return loader(config, documents, micro_batch_size=plan.micro_batch_size, pad_id=pad_id, mixed=mixed)
+        return loader(
+            config,
+            documents,
+            micro_batch_size=plan.micro_batch_size,
+            pad_id=pad_id,
+            mixed=mixed,
+            rank=strategy.rank,
+            world_size=strategy.world_size,
+        )
 
     train: StepLoader | StreamLoader = batches(data.train, mixed=data.windows is None)
     if data.windows is not None:

@@ -102,10 +102,11 @@ NOT_A_SETTING: dict[str, str] = {
 }
 """A name that has no counterpart -> what to do."""
 
-_STRATEGIES = ("ddp", "fsdp", "fsdp2", "deepspeed", "zero1", "zero2", "zero3")
+_STRATEGIES = ("deepspeed", "zero1", "zero2", "zero3")
 _TASKS = ("dpo", "orpo", "kto", "grpo", "ppo", "reward", "preference")
 NOT_YET: dict[tuple[Path, str], str] = {
-    **{(("engine", "strategy"), name): "This version trains on one device; use auto." for name in _STRATEGIES},
+    (("engine", "strategy"), "fsdp"): "Use fsdp2.",
+    **{(("engine", "strategy"), name): "This version has no DeepSpeed; use fsdp2." for name in _STRATEGIES},
     **{(("task", "kind"), name): "This version does not do that task yet." for name in _TASKS},
     **{(("engine", "precision"), name): "Use fp16." for name in ("float16", "half", "16")},
     **{(("engine", "precision"), name): "Use bf16." for name in ("bfloat16", "mixed", "amp")},

@@ -483,6 +483,9 @@ class Train(Section):
     only: Annotated[list[Text], Field(min_length=1)] | None = None
     """Train only weights whose names one of these regular expressions matches, from the name's start. The names are
     those of the model's files: `model.layers.0.self_attn.q_proj.weight`. Every weight unless set."""
+    weight_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What trained weights, their gradients and AdamW's averages are kept in, where every weight is trained. `bf16`
+    takes half the memory, at `engine.precision` bf16; AdamW then rounds stochastically, so that small updates count."""
     embedding_noise: Positive | None = None
     """Noise on the embedding's output in training (NEFTune, arXiv:2310.05914, whose alpha this is: 5 to 15); none
     unless set."""
@@ -514,8 +517,12 @@ class Train(Section):
 class Engine(Section):
     """How to run it. What is `auto` the plan decides, and says why."""
 
-    strategy: Literal["auto", "single"] = "auto"
-    """How work is spread over devices; this version runs on one."""
+    strategy: Literal["auto", "single", "ddp", "fsdp2"] = "auto"
+    """How work is spread over processes, one for each device: `single` is one of them; with `ddp` each holds the whole
+    model, with `fsdp2` a part of every weight. `auto`: `ddp` where there are several."""
+    num_processes: Count | None = None
+    """Processes on this machine, one for each GPU; `--gpus` sets it. One unless set, or as many as an outer launcher
+    (torchrun, Slurm, accelerate) has started."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train."""
     micro_batch_size: Literal["auto"] | Count = "auto"
@@ -529,7 +536,7 @@ class Engine(Section):
     memory_limit_gib: Positive | None = None
     """Use at most so much of the device's memory, in GiB; all that is free unless set."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the matrix products; trained weights stay fp32."""
+    """Number format of the matrix products; trained weights stay in `train.weight_dtype`."""
     kernels: Literal["auto", "reference", "triton"] = "auto"
     """Which implementation of each operation runs: `triton`, fused for CUDA GPUs, or `reference`, plain PyTorch."""
     tf32: bool = False

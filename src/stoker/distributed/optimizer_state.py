@@ -1,6 +1,6 @@
 """An optimiser's state as flat named tensors and plain numbers, by parameter name instead of by position."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,8 +34,12 @@ def restore(
     named_parameters: Mapping[str, nn.Parameter],
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, Mapping[str, Any]],
+    *,
+    place: Callable[[nn.Parameter, Tensor], Tensor] = lambda parameter, tensor: tensor,
 ) -> None:
     """Puts back what `flatten` returned, copied to each parameter's device.
+
+    `place` makes of an entry with a parameter's shape what its rank keeps of it.
 
     Raises:
         CheckpointError: the state speaks of a parameter that is not trained here.
@@ -44,7 +48,8 @@ def restore(
     for key, value in tensors.items():
         entry, _, name = key.partition(":")
         parameter = _parameter(named_parameters, name)
-        optimizer.state[parameter][entry] = value.to(_device(optimizer, parameter, entry), copy=True)
+        held = place(parameter, value) if value.shape == parameter.shape else value
+        optimizer.state[parameter][entry] = held.to(_device(optimizer, parameter, entry), copy=True)
     for name, entries in numbers.items():
         optimizer.state[_parameter(named_parameters, name)].update(entries)
 

@@ -1,8 +1,8 @@
-"""One device: a CPU, a CUDA GPU or an Apple GPU; fp32, or bf16 and fp16 autocast over fp32 weights."""
+"""One device of one process: a CPU, a CUDA GPU or an Apple GPU; fp32, or bf16 and fp16 autocast over fp32 weights."""
 
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stoker.distributed import optimizer_state
 from stoker.distributed.graphs import MicroBatchGraphs
+from stoker.distributed.ranks import Ranks
 from stoker.distributed.strategy import Batch, MakeOptimizer, Result, StepResult, StrategyState
 from stoker.errors import CheckpointError
 
@@ -31,8 +32,6 @@ class SingleDevice:
     """
 
     device: torch.device
-    rank: int = 0
-    world_size: int = 1
 
     def __init__(
         self,
@@ -41,23 +40,45 @@ class SingleDevice:
         precision: str = "fp32",
         on_discard: Sequence[Callable[[], None]] = (),
         cuda_graphs: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"unknown precision {precision!r}; it is one of {', '.join(PRECISIONS)}")
         self.device = torch.device(device)
+        self._ranks = ranks or Ranks()
         self._on_discard = tuple(on_discard)
         self._uses_graphs = cuda_graphs
         self._graphs: MicroBatchGraphs | None = None
         self._dtype = PRECISIONS[precision]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
+    @property
+    def rank(self) -> int:
+        """This process's number, from 0."""
+        return self._ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes take each step together."""
+        return self._ranks.world_size
+
     def prepare(self, task: nn.Module, make_optimizer: MakeOptimizer | None = None) -> None:
         """Moves `task` to the device and makes the optimiser of the parameters that require a gradient."""
-        self._task = task.to(self.device)
+        self._task = task
+        self._forward = self._place(task)
         self._trained = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
         self._made_optimizer = None if make_optimizer is None else make_optimizer(self._trained.items())
         if self._uses_graphs:
             self._graphs = MicroBatchGraphs(cast("Any", self._task), device=self.device, autocast=self._autocast)
+
+    def _place(self, task: nn.Module) -> nn.Module:
+        """Puts `task` on the device and returns what runs its training forward."""
+        return task.to(self.device)
+
+    def _reducing(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """The context of a micro-batch's forward and backward; on the last of a step gradients go over the ranks."""
+        del is_last
+        return nullcontext()
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -66,15 +87,16 @@ class SingleDevice:
         return self._made_optimizer
 
     def forward_backward(self, batch: Batch, *, divisor: float, is_last: bool) -> Result:
-        """Adds the gradient of `loss_sum / divisor`; `is_last` makes no difference on one device."""
-        del is_last
+        """Adds the gradient of `loss_sum / divisor`, over ranks once `is_last` has run."""
         self._task.train()
         if self._graphs is not None:
             factor = self._scaler.scale(torch.full((), 1.0 / divisor, device=self.device))
             return _detached(self._graphs.run(cast("Any", batch.to(self.device)), factor))
-        with self._autocast():
-            result = self._task(batch.to(self.device))
-        self._scaler.scale(result.loss_sum / divisor).backward()
+        with self._reducing(is_last=is_last):
+            with self._autocast():
+                result = self._forward(batch.to(self.device))
+            # Reductions average over ranks, and the divisor counts the tokens of all of them.
+            self._scaler.scale(result.loss_sum / (divisor / self.world_size)).backward()
         return _detached(result)
 
     def discard_gradients(self) -> None:
@@ -98,20 +120,26 @@ class SingleDevice:
             group["lr"] = learning_rate * group.get("rate_scale", 1.0)
         self._scaler.unscale_(self._optimizer)
         parameters = [parameter for parameter in self._trained.values() if parameter.grad is not None]
-        norm_tensor = nn.utils.get_total_norm(
-            [parameter.grad for parameter in parameters if parameter.grad is not None]
-        )
-        norm = float(norm_tensor)
+        norm_tensor = _total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = float(self._whole(norm_tensor))
         finite = norm < float("inf")  # Also false for NaN.
         if finite:
             if max_gradient_norm is not None:
-                nn.utils.clip_grads_with_norm_(parameters, max_gradient_norm, norm_tensor)
+                self._clip(parameters, max_gradient_norm, norm_tensor, norm)
             self._scaler.step(self._optimizer)
         self._scaler.update()
         # A graph adds to the gradients that were there when it was captured.
         self._optimizer.zero_grad(set_to_none=self._graphs is None)
         scale = self._scaler.get_scale() if self._scaler.is_enabled() else None
         return StepResult(norm, skipped=not finite, loss_scale=scale)
+
+    def _clip(self, parameters: Sequence[nn.Parameter], max_norm: float, norm_tensor: Tensor, norm: float) -> None:
+        """Scales gradients down to `max_norm`: in the optimiser's step, where it can, or in place."""
+        scale_gradients = getattr(self._optimizer, "scale_gradients", None)
+        if scale_gradients is None:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm_tensor)
+        else:
+            scale_gradients(min(1.0, max_norm / (norm + 1e-6)))  # as clip_grads_with_norm_ does
 
     def evaluate(self, batch: Batch) -> Result:
         """Returns the task's result in evaluation mode, without gradients; training mode is back afterwards."""
@@ -123,13 +151,23 @@ class SingleDevice:
         return _detached(result)
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
-        """Returns `values`: there is one rank."""
-        return list(values)
+        """Returns the element-wise sum of `values` over ranks."""
+        return self._ranks.sum(values)
+
+    def gather_over_ranks(self, value: Any) -> list[Any]:
+        """Returns every rank's `value`, in their order."""
+        return self._ranks.gather(value)
+
+    def gathered(self, *, trained_only: bool) -> AbstractContextManager[None]:
+        """Within it the first rank's module holds whole parameters, as a device's always does."""
+        del trained_only
+        return nullcontext()
 
     def state(self) -> StrategyState:
         """Returns trained weights by their names in the task, and the optimiser's and loss scale's state."""
         tensors, numbers = optimizer_state.flatten(self._optimizer, self._trained)
-        weights = {name: parameter.detach() for name, parameter in self._trained.items()}
+        tensors = {name: self._kept(tensor) for name, tensor in tensors.items()}
+        weights = {name: self._kept(parameter.detach()) for name, parameter in self._trained.items()}
         values: dict[str, Any] = {"optimizer": numbers, "optimizer_class": type(self._optimizer).__name__}
         if self._scaler.is_enabled():
             values["loss_scale"] = self._scaler.state_dict()
@@ -140,7 +178,7 @@ class SingleDevice:
         _check(weights, self._trained)
         with torch.no_grad():
             for name, parameter in self._trained.items():
-                parameter.copy_(weights[name])
+                parameter.copy_(self._like(parameter, weights[name]))
 
     def load_state(self, state: StrategyState) -> None:
         """Takes back what `state` returned."""
@@ -151,9 +189,24 @@ class SingleDevice:
                 fix="Resume with the optimiser that the run began with.",
             )
         self.load_weights(state.weights)
-        optimizer_state.restore(self._optimizer, self._trained, state.optimizer, state.values["optimizer"])
+        optimizer_state.restore(
+            self._optimizer, self._trained, state.optimizer, state.values["optimizer"], place=self._like
+        )
         if self._scaler.is_enabled() and "loss_scale" in state.values:
             self._scaler.load_state_dict(state.values["loss_scale"])
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor that ranks may hold in parts as a whole one."""
+        return tensor
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor of the state as it is handed out: whole where it is written."""
+        return tensor
+
+    def _like(self, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+        """Returns a whole tensor of a state as this rank holds it beside `parameter`."""
+        del parameter
+        return tensor
 
     def peak_memory_bytes(self) -> int:
         """Returns the device's peak of allocated memory, or the process's peak resident size on a CPU."""
@@ -181,6 +234,17 @@ def _peak_resident_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Bytes on macOS, KiB elsewhere.
+
+
+def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of all gradients together; of bf16 ones, too, in fp32."""
+    if not any(gradient.dtype == torch.bfloat16 for gradient in gradients):
+        return nn.utils.get_total_norm(gradients)
+    norms: list[Tensor] = []
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        alike = [gradient for gradient in gradients if gradient.dtype == dtype]
+        norms += torch._foreach_norm(alike, 2.0, dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _detached(result: Result) -> _Detached:

@@ -11,6 +11,7 @@ The order of calls is: `prepare` once; then for each optimiser step `forward_bac
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -69,8 +70,13 @@ class StrategyState:
 class Strategy(Protocol):
     """Runs micro-batches and optimiser steps of a task on this rank's device, together with the other ranks."""
 
-    rank: int
-    world_size: int
+    @property
+    def rank(self) -> int:
+        """This process's number, from 0; the first one prints and writes."""
+
+    @property
+    def world_size(self) -> int:
+        """How many processes take each step together."""
 
     @property
     def device(self) -> torch.device:
@@ -97,8 +103,17 @@ class Strategy(Protocol):
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Returns the element-wise sum over ranks; every rank must call it."""
 
+    def gather_over_ranks(self, value: Any) -> list[Any]:
+        """Returns every rank's `value`, in their order; every rank must call it."""
+
+    def gathered(self, *, trained_only: bool) -> AbstractContextManager[None]:
+        """Within it the task on the first rank holds whole parameters, to be saved; every rank must enter it."""
+
     def state(self) -> StrategyState:
-        """Returns the state, gathered; tensors may share memory with the live ones."""
+        """Returns the state, whole on the first rank; tensors may share memory with the live ones.
+
+        Every rank must call it.
+        """
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Takes back the weights of a state alone; raises CheckpointError when they are not this model's."""

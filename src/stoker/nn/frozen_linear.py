@@ -1,5 +1,6 @@
 """A fused linear layer whose weight is kept in a frozen format."""
 
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -34,7 +35,7 @@ class FrozenLinear(FusedLinear):
     @property
     def device(self) -> torch.device:
         """Where the stored weight is."""
-        return next(self.matrix.buffers()).device
+        return next(chain(self.matrix.buffers(), self.matrix.parameters())).device  # sharded, these are parameters
 
     def product(self, x: Tensor) -> Tensor:
         """Returns `x @ weight.T`, in autocast's dtype where it is on; gradient of `x`."""

@@ -37,11 +37,12 @@ class Plan:
     operation, or runs op by op. `keep`: what each layer keeps for the backward (`arch.activations.LADDER`).
     `tile_tokens`: the feed-forward goes through so many tokens at a time (None: through a whole micro-batch).
     `cuda_graphs`: micro-batches are captured and replayed. `host_bytes`: pinned host memory in which kept tensors wait.
+    Sizes and memory are those of one of `num_processes`.
     """
 
     device: str
     device_name: str
-    strategy: Literal["single"]
+    strategy: Literal["single", "ddp", "fsdp2"]
     precision: Literal["fp32", "bf16", "fp16"]
     quantization: str
     keep_transposed: bool | None
@@ -62,6 +63,7 @@ class Plan:
     host_bytes: int
     available_bytes: int
     reasons: Mapping[str, str]
+    num_processes: int = 1
 
     @property
     def recompute(self) -> str:

@@ -68,7 +68,8 @@ class MemoryGuard:
 
     Loss and gradients are sums, so a split changes neither. When memory runs out in the middle of backward some
     weights already have their gradient, so the step's gradients are thrown away and its micro-batches start again.
-    `max_positions` is the largest size that is tried, in positions (rows times width); 0 is no limit.
+    `max_positions` is the largest size that is tried, in positions (rows times width); 0 is no limit. Over several
+    ranks nothing is split, because all must run equally many micro-batches: memory that runs out on one ends the run.
     """
 
     def __init__(self, strategy: Strategy, notify: Callable[[str], None]) -> None:
@@ -117,7 +118,7 @@ class MemoryGuard:
 
     def _fitting(self, batches: Sequence[Batch]) -> list[Batch]:
         """Splits batches above `max_positions` as far as they can be split."""
-        if not self.max_positions:
+        if not self.max_positions or self._strategy.world_size > 1:
             return list(batches)
         fitting: list[Batch] = []
         for batch in batches:
@@ -127,6 +128,11 @@ class MemoryGuard:
 
     def _lower(self, batches: Sequence[Batch]) -> None:
         """Lowers `max_positions` so that the largest of `batches` that can be split will be."""
+        if self._strategy.world_size > 1:
+            raise TrainingError(
+                f"Memory is exhausted on rank {self._strategy.rank} of {self._strategy.world_size}.",
+                fix="Lower engine.micro_batch_size, or set engine.recompute: input; --resume goes on.",
+            )
         splittable = [batch for batch in batches if batch.can_split]
         if not splittable:
             width = max(batch.input_ids.shape[1] for batch in batches)

@@ -13,10 +13,12 @@ class Interrupt:
     """Within its `with` block the first SIGINT or SIGTERM only sets `requested`; the next one acts as it did before.
 
     In a thread other than the main one, where Python delivers no signals, it never becomes requested. A signal that the
-    process was told to ignore (SIGINT, for a job that a shell put in the background) stays ignored.
+    process was told to ignore (SIGINT, for a job that a shell put in the background) stays ignored. One of many
+    processes `speaks`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, speaks: bool = True) -> None:
+        self._speaks = speaks
         self.requested = False
         self.name = ""
         self._previous: dict[int, Any] = {}
@@ -36,6 +38,8 @@ class Interrupt:
         self.requested = True
         self.name = signal.Signals(number).name
         self._give_back()
+        if not self._speaks:
+            return
         # Straight to the descriptor: a print could land inside another print and fail.
         os.write(2, f"\n{self.name}: finishing the step and saving. Ctrl-C again ends now.\n".encode())
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from stoker.checkpoint import rng
-from stoker.checkpoint.folder import set_aside
+from stoker.checkpoint.folder import path_of, set_aside
 from stoker.checkpoint.keep import keep
 from stoker.checkpoint.read import Loaded, load_latest
 from stoker.checkpoint.write import save
@@ -71,7 +73,7 @@ class Trainer:
         self._description = dict(description or {})
         self._guard = MemoryGuard(strategy, self._warn)
         self._loss_guard = LossGuard(settings.loss_limit)
-        self._interrupt = Interrupt()
+        self._interrupt = self._listen()
         self._saved: tuple[int, int] | None = None
         self._last_checkpoint: Path | None = None
         self._window_tokens, self._window_seconds = 0, 0.0
@@ -90,7 +92,7 @@ class Trainer:
             DataError: the validation rows hold no trained token.
         """
         started, reason = time.perf_counter(), "failed"
-        self._interrupt = Interrupt()
+        self._interrupt = self._listen()
         notices = self._resume() if resume else []
         self._emit(
             RunStarted(self._settings.total_steps, self.state.step, self._batches.steps_per_epoch, self._description)
@@ -171,7 +173,7 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         if self._validation is None or not self._is_evaluation_due():
             return
-        evaluation = evaluate_unless(lambda: self._interrupt.requested, self._guard, self._strategy, self._validation())
+        evaluation = evaluate_unless(self._is_interrupted, self._guard, self._strategy, self._validation())
         if evaluation is None:
             return  # The resumed run evaluates this step first.
         check_finite(evaluation.loss, self.state.step, what="validation loss")
@@ -195,6 +197,9 @@ class Trainer:
             return "early stopping"
         return "interrupted" if self._is_interrupted() else None
 
+    def _listen(self) -> Interrupt:
+        return Interrupt(speaks=self._strategy.rank == 0)
+
     def _is_interrupted(self) -> bool:
         """Whether any rank was told to stop: all ranks must leave after the same step."""
         return self._strategy.sum_over_ranks([float(self._interrupt.requested)])[0] > 0
@@ -213,24 +218,35 @@ class Trainer:
             return
         started = time.perf_counter()
         state = self._strategy.state()
-        rng_tensors, rng_values = rng.state()
-        path, num_bytes = save(
-            self._checkpoints.folder,
-            self.state.step,
-            tensors={"weights": state.weights, "optimizer": state.optimizer, "rng": rng_tensors},
-            values={"train": self.state.to_values(), "strategy": state.values, "rng": rng_values} | self._position(),
-        )
-        best = [self.state.best_step] if self._checkpoints.keep_best and self.state.best_step else []
-        keep(self._checkpoints.folder, last=self._checkpoints.keep_last, steps=best)
+        num_bytes = 0
+        drawn = self._strategy.gather_over_ranks(rng.state())
+        if self._strategy.rank == 0:
+            num_bytes = self._write(state, drawn)
+        # The others go on once it stands: they may read it next.
+        num_bytes = int(self._strategy.sum_over_ranks([num_bytes])[0])
+        path = path_of(self._checkpoints.folder, self.state.step)
         self._saved, self._last_checkpoint = position, path
         self._emit(CheckpointSaved(self.state.step, path, time.perf_counter() - started, num_bytes))
+
+    def _write(self, state: StrategyState, drawn: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> int:
+        """Writes a checkpoint, with the state of each rank's random numbers; returns its bytes."""
+        assert self._checkpoints is not None
+        tensors: dict[str, Mapping[str, Tensor]] = {"weights": state.weights, "optimizer": state.optimizer}
+        values = {"train": self.state.to_values(), "strategy": state.values} | self._position()
+        for rank, (rng_tensors, rng_values) in enumerate(drawn):
+            tensors[_rng_name(rank)], values[_rng_name(rank)] = rng_tensors, rng_values
+        _, num_bytes = save(self._checkpoints.folder, self.state.step, tensors=tensors, values=values)
+        best = [self.state.best_step] if self._checkpoints.keep_best and self.state.best_step else []
+        keep(self._checkpoints.folder, last=self._checkpoints.keep_last, steps=best)
+        return num_bytes
 
     def _resume(self) -> list[Notice]:
         loaded = load_latest(self._checkpoints.folder) if self._checkpoints else None
         if loaded is None:
             return [Notice("There is no checkpoint to resume from yet; starting at the beginning.")]
         notices = []
-        for rejected in loaded.rejected:
+        self._strategy.sum_over_ranks([0.0])  # all have read before anything is renamed
+        for rejected in loaded.rejected if self._strategy.rank == 0 else ():
             aside = set_aside(rejected.path)
             notices.append(Notice(f"A checkpoint is not whole: {rejected}. Set aside as {aside.name}.", "warning"))
         self._restore(loaded)
@@ -246,7 +262,9 @@ class Trainer:
         self._strategy.load_state(
             StrategyState(loaded.tensors["weights"], loaded.tensors["optimizer"], loaded.values["strategy"])
         )
-        rng.restore(loaded.tensors["rng"], loaded.values["rng"])
+        name = _rng_name(self._strategy.rank)
+        if name in loaded.values:  # Not with more ranks than wrote it: theirs stay as they were seeded.
+            rng.restore(loaded.tensors[name], loaded.values[name])
         if isinstance(self._batches, Streamed):
             self._batches.seek(self.state.step, loaded.values["batches"])
         self._saved, self._last_checkpoint = (self.state.step, self.state.evaluated_step), loaded.path
@@ -275,3 +293,7 @@ class Trainer:
             best_checkpoint=best,
             interrupted_by=self._interrupt.name,
         )
+
+
+def _rng_name(rank: int) -> str:
+    return "rng" if rank == 0 else f"rng-{rank}"

@@ -1,0 +1,128 @@
+"""Starts the processes of a run on this machine through torch's elastic agent, and says how to start more machines."""
+
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from stoker.errors import StokerError, TrainingError
+
+_HEARD = (signal.SIGINT, signal.SIGTERM)
+
+
+def run_id() -> str | None:
+    """Returns the agent's name of this start of the run; None where no agent started it."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def is_restarted(notes: Mapping[str, Any]) -> bool:
+    """Whether the agent has started the processes again, after `notes` were written by those that it started first."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return again and notes.get("launch") is not None and notes.get("launch") == run_id()
+
+
+def is_worker() -> bool:
+    """Whether `start` started this process."""
+    return os.environ.get("STOKER_LAUNCHED") == "1"
+
+
+def is_inside_another() -> bool:
+    """Whether an outer launcher (torchrun, Slurm, accelerate) has started this process beside others."""
+    from stoker.compose.parallel import find_place
+
+    return find_place() is not None
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Within it an error is left for the agent's process to tell, which prints the first one of all ranks."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever it is, the agent's process tells it
+        get_error_handler().record_exception(error)
+        sys.exit(error.exit_code if isinstance(error, StokerError) else 1)
+
+
+def start(arguments: Sequence[str], *, num_processes: int, max_restarts: int = 0) -> int:
+    """Runs `stoker` with `arguments` in so many processes on this machine; returns the exit code of the run.
+
+    SIGINT and SIGTERM go on to every process, which save and end. When one dies the others are killed and, up to
+    `max_restarts` times, all are started again and go on from the last checkpoint.
+
+    Raises:
+        TrainingError: a process failed; the message names its rank and what it died of, and has its exit code.
+    """
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ["STOKER_LAUNCHED"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=max_restarts,
+        monitor_interval=0.2,
+        signals_to_handle="SIGHUP",  # the others are ours: the agent would give the processes only half a minute
+    )
+    with _forwarded() as heard:
+        try:
+            elastic_launch(config, sys.executable)("-m", "stoker.cli.main", *arguments)
+        except ChildFailedError as error:
+            if not heard:
+                raise _as_ours(error, num_processes) from None
+    return 128 + heard[0] if heard else 0
+
+
+@contextmanager
+def _forwarded() -> Iterator[list[int]]:
+    """Within it signals go on to the processes that this one has started; yields those that came."""
+    import psutil
+
+    heard: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in _HEARD}
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _as_ours(error: Any, num_processes: int) -> StokerError:
+    """The first failure of the agent's report, as an error with the exit code of its process."""
+    rank, failure = error.get_first_failure()
+    message = failure.message
+    if isinstance(message, dict):
+        kind, _, text = message["message"].partition(": ")
+        is_ours = failure.exitcode == 2 or kind in ("TrainingError", "CheckpointError")
+        what = text if is_ours else message["extraInfo"]["py_callstack"]
+    elif failure.exitcode < 0:
+        what = f"it was killed by {signal.Signals(-failure.exitcode).name}."
+    else:
+        what = f"it ended with exit code {failure.exitcode}."
+    ours = TrainingError(
+        f"rank {rank} of {num_processes} (process {failure.pid}) failed, so all were ended: {what}",
+        fix="--resume goes on from the last checkpoint; --max-restarts does so by itself."
+        if failure.exitcode < 0
+        else None,
+    )
+    ours.exit_code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    return ours

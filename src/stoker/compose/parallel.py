@@ -1,0 +1,144 @@
+"""Which processes a run has, what the plan of one of them becomes, and the strategy over them."""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from stoker.compose.run_folder import versions
+from stoker.config.schema import RunConfig
+from stoker.errors import ConfigError, PlanError
+from stoker.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from stoker.distributed.ranks import Place, Ranks
+    from stoker.distributed.strategy import Strategy
+    from stoker.models.open import Model
+
+
+def find_place() -> "Place | None":
+    """Returns this process's place among those that a launcher has started; None where it is on its own."""
+    from stoker.distributed import ranks
+
+    return ranks.find_place(os.environ)
+
+
+def join(config: RunConfig) -> "Ranks":
+    """Joins the processes of the run.
+
+    Raises:
+        ConfigError: the configuration wants others than there are.
+    """
+    import torch
+
+    from stoker.distributed import ranks
+
+    place, engine = find_place(), config.engine
+    size = 1 if place is None else place.world_size
+    if place is None and (engine.num_processes or 1) > 1:
+        raise ConfigError(
+            f"engine.num_processes = {engine.num_processes}, but this is one process.",
+            fix="Start the run with `stoker train`, which starts the others, or with torchrun.",
+        )
+    if engine.strategy == "single" and size > 1:
+        raise ConfigError(f"engine.strategy = single, but {size} processes were started.", fix="Use auto, or one.")
+    if size > 1 and (config.data.streaming or config.data.prepare == "overlap"):
+        raise ConfigError(
+            "rows that are streamed, or prepared while training runs, are for one process in this version.",
+            fix="Use data.streaming: false and data.prepare: first.",
+        )
+    uses_gpu = engine.device == "cuda" or (engine.device == "auto" and torch.cuda.is_available())
+    if uses_gpu and place is not None and place.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {place.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}.",
+            fix="Start as many processes as there are GPUs (--gpus).",
+        )
+    return ranks.join(place, kind="cuda" if uses_gpu else "cpu", group=engine.strategy in ("ddp", "fsdp2"))
+
+
+def require_same(ranks: "Ranks", config: RunConfig) -> None:
+    """Refuses to begin where processes differ in versions or configuration; raises TrainingError."""
+    settings = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
+    found = {f"the version of {name}": version for name, version in versions().items() if name != "platform"}
+    ranks.require_same({**found, "the configuration (its hash)": settings})
+
+
+def share_of_one(config: RunConfig, world_size: int) -> RunConfig:
+    """Returns the configuration as one of the processes sees it: with its part of a step's rows.
+
+    Raises:
+        PlanError: the rows cannot be dealt out evenly.
+    """
+    batch_size, asked = config.train.batch_size, config.engine.micro_batch_size
+    if batch_size % world_size:
+        raise PlanError(
+            f"train.batch_size = {batch_size} sequences a step cannot be dealt out to {world_size} processes.",
+            fix=f"Use a multiple of {world_size}.",
+        )
+    mine = batch_size // world_size
+    if asked != "auto" and mine % asked:
+        raise PlanError(
+            f"engine.micro_batch_size = {asked} does not divide the {mine} sequences that each of {world_size} "
+            "processes has of a step.",
+            fix="Use auto, or a divisor.",
+        )
+    return config.model_copy(update={"train": config.train.model_copy(update={"batch_size": mine})})
+
+
+def spread(plan: Plan, config: RunConfig, world_size: int) -> Plan:
+    """Returns the plan of one process as that of all of them.
+
+    Raises:
+        PlanError: what was asked for does not run over processes.
+    """
+    asked = config.engine.strategy
+    strategy = ("ddp" if world_size > 1 else "single") if asked == "auto" else asked
+    if strategy == "single":
+        return plan
+    if config.engine.cuda_graphs is True:
+        raise PlanError(f"engine.cuda_graphs = true is for one process; the strategy is {strategy}.", fix="Use auto.")
+    if strategy == "fsdp2" and plan.precision == "fp16":
+        raise PlanError("engine.strategy = fsdp2 has no fp16.", fix="Use engine.precision: bf16 or fp32, or ddp.")
+    reason = f"{world_size} processes, each with {'the whole model' if strategy == 'ddp' else 'a part of each weight'}"
+    reasons = {"strategy": reason if asked == "auto" else f"set in the configuration: {reason}"}
+    reasons["cuda_graphs"] = "graphs are for one process"
+    return replace(
+        plan,
+        strategy=strategy,
+        num_processes=world_size,
+        cuda_graphs=False,
+        reasons={**plan.reasons, **reasons},
+    )
+
+
+def make_strategy(
+    config: RunConfig,
+    plan: Plan,
+    decoder: "Model",
+    ranks: "Ranks | None",
+    *,
+    on_discard: Sequence[Callable[[], None]] = (),
+) -> "Strategy":
+    """Returns the plan's strategy over `ranks`."""
+    import torch
+
+    from stoker.distributed.ddp import DataParallel
+    from stoker.distributed.fsdp2 import Sharded
+    from stoker.distributed.ranks import Ranks
+    from stoker.distributed.single import SingleDevice
+
+    if plan.strategy == "single":
+        return SingleDevice(plan.device, precision=plan.precision, on_discard=on_discard, cuda_graphs=plan.cuda_graphs)
+    ranks = ranks or Ranks()
+    device = f"cuda:{torch.cuda.current_device()}" if plan.device == "cuda" else plan.device
+    if plan.strategy == "ddp":
+        return DataParallel(ranks, device, precision=plan.precision, on_discard=on_discard)
+    return Sharded(
+        ranks,
+        device,
+        model=decoder,
+        layers=list(decoder.blocks),
+        precision=plan.precision,
+        on_discard=on_discard,
+    )

@@ -1,0 +1,150 @@
+"""The processes of a run: which one this is, whoever started them, and what they say to each other."""
+
+import datetime
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from stoker.errors import TrainingError
+
+_T = TypeVar("_T")
+
+TIMEOUT = datetime.timedelta(minutes=30)
+"""How long a rank waits for the others, who may be writing a checkpoint, before it gives them up."""
+
+_PORTS = range(20_000, 30_000)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process of a run this is: `rank` of `world_size`, and `local_rank` on its machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    starter: str = ""
+    """What started the processes: "torchrun" (or what sets the same variables, as accelerate does) or "slurm"."""
+
+
+def find_place(environment: Mapping[str, str]) -> Place | None:
+    """Returns the place that an outer launcher gave this process; None where there is none.
+
+    torchrun, and what speaks as it does, sets RANK, WORLD_SIZE and LOCAL_RANK; Slurm's srun numbers its tasks.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        rank = int(environment["RANK"])
+        return Place(rank, int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", rank)), "torchrun")
+    # SLURM_NTASKS is there in the batch script too, which is one process; this one is set by srun alone.
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return Place(
+            int(environment["SLURM_PROCID"]),
+            int(environment["SLURM_STEP_NUM_TASKS"]),
+            int(environment["SLURM_LOCALID"]),
+            "slurm",
+        )
+    return None
+
+
+def first_host(node_list: str) -> str:
+    """Returns the first of Slurm's hosts: "gpu07" of "gpu[07-09,12],login1"."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", node_list)
+    if match is None:
+        raise ValueError(f"{node_list!r} names no host")
+    return "".join(part or "" for part in match.groups())
+
+
+class Ranks:
+    """All processes of a run, of which this is one; alone without a process group."""
+
+    def __init__(self, place: Place | None = None, *, is_joined: bool = False) -> None:
+        self.place = place or Place()
+        self._is_joined = is_joined
+
+    @property
+    def rank(self) -> int:
+        """This process's number, from 0."""
+        return self.place.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes there are."""
+        return self.place.world_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is this process that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Returns the element-wise sum over ranks in fp64; every rank must call it."""
+        if not self._is_joined:
+            return list(values)
+        total = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: _T) -> list[_T]:
+        """Returns every rank's value, in their order; every rank must call it."""
+        if not self._is_joined:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, make: Callable[[], _T]) -> _T:
+        """Returns what `make` returns on the first rank, on every rank; every rank must call it."""
+        if not self._is_joined:
+            return make()
+        held: list[Any] = [make() if self.is_first else None]
+        dist.broadcast_object_list(held)
+        return held[0]
+
+    def require_same(self, facts: Mapping[str, Any]) -> None:
+        """Refuses to begin where ranks differ in one of `facts`; every rank must call it.
+
+        Raises:
+            TrainingError: they do; it names the fact, the ranks and both values.
+        """
+        found = self.gather(dict(facts))
+        for rank, theirs in enumerate(found):
+            for name in sorted({*found[0], *theirs}):
+                first, other = found[0].get(name), theirs.get(name)
+                if first != other:
+                    raise TrainingError(
+                        f"the processes differ in {name}: rank 0 has {first}, rank {rank} has {other}.",
+                        fix="Give every machine the same environment, the same YAML and the same data.",
+                    )
+
+    def leave(self) -> None:
+        """Ends the process group, if this process joined one."""
+        if self._is_joined:
+            self._is_joined = False
+            dist.destroy_process_group()
+
+
+def join(place: Place | None, *, kind: str, group: bool = False) -> Ranks:
+    """Returns the processes that this one belongs to, joined so that they can speak; alone without a `place`.
+
+    `kind` is that of the device that each trains on: "cuda" speaks NCCL for tensors there, and gloo on the host.
+    `group`: there is a process group even for one process, for a strategy that needs one.
+    """
+    if place is None and not group:
+        return Ranks()
+    backend = "gloo"
+    if kind == "cuda":
+        torch.cuda.set_device(0 if place is None else place.local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    if place is None:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return Ranks(is_joined=True)
+    if place.starter == "slurm":
+        job = int(os.environ.get("SLURM_JOB_ID", "0"))
+        os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
+        os.environ.setdefault("MASTER_PORT", str(_PORTS[job % len(_PORTS)]))
+    dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT)
+    return Ranks(place, is_joined=True)

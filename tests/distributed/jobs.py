@@ -1,0 +1,200 @@
+"""Twenty steps of tiny models under any strategy: what each process of a test runs, and what the others are held to.
+
+The batches hold rows of very different lengths and few rows a step, so that ranks have uneven counts of trained tokens
+and some steps leave a rank without any.
+"""
+
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+from transformers import LlamaConfig, MambaConfig, MixtralConfig
+
+from stoker.adapters.fused_block import freeze_into, fuse_blocks
+from stoker.adapters.lora import add_lora
+from stoker.arch import families
+from stoker.data.loader import StepLoader
+from stoker.distributed.ddp import DataParallel
+from stoker.distributed.fsdp2 import Sharded
+from stoker.distributed.ranks import Place, Ranks, join
+from stoker.distributed.single import SingleDevice
+from stoker.models import native
+from stoker.optim import optimizers
+from stoker.quant.formats import quantize
+from stoker.tasks.supervised import SupervisedTask
+from stoker.train.evaluate import evaluate
+from stoker.train.guard import MemoryGuard
+from stoker.train.step import take_step
+
+STEPS = 20
+_SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+_ATTENTION = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it is trained. `recompute`: layers are run again; `fused`: through the layer kernel."""
+
+    config: Any
+    lora: dict = field(default_factory=dict)
+    quantization: str = ""
+    recompute: bool = False
+    fused: bool = False
+    packing: bool = False
+
+
+def _llama(**more):
+    return LlamaConfig(**_SIZES, **_ATTENTION, **more)
+
+
+_LORA = {"rank": 4, "alpha": 8}
+CASES = {
+    "full": Case(_llama()),
+    "tied": Case(_llama(tie_word_embeddings=True), recompute=True),
+    "lora": Case(_llama(), _LORA, fused=True, packing=True),
+    "dora": Case(_llama(), {**_LORA, "dora": True}),
+    "nf4": Case(_llama(), _LORA, "nf4", recompute=True),
+    "int8": Case(_llama(), _LORA, "int8", fused=True),
+    "mixture": Case(
+        MixtralConfig(**_SIZES, **_ATTENTION, num_local_experts=4, output_router_logits=True), recompute=True
+    ),
+    "mamba": Case(MambaConfig(**_SIZES, state_size=8, intermediate_size=64)),
+}
+
+
+class Rows:
+    """Forty documents of 2 to 24 tokens; one in eight trains its last token alone."""
+
+    documents_per_example = 1
+    source_starts = (0,)
+
+    def __init__(self):
+        random = np.random.default_rng(0)
+        self.ids = [random.integers(5, 64, length).astype(np.uint32) for length in random.integers(2, 25, 40)]
+
+    def __len__(self):
+        return len(self.ids)
+
+    @property
+    def lengths(self):
+        return np.array([len(ids) for ids in self.ids])
+
+    @property
+    def trained_counts(self):
+        return np.array([self.document(index)[1].sum() for index in range(len(self))])
+
+    def document(self, index):
+        ids = self.ids[index]
+        trained = np.arange(len(ids)) >= (len(ids) - 1 if index % 8 == 0 else 1)
+        return ids, trained
+
+
+def build(case):
+    values = {**case.config.to_dict(), "architectures": None}
+    model = native.build(families.read(values, "config.json"), seed=0, initializer_range=0.1)
+    if case.quantization:
+        model.blocks.requires_grad_(False)
+        freeze_into(model.blocks, lambda weight, rows: quantize(weight, case.quantization, part_rows=rows))
+    if case.lora:
+        add_lora(model, **case.lora)
+        with torch.no_grad():  # B is zero at first, and A's gradient with it
+            for name, parameter in model.named_parameters():
+                if name.endswith("lora_b"):
+                    parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
+    for block in model.blocks:
+        block.recompute = case.recompute
+    if case.fused:
+        fuse_blocks(model, keep="mixer", implementation="reference")
+    return model
+
+
+def make_strategy(kind, ranks, model, *, precision="fp32", device="cpu"):
+    if kind == "single":
+        return SingleDevice(device, precision=precision)
+    if kind == "ddp":
+        return DataParallel(ranks, device, precision=precision)
+    return Sharded(ranks, device, precision=precision, model=model, layers=list(model.blocks))
+
+
+def loader(case, strategy):
+    return StepLoader(
+        Rows(),
+        batch_size=6,
+        micro_batch_size=1,  # so that what a mixture balances over is the same on any number of ranks
+        sequence_length=32,
+        packing=case.packing,
+        seed=3,
+        rank=strategy.rank,
+        world_size=strategy.world_size,
+    )
+
+
+def train(name, kind, ranks=None, *, steps=STEPS, start=0, state=None, device="cpu", precision="fp32"):
+    """Returns losses, gradient norms, the loss on all rows, the gathered state and what was saved as a whole model."""
+    case = CASES[name]
+    model = build(case)
+    strategy = make_strategy(kind, ranks, model, device=device, precision=precision)
+    strategy.prepare(
+        SupervisedTask(model), lambda named: optimizers.build(list(named), kind="adamw", learning_rate=1e-2)
+    )
+    if state is not None:
+        strategy.load_state(state)
+    batches, guard = loader(case, strategy), MemoryGuard(strategy, print)
+    losses, norms = [], []
+    for index in range(start, start + steps):
+        done = take_step(
+            strategy,
+            batches.step(index),
+            number=index + 1,
+            learning_rate=1e-2,
+            max_gradient_norm=1.0,
+            guard=guard,
+            notify=print,
+        )
+        losses.append(done.loss)
+        norms.append(done.gradient_norm)
+    evaluation = evaluate(strategy, batches.all())
+    kept = strategy.state()
+    with strategy.gathered(trained_only=bool(case.lora)):
+        named = ((f"model.{key}", value) for key, value in model.named_parameters())
+        whole = {key: value.detach().clone() for key, value in named if key in kept.weights}
+    return {"losses": losses, "norms": norms, "loss": evaluation.loss, "state": kept, "whole": whole}
+
+
+@cache
+def alone(name, steps=STEPS):
+    """The same on one device."""
+    return train(name, "single", steps=steps)
+
+
+def _worker(rank, world_size, port, work, folder, arguments):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = join(Place(rank, world_size, rank, "torchrun"), kind="cpu")
+    try:
+        result = work(ranks, *arguments)
+        if rank == 0:
+            torch.save(result, f"{folder}/result.pt")
+        ranks.sum([0.0])
+    finally:
+        ranks.leave()
+
+
+def on_ranks(world_size, folder, work, *arguments):
+    """Runs `work(ranks, *arguments)` in so many gloo processes and returns what the first one's returned."""
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    mp.spawn(_worker, args=(world_size, port, work, str(folder), arguments), nprocs=world_size)
+    return torch.load(f"{folder}/result.pt", weights_only=False)
+
+
+def train_all(ranks: Ranks, names):
+    """Each case under both strategies."""
+    return {(kind, name): train(name, kind, ranks) for kind in ("ddp", "fsdp2") for name in names}
