@@ -207,7 +207,8 @@ class Tokenizer:
         ids = np.array(tokens, dtype=np.uint32)
         # A byte-level tokenizer that trims offsets leaves a token of white space no characters: it gets the last one.
         starts, ends = np.minimum(offsets[:, 0], offsets[:, 1] - 1), offsets[:, 1]
-        special = [(int(ends[index]), int(index)) for index in np.flatnonzero(self._is_end[ids])]
+        places = self._is_end[ids].nonzero()[0]
+        special = list(zip(ends[places].tolist(), places.tolist(), strict=True))
         trained = np.zeros(len(ids), dtype=bool)
         found = [self._end_token(piece.text, span, tokens, starts, special) for span in piece.spans]
         learned = self._learned_ends(piece, tokens, found)
@@ -219,10 +220,11 @@ class Tokenizer:
             until = span.end
             if end_token >= 0:
                 until = max(until, int(ends[end_token])) if learns_end else min(until, int(starts[end_token]))
-            first = int(np.searchsorted(ends, span.start, side="right"))
-            for start, end in ((span.start, until),) if span.parts is None else span.parts:
-                low = int(np.searchsorted(ends, start, side="right"))
-                trained[low : int(np.searchsorted(starts, end, side="left"))] = True
+            first = int(ends.searchsorted(span.start, side="right"))
+            if span.parts is None:
+                trained[first : int(starts.searchsorted(until))] = True
+            for start, end in span.parts or ():
+                trained[int(ends.searchsorted(start, side="right")) : int(starts.searchsorted(end))] = True
             if learns_end and span.parts is not None:
                 trained[end_token] = True
             turns.append((first, end_token))

@@ -29,7 +29,7 @@ _FOLDED = {"\u017f", "\u212a"}
 _ASCII = {"L": "a-zA-Z", "Lu": "A-Z", "Ll": "a-z", "N": "0-9", "Nd": "0-9"}
 _ASCII |= dict.fromkeys(("Lt", "Lm", "Lo", "M", "Mn", "Mc", "Nl", "No"), "")
 # White space for Python, not for Unicode.
-_SEPARATORS = re.compile("[\x1c-\x1f]")
+_SEPARATORS = "\x1c\x1d\x1e\x1f"
 
 Encoded = tuple[list[list[int]], np.ndarray]
 """Token ids by text, and the character offsets of all tokens, int64 `[all tokens, 2]`."""
@@ -86,7 +86,7 @@ class WordEncoder:
             return None
         numbers: list[int] = []
         findall = self._findall_ascii if text.isascii() else self._findall
-        number_of, parts = self._words, self._cut(text) if self._cut else [text]
+        number_of, parts = self._words.__getitem__, self._cut(text) if self._cut else [text]
         for index, part in enumerate(parts):
             if index % 2:
                 numbers.append(self._special_number(part))
@@ -98,19 +98,18 @@ class WordEncoder:
             words = findall(part)
             if "".join(words) != part:
                 return None  # the expression leaves gaps, which are words of their own
-            known = list(map(number_of.get, words))
-            if None in known:
-                known = [
-                    self._number(word) if number is None else number for word, number in zip(words, known, strict=True)
-                ]
-            numbers += known  # type: ignore[arg-type]
+            try:
+                known = list(map(number_of, words))
+            except KeyError:
+                known = [number_of(word) if word in self._words else self._number(word) for word in words]
+            numbers += known
             if len(part) < _SHORT:
-                self._short_parts[part] = known  # type: ignore[assignment]
+                self._short_parts[part] = known
         return numbers
 
     def _is_safe(self, text: str) -> bool:
         if text.isascii():
-            return _SEPARATORS.search(text) is None
+            return not any(map(text.__contains__, _SEPARATORS))
         if self._form is not None and not unicodedata.is_normalized(self._form, text):  # type: ignore[arg-type]
             return False
         characters = set(text)
@@ -305,7 +304,7 @@ def _is_stable(character: str) -> bool:
     """Whether every version of Unicode since 3.2 (2002) says of a character whether it is a letter, mark, digit or
     space, or that it is none of them."""
     now, then = unicodedata.category(character), unicodedata.ucd_3_2_0.category(character)
-    if character in _FOLDED or _SEPARATORS.match(character) or "\ud800" <= character <= "\udfff":
+    if character in _FOLDED or character in _SEPARATORS or "\ud800" <= character <= "\udfff":
         return False
     return now == then or not {now[0], then[0]} & set("LMNZ")
 
