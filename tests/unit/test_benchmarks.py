@@ -58,7 +58,7 @@ def facts(cell, speed, peers=()):
 
 
 def test_there_is_a_cell_for_each_kind_of_work():
-    assert [path.stem for path in CELLS] == list("ABCDEFGHI")
+    assert [path.stem for path in CELLS] == [*"ABCDEFGHI", "I_tight"]
 
 
 @pytest.mark.parametrize("path", CELLS, ids=lambda path: path.stem)
@@ -68,8 +68,9 @@ def test_a_cell_fits_an_h200_and_runs_as_it_says(path):
     plan = choose(config, spec, H200)
     assert plan.kernels == "triton"
     assert plan.micro_batch_size == config.train.batch_size
-    assert plan.offload_activations == (path.stem in "BCD")
-    assert set(plan.keep) == {"attention" if path.stem in "BCD" else "all"}
+    is_tight = path.stem in ("B", "C", "D", "I_tight")
+    assert plan.offload_activations == is_tight
+    assert set(plan.keep) == {"attention" if is_tight else "all"}
     assert plan.quantization == {"C": "nf4", "D": "nf4", "F": "fp8"}.get(path.stem, "none")
     assert f"single_gpu/{path.name}" in path.read_text()
 

@@ -26,6 +26,7 @@ _FIXED = (
     "train.batch_size",
     "train.seed",
     "train.only",
+    "train.weight_dtype",
     "train.optimizer.kind",
 )
 _EXACT = ("micro_batch_size", "precision", "kernels", "cuda_graphs", "num_threads")

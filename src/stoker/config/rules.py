@@ -204,11 +204,27 @@ def half_precision_needs_a_gpu(config: RunConfig) -> Iterator[Finding]:
 
 
 def only_a_frozen_base_is_quantized(config: RunConfig) -> Iterator[Finding]:
-    """Weights that are trained are kept in fp32."""
+    """Weights that are trained are kept in fp32 or bf16."""
     kind = config.model.quantization
     if kind != "none" and config.adapter is None:
         what = f"model.quantization = {kind} freezes the base, but without an adapter its weights are what is trained."
         yield Finding(("model", "quantization"), what, "Add an adapter (adapter: {kind: lora}), or use none.")
+
+
+def bf16_weights_are_trained_whole(config: RunConfig) -> Iterator[Finding]:
+    """Weights in bf16 need products in bf16 and an optimiser that rounds stochastically; adapters are small: fp32."""
+    if config.train.weight_dtype != "bf16":
+        return
+    if config.adapter is not None:
+        what = "train.weight_dtype = bf16 is about the model's own weights, which an adapter leaves frozen."
+        yield Finding(("train", "weight_dtype"), what, "Remove it (an adapter's weights stay fp32), or the adapter.")
+    kind, precision = config.train.optimizer.kind, config.engine.precision
+    if kind != "adamw":
+        what = f"train.weight_dtype = bf16 needs an optimiser that rounds stochastically, and {kind} does not."
+        yield Finding(("train", "optimizer", "kind"), what, "Use adamw, or weight_dtype: fp32.")
+    if precision in ("fp32", "fp16"):
+        what = f"engine.precision = {precision}, but with train.weight_dtype = bf16 weights are bf16."
+        yield Finding(("engine", "precision"), what, "Use bf16 or auto, or weight_dtype: fp32.")
 
 
 def remote_code_is_pinned(config: RunConfig) -> Iterator[Finding]:
@@ -270,6 +286,7 @@ RULES = (
     targets_are_a_pattern,
     half_precision_needs_a_gpu,
     only_a_frozen_base_is_quantized,
+    bf16_weights_are_trained_whole,
     offloading_needs_a_gpu,
     remote_code_is_pinned,
     adapters_have_their_own_settings,

@@ -194,7 +194,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_rows = (grad_rows * grad).to(ctx.dtypes[0])
             grad_rows = grad_rows if trained is None else _to_all_rows(grad_rows, trained, ctx.num_rows)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad).to(ctx.dtypes[1])
+            # Straight into its dtype: another [V, D] in fp32 would be the largest thing in memory.
+            grad_weight = torch.mul(grad_weight, grad, out=torch.empty_like(grad_weight, dtype=ctx.dtypes[1]))
         if grad_bias is not None:
             grad_bias = grad_bias * grad
         return grad_rows, grad_weight, grad_bias, None, None, None

@@ -37,6 +37,14 @@ def jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+def jit_unspecialized(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """Returns a decorator like `jit` for kernels whose integers `names` change from launch to launch.
+
+    Triton would compile anew for those that are 1 or a multiple of 16.
+    """
+    return lambda function: function if triton is None else triton.jit(function, do_not_specialize=list(names))
+
+
 def constant(value: float) -> Any:
     """Returns `value` as kernels may read it from their module, or itself where Triton is not installed."""
     return value if triton is None else tl.constexpr(value)

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 
 from stoker.errors import PlanError
 from stoker.optim.groups import NamedParameters, RateScale, by_decay, is_hidden_matrix
+from stoker.optim.stochastic import StochasticAdamW, Update
 
 KINDS = ("adamw", "adamw_8bit", "sgd", "adafactor", "muon")
 
@@ -27,20 +28,26 @@ def build(
     epsilon: float = 1e-8,
     momentum: float | None = None,
     rate_scale: RateScale | None = None,
+    rounded_update: Update | None = None,
 ) -> torch.optim.Optimizer:
     """Returns the optimiser `kind` over those of `named_parameters` that require a gradient.
 
     `weight_decay` acts on matrices only, unless `decay_all`: norms, biases and embeddings are left alone. `betas` and
     `epsilon` are AdamW's (and of Muon's AdamW part); `momentum` is SGD's (0 unless set) and Muon's (0.95 unless set).
     `rate_scale` gives parameters, by name, a multiple of the rate, which the strategy applies at each step.
+    `rounded_update` makes AdamW a `StochasticAdamW`, which bf16 weights need.
 
     Raises:
         PlanError: the kind needs a package that is not installed.
-        ValueError: the kind is unknown, or no parameter is trained.
+        ValueError: the kind is unknown, no parameter is trained, or a bf16 one would be rounded to the nearest.
     """
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if not trained:
         raise ValueError("no parameter requires a gradient")
+    if rounded_update is not None and kind != "adamw":
+        raise ValueError(f"only adamw rounds stochastically, not {kind}")
+    if rounded_update is None and any(parameter.dtype == torch.bfloat16 for _, parameter in trained):
+        raise ValueError("bf16 weights lose small updates unless they are rounded stochastically: rounded_update")
     first_beta, second_beta = betas
 
     def groups(named: NamedParameters) -> list[dict[str, Any]]:
@@ -52,6 +59,8 @@ def build(
         )
 
     match kind:
+        case "adamw" if rounded_update is not None:
+            return StochasticAdamW(groups(trained), lr=learning_rate, betas=betas, eps=epsilon, update=rounded_update)
         case "adamw":
             return adamw(trained)
         case "adamw_8bit":

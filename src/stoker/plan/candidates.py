@@ -96,6 +96,7 @@ class Job:
             precision=self.machine.precision,
             device=self.machine.device.kind,
             quantization=self.config.model.quantization,
+            weight_dtype=self.config.train.weight_dtype,
             casts_by_layer=casts_by_layer,
         )
 

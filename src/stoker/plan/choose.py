@@ -150,11 +150,25 @@ def _precision(config: RunConfig, device: Device) -> tuple[Precision, str]:
         raise PlanError("engine.precision = fp16 needs a GPU; this run is on the CPU.", fix="Use auto, fp32 or bf16.")
     if asked == "bf16" and device.kind == "cuda" and not device.bf16:
         raise PlanError(f"engine.precision = bf16, but {device.name} does not compute in it.", fix="Use fp16 or auto.")
+    if config.train.weight_dtype == "bf16":
+        return _precision_of_bf16_weights(asked, device)
     if asked != "auto":
         return asked, "set in the configuration"
     if device.kind != "cuda":
         return "fp32", f"safest on {'a CPU' if device.kind == 'cpu' else 'an Apple GPU'}"
     return ("bf16", f"{device.name} computes in it") if device.bf16 else ("fp16", f"{device.name} has no bf16")
+
+
+def _precision_of_bf16_weights(asked: str, device: Device) -> tuple[Precision, str]:
+    if asked not in ("auto", "bf16"):
+        raise PlanError(
+            f"engine.precision = {asked}, but with train.weight_dtype = bf16 weights are bf16.", fix="Use bf16 or auto."
+        )
+    if device.kind == "cuda" and not device.bf16:
+        raise PlanError(
+            f"train.weight_dtype = bf16, but {device.name} does not compute in it.", fix="Use weight_dtype: fp32."
+        )
+    return "bf16", _said(asked, "train.weight_dtype is bf16")
 
 
 def _row_tokens(config: RunConfig, statistics: Statistics | None) -> int:
@@ -278,8 +292,13 @@ def _what_fits(job: Job, hardware: Hardware) -> str:
     """Returns the first change that would make the run fit, as advice."""
     machine = job.machine
     whole = hardware.first(machine.device.kind) or machine.device
-    for advice, config, tokens in alternatives(job.config, job.row_tokens):
-        allowed = _machine(config, hardware, whole, machine.precision, uses_triton=machine.uses_triton)
+    for advice, config, tokens in alternatives(job.config, job.row_tokens, has_bf16=_has_bf16(whole)):
+        precision, _ = _precision(config, whole)
+        allowed = _machine(config, hardware, whole, precision, uses_triton=machine.uses_triton)
         if any(one.fits for one in _candidates(Job(config, job.spec, allowed, tokens))):
             return f"What would fit: {advice}."
     return "No setting makes it fit here: choose a smaller model, or a device with more memory."
+
+
+def _has_bf16(device: Device) -> bool:
+    return device.kind != "cuda" or device.bf16

@@ -1,8 +1,9 @@
 """Bytes that a training step holds at its peak on one device, by what holds them.
 
 The peak lies in the backward pass: weights, gradients, the optimiser's state and what the forward kept live at once.
-Trained weights, their gradients and the optimiser's averages are fp32 (Micikevicius et al. 2018); frozen weights are in
-the compute type or a quantised one. These are estimates for choosing; a run prints the measured peak beside them.
+Trained weights, their gradients and the optimiser's averages are fp32 (Micikevicius et al. 2018), or all bf16; frozen
+weights are in the compute type or a quantised one. These are estimates for choosing; a run prints the measured peak
+beside them.
 """
 
 from dataclasses import dataclass, replace
@@ -69,21 +70,30 @@ def estimate(
     precision: str,
     device: str,
     quantization: str = "none",
+    weight_dtype: str = "fp32",
     casts_by_layer: bool = False,
 ) -> Memory:
     """Returns what a micro-batch of `tokens` tokens needs besides the layers' activations.
 
-    `trained` and `frozen` are counts of parameters. `casts_by_layer`: matrices that are trained are cast to
-    the compute type layer by layer; otherwise every copy lives as long as the forward's results.
+    `trained` and `frozen` are counts of parameters. `weight_dtype` is that of trained matrices, their gradients and
+    averages; norms and biases are fp32. `casts_by_layer`: matrices that are trained are cast to the compute type layer
+    by layer; otherwise every copy lives as long as the forward's results. bf16 ones are not cast at all.
     """
     value_bytes = VALUE_BYTES[precision]
     copied = min(trained, _largest_layer(spec) + 2 * spec.vocab_size * spec.hidden_size) if casts_by_layer else trained
-    copies = copied * value_bytes if precision != "fp32" else 0
+    is_narrow = weight_dtype == "bf16"
+    copies = copied * value_bytes if precision != "fp32" and not is_narrow else 0
     base = frozen_weight_bytes(spec, quantization, value_bytes) if frozen else 0
-    weights = trained * 4 + base + copies
-    gradients = trained * 4
-    state = round(trained * optimizer_bytes(optimizer))
+    # What four bytes for every trained value would take, less what matrices in two bytes spare.
+    share = 1.0 - 0.5 * num_matrix_parameters(spec) / trained if is_narrow else 1.0
+    kept = round(4 * share * trained)
+    weights = kept + base + copies
+    gradients = kept
+    state = round(share * trained * optimizer_bytes(optimizer))
     logits = min(_LOGITS_BYTES, 2 * 4 * tokens * spec.vocab_size) + tokens * spec.hidden_size * 4
+    if is_narrow:
+        # Beside the logits there is the head's gradient alone, in fp32 and then rounded: more than all of them or not.
+        logits = max(0, logits + (4 + 2) * spec.vocab_size * spec.hidden_size - gradients)
     scratch = scratch_bytes(spec, quantization, value_bytes)
     held = weights + gradients + state + logits + scratch
     reserve = BASE_BYTES[device] + round(_FRAGMENTATION * held)
@@ -91,6 +101,16 @@ def estimate(
 
 
 @remember(0)
+def num_matrix_parameters(spec: AnySpec) -> int:
+    """Returns how many parameters lie in linear layers, the embedding and the head: all but norms, biases and such."""
+    experts = arithmetic.expert_counts(spec)
+    shapes = arithmetic.linear_shapes(spec).items()
+    linear = sum(into * out * experts.get(name, 1) for name, (into, out) in shapes)
+    table = spec.vocab_size * spec.hidden_size
+    # A tied head is the embedding's own table.
+    return linear + table * min(2, (arithmetic.num_parameters(spec) - linear) // table)
+
+
 def frozen_weight_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> int:
     """Returns the bytes of a frozen base: its layers' linear weights quantised, the rest in the compute type."""
     # Experts are kept in NF4 or in the compute type, in no other format.

@@ -1,5 +1,6 @@
 import pytest
 
+NARROW = ["adapter=null", "train.weight_dtype=bf16"]
 MIXED = "data.train=[{path: a.jsonl, weight: 2.0}, {path: b.jsonl, weight: 1.0}]"
 
 
@@ -34,6 +35,12 @@ MIXED = "data.train=[{path: a.jsonl, weight: 2.0}, {path: b.jsonl, weight: 1.0}]
         (["adapter.targets='(['"], "is not a regular expression"),
         (["engine.device=cpu", "engine.precision=fp16"], "needs a GPU"),
         (["adapter=null", "model.quantization=nf4"], "model.quantization = nf4 freezes the base"),
+        (
+            ["adapter.rank=8", "train.weight_dtype=bf16"],
+            "is about the model's own weights, which an adapter leaves frozen",
+        ),
+        ([*NARROW, "train.optimizer={kind: sgd}"], "rounds stochastically, and sgd does not"),
+        ([*NARROW, "engine.precision=fp32"], "engine.precision = fp32, but with train.weight_dtype = bf16"),
         (["engine.device=cpu", "engine.offload_activations=true"], "offload_activations = true needs a CUDA GPU"),
     ],
 )
@@ -51,6 +58,7 @@ def test_what_does_not_go_together_is_refused(complaints, overrides, words):
         ["task.kind=pretrain", "data.train_on=all", "data.train.0.format=completion"],
         ["adapter.targets='.*(q|v)_proj'"],
         ["engine.device=cpu", "engine.precision=bf16"],
+        [*NARROW, "engine.precision=bf16"],
         ["data.train=[{path: 'https://x/y.jsonl', weight: 1.0, shard: {num: 2, index: 1}}]"],
         [MIXED, "data.streaming=true", "train.steps=5"],
         ["data.train.0.weight=2.0", "data.prepare=overlap", "train.steps=5"],

@@ -245,8 +245,10 @@ def test_what_does_not_fit_is_refused_with_the_nearest_that_does(run, llama_8b, 
     with pytest.raises(PlanError, match=r"What would fit: engine\.offload_activations: auto"):
         asked = ("engine.offload_activations=false", "data.sequence_length=8192")
         choose(run(*asked), llama_8b, machine(20.2))
-    with pytest.raises(PlanError, match="What would fit: an adapter"):
+    with pytest.raises(PlanError, match=r"What would fit: train\.weight_dtype: bf16\."):
         choose(run("adapter=null"), llama_8b, machine(80))
+    with pytest.raises(PlanError, match="What would fit: an adapter"):
+        choose(run("adapter=null"), llama_8b, machine(40))
     with pytest.raises(PlanError, match=r"What would fit: model\.quantization: nf4"):
         choose(run(), llama_8b, machine(12))
     with pytest.raises(PlanError, match="choose a smaller model"):
@@ -326,3 +328,18 @@ def test_graphs_are_for_where_launching_takes_longer_than_the_work(run, llama_8b
     assert (forced.cuda_graphs, forced.reasons["cuda_graphs"]) == (True, "set in the configuration")
     with pytest.raises(PlanError, match="only a CUDA GPU"):
         choose(run("engine.cuda_graphs=true"), llama_8b, machine())
+
+
+def test_bf16_weights_run_in_bf16_and_are_refused_without_it(run, llama_8b, machine):
+    asked = run("adapter=null", "train.weight_dtype=bf16")
+    plan = choose(asked, llama_8b, machine(100))
+    assert plan.precision == "bf16"
+    assert plan.memory.weights < 1.01 * 2 * plan.num_parameters
+    wide = choose(run("adapter=null"), llama_8b, machine(200)).memory
+    assert plan.memory.gradients + plan.memory.optimizer == pytest.approx(
+        (wide.gradients + wide.optimizer) / 2, rel=1e-3
+    )
+    with pytest.raises(PlanError, match=r"train\.weight_dtype = bf16, but GPU does not compute in it"):
+        choose(asked, llama_8b, machine(100, bf16=False))
+    with pytest.raises(PlanError, match="an adapter"):  # not advised where there is no bf16
+        choose(run("adapter=null"), llama_8b, machine(80, bf16=False))

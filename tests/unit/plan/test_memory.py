@@ -106,3 +106,18 @@ def test_optimizers_differ_by_their_state():
 def test_autocast_holds_a_copy_of_each_trained_weight(llama_8b):
     half = _estimate(llama_8b, trained=1000, frozen=0)
     assert half.weights == 1000 * (4 + 2)
+
+
+def test_bf16_weights_take_8_bytes_a_parameter_and_norms_16(llama_8b):
+    count, narrow = arithmetic.num_parameters(llama_8b), num_matrix_parameters(llama_8b)
+    assert count - narrow == (2 * 32 + 1) * 4096
+    memory = _estimate(llama_8b, trained=count, frozen=0, weight_dtype="bf16")
+    assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(8 * narrow + 16 * (count - narrow))
+    assert memory.logits == 0  # they are gone before the layers' gradients come
+
+
+def test_logits_count_where_they_outweigh_all_gradients():
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    spec = families.read(config | {"num_attention_heads": 4, "vocab_size": 128256}, "config.json")
+    memory = _estimate(spec, trained=arithmetic.num_parameters(spec), frozen=0, weight_dtype="bf16")
+    assert memory.logits > 2 * 2**28 // 2 - memory.gradients + 6 * 64 * 128256 > 0

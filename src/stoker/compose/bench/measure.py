@@ -10,7 +10,7 @@ from stoker.compose.bench.result import Measured, fault, speed
 from stoker.compose.data import Data
 from stoker.compose.execution import fp8_notice
 from stoker.compose.model import Base, load_decoder
-from stoker.compose.trainer import add_adapter, compute_dtype, make_engine
+from stoker.compose.trainer import add_adapter, make_engine, weight_dtype
 from stoker.config.schema import RunConfig
 from stoker.data.batch import Batch
 from stoker.errors import TrainingError
@@ -54,7 +54,7 @@ def measure(config: RunConfig, plan: Plan, base: Base, data: Data, *, steps: int
     decoder = load_decoder(
         base,
         device=plan.device,
-        dtype=compute_dtype(plan) if config.adapter is not None else torch.float32,
+        dtype=weight_dtype(config, plan),
         kernels=plan.kernels,
         quantization=plan.quantization,
     )
