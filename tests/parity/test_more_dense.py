@@ -174,3 +174,9 @@ def test_what_is_saved_is_what_was_stored(name):
     saved, expected = dict(native.hf_tensors(made.ours, made.spec)), stored(made)
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("check", ["gradients", "lora", "bf16"])
+@pytest.mark.parametrize("name", ["internlm3", "minicpm"])
+def test_stand_ins_whose_weights_have_the_same_names_have_the_same_gradients_and_adapters(name, check):
+    CHECKS[check](STAND_INS[name]())
