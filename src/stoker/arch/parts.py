@@ -132,7 +132,8 @@ def _attention(spec: AttentionSpec, hidden_size: int) -> Part:
         q_shape, k_shape = qk_norm_shapes(spec)
         parameters |= norm_parameters("q_norm", spec.qk_norm, q_shape)
         parameters |= norm_parameters("k_norm", spec.qk_norm, k_shape)
-        saved += query + 2 * key  # what the norms read is kept as well, with v beside it in one tensor
+        # What the norms read is kept as well; norms with a weight for each head run op by op and keep their halves too.
+        saved += (2 if spec.qk_norm_over == "each_head" else 1) * (query + key)
     if spec.sinks:
         parameters["sinks"] = (spec.num_heads,)
     return Part(
