@@ -4,7 +4,13 @@ import pytest
 
 from stoker.arch import arithmetic, families
 from stoker.config.schema import Adafactor, AdamW, AdamW8bit, Muon, Sgd
-from stoker.plan.memory import estimate, frozen_weight_bytes, optimizer_bytes, transposed_bytes
+from stoker.plan.memory import (
+    estimate,
+    frozen_weight_bytes,
+    num_matrix_parameters,
+    optimizer_bytes,
+    transposed_bytes,
+)
 
 
 def _estimate(spec, **changes):
