@@ -107,8 +107,10 @@ Read = tuple[dict[str, Any], bool | None, Detail | None]
 def _system(row: Row, read: list[Read], reading: Reading) -> list[Read]:
     """Returns the system message that the row's own field, or the default, puts before the others."""
     text = row.get("system")
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"field 'system' is {kind(text)}, not text.")
     has_one = read[0][0]["role"] == "system"
-    if isinstance(text, str) and text.strip():
+    if text and text.strip():
         if has_one:
             raise DataError("the row has a field 'system' and a system message too.")
         return [({"role": "system", "content": text}, None, None)]
@@ -129,6 +131,9 @@ def _message(message: Any, place: str, reading: Reading) -> Read:
     role = _role(theirs, role_name, place, message, reading, must_be_known=sharegpt)
     used = {role_name, content_name}
     rest = _others(message, used, reading)
+    for thought in ("reasoning_content", "thinking"):
+        if thought in rest and not isinstance(rest[thought], str):
+            raise DataError(f"{place}.{thought} is {kind(rest[thought])}, not text.")
     if str(theirs).lower() == "function_call":
         call = decoded(message.get(content_name))
         rest["tool_calls"], content = (list(call) if isinstance(call, list | tuple) else [call]), None
@@ -157,8 +162,10 @@ def _plain_message(message: Any, reading: Reading) -> dict[str, Any] | None:
 
 
 def _role(theirs: Any, name: str, place: str, message: Row, reading: Reading, *, must_be_known: bool) -> str:
+    if theirs is None:
+        raise DataError(f"{place}.{name} is missing or null; the message has: {names(message)}.")
     if not isinstance(theirs, str) or not theirs:
-        raise DataError(f"{place} has no {name!r}; it has: {names(message)}.")
+        raise DataError(f"{place}.{name} is {'empty' if theirs == '' else kind(theirs)}, not the name of a role.")
     for ours, aliases in reading.chat.roles.items():
         if theirs in aliases:
             return ours

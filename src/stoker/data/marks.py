@@ -18,8 +18,9 @@ _MARKED = frozenset(_MARKED_KEYS)
 _OPEN, _CLOSE, _MAX_SLOTS = 0xF0000, 0x100000, 0xFF00
 # Rare white space that stands for what surrounds a core: one for before, one for after, so that neighbours stay apart.
 _LEAD, _TRAIL = "\u205f", "\u2007"
-# Templates cut thoughts out of contents or print them anew, so what follows such a tag is marked as a beginning too.
-_THOUGHT = re.compile(r"</?think>\s*")
+# Templates cut thoughts out of contents or print them anew, so what follows such a tag is marked as a beginning too,
+# and so is a closing tag, which may be all that is left of what stood before it.
+_THOUGHT = re.compile(r"\s*<(/?)think>\s*")
 MARK = re.compile("([\U000f0000-\U0010ffff])")
 
 
@@ -120,7 +121,7 @@ def mark(
                 number = len(slots)
                 opening, closing = chr(_OPEN + number), chr(_CLOSE + number)
                 if "think>" in core:
-                    core = _THOUGHT.sub(lambda tag, opening=opening: tag[0] + opening, core)
+                    core = _THOUGHT.sub(lambda tag, o=opening: f"{o if tag[1] else ''}{tag[0]}{o}", core)
                 copy[key] = f"{_LEAD * len(slot.lead)}{opening}{core}{closing}{_TRAIL * len(slot.trail)}"
                 slots.append(slot)
         marked.append(copy)
