@@ -121,8 +121,10 @@ class Size:
     def best(self) -> "Candidate":
         """Returns the candidate that computes least again of those that fit, or else the nearest to fitting."""
         allowed = self.job.machine.host_bytes
-        each = []
-        for ladder in self.job.ladders:
+        each, ladders = [], self.job.ladders
+        if min(one.total for one in self._besides.values()) > self.job.machine.device.memory_bytes:
+            ladders = ladders[-1:]  # no rung helps where all else alone does not fit
+        for ladder in ladders:
             each.append(self.candidate(ladder))
             if each[-1].fits:
                 return each[-1]

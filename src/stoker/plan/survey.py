@@ -31,6 +31,8 @@ METHOD_NAMES: Mapping[str, str] = {
 }
 # A quantised base changes the result a little: it must be this much better to be recommended over a plain one.
 _QUANTISED_MUST_GAIN = 1.1
+# How much faster something must be to be worth a sentence.
+_WORTH_SAYING = 1.05
 # What the process holds in host memory besides what waits there: Python, PyTorch, one shard being read. Rule of thumb.
 _PROCESS_BYTES = 4 * GIB
 
@@ -330,7 +332,8 @@ def _changes(request: Request, best: Offer, second: Offer | None, fitting: Seque
     if fastest is not best and fastest.step and best.step:
         hours = f" in {fastest.hours:,.2f} h" if fastest.hours is not None else ""
         gain = best.step.seconds / fastest.step.seconds
-        said.append(f"if only time counts: {fastest.name}, {gain:.1f} x faster{hours}")
+        if gain > _WORTH_SAYING:
+            said.append(f"if only time counts: {fastest.name}, {gain:.1f} x faster{hours}")
     return said
 
 

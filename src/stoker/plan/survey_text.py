@@ -57,7 +57,9 @@ def misfits(offers: Sequence[Offer]) -> list[str]:
     for key in keys:
         here = [one for one in offers if one.device.key == key]
         if not any(one.fits for one in here):
-            said.append(f"{here[0].device.name}: {here[-1].why}")
+            # What lacks memory says more than a method that the device cannot do at all.
+            short = [one for one in here if one.why.startswith("the run needs")]
+            said.append(f"{here[0].device.name}: {(short or here)[-1].why}")
     return said
 
 
