@@ -225,6 +225,9 @@ def bf16_weights_are_trained_whole(config: RunConfig) -> Iterator[Finding]:
     if precision in ("fp32", "fp16"):
         what = f"engine.precision = {precision}, but with train.weight_dtype = bf16 weights are bf16."
         yield Finding(("engine", "precision"), what, "Use bf16 or auto, or weight_dtype: fp32.")
+    if config.engine.strategy in ("ddp", "fsdp2") or (config.engine.num_processes or 1) > 1:
+        what = "train.weight_dtype = bf16 is for one process: ranks would have to round alike."
+        yield Finding(("train", "weight_dtype"), what, "Use fp32, or one process.")
 
 
 def remote_code_is_pinned(config: RunConfig) -> Iterator[Finding]:

@@ -40,6 +40,8 @@ MIXED = "data.train=[{path: a.jsonl, weight: 2.0}, {path: b.jsonl, weight: 1.0}]
             "is about the model's own weights, which an adapter leaves frozen",
         ),
         ([*NARROW, "train.optimizer={kind: sgd}"], "rounds stochastically, and sgd does not"),
+        ([*NARROW, "engine.strategy=fsdp2"], "train.weight_dtype = bf16 is for one process"),
+        ([*NARROW, "engine.num_processes=2"], "train.weight_dtype = bf16 is for one process"),
         ([*NARROW, "engine.precision=fp32"], "engine.precision = fp32, but with train.weight_dtype = bf16"),
         (["engine.device=cpu", "engine.offload_activations=true"], "offload_activations = true needs a CUDA GPU"),
     ],
