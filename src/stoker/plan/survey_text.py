@@ -89,9 +89,8 @@ def notes(request: Request, offers: Sequence[Offer]) -> list[str]:
     found = [f"Work: {steps}{filled}. Data: {work.source}."]
     found.append(f"Efficiencies: {request.efficiencies.source}. One device; this version trains on one.")
     if any(one.fits and one.method == "fp8" for one in offers):
-        found.append(
-            f"fp8 products inside a step were not measured yet; taken at {request.efficiencies.matmul_fp8:.2f} of their rate."
-        )
+        share = f"{request.efficiencies.matmul_fp8:.2f} of their rate"
+        found.append(f"fp8 products inside a step are assumed to reach {share}: not measured yet.")
     if any(one.device.basis in ("derived", "arithmetic") for one in offers):
         found.append("Rates of some devices are derived, not published (gpus.toml says which).")
     priced = sorted({(one.device.price.date, one.device.price.kind) for one in offers if one.device.price})
