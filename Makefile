@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help env train test check format docs clean
+.PHONY: help env train test test-distributed check format docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ train: env ## fine-tune the built-in tiny model on the shipped rows, on a CPU, i
 
 test: env ## run every test
 	$(BIN)/python -m pytest -n 2
+
+test-distributed: env ## run every test of several processes, on two and on four of them
+	STOKER_TEST_ALL=1 $(BIN)/python -m pytest -n 0 tests/distributed
 
 check: env ## format, lint, types, layers, quick tests: under a minute
 	$(BIN)/ruff format --check .

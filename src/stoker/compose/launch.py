@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from stoker.errors import StokerError, TrainingError
+from stoker.errors import StokerError, TrainingError, UserError
 
 _HEARD = (signal.SIGINT, signal.SIGTERM)
 
@@ -114,6 +114,8 @@ def _as_ours(error: Any, num_processes: int) -> StokerError:
         kind, _, text = message["message"].partition(": ")
         is_ours = failure.exitcode == 2 or kind in ("TrainingError", "CheckpointError")
         what = text if is_ours else message["extraInfo"]["py_callstack"]
+        if failure.exitcode == 2:
+            return UserError(what)
     elif failure.exitcode < 0:
         what = f"it was killed by {signal.Signals(-failure.exitcode).name}."
     else:

@@ -146,5 +146,9 @@ def join(place: Place | None, *, kind: str, group: bool = False) -> Ranks:
         job = int(os.environ.get("SLURM_JOB_ID", "0"))
         os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
         os.environ.setdefault("MASTER_PORT", str(_PORTS[job % len(_PORTS)]))
-    dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT)
+    store, rank, world_size = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=TIMEOUT))
+    # The agent's store outlives processes that it starts again: they must not find the addresses of those before them.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt-{attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     return Ranks(place, is_joined=True)
