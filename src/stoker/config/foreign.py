@@ -86,17 +86,17 @@ SAME_THING: dict[str, str] = {
 }
 """Another trainer's name -> our path."""
 
-_ONE_DEVICE = "This version trains on one device; remove it."
+_SEVERAL = "Set engine.strategy (ddp or fsdp2) and engine.num_processes, or --gpus N; remove it."
 _FOLLOWS = "It follows from train.batch_size and the micro-batch; set train.batch_size and remove it."
 NOT_A_SETTING: dict[str, str] = {
     "gradient_accumulation_steps": _FOLLOWS,
     "gradient_accumulation": _FOLLOWS,
     "flash_attention": "The plan chooses how attention runs; remove it.",
     "attn_implementation": "The plan chooses how attention runs; remove it.",
-    "deepspeed": _ONE_DEVICE,
-    "fsdp": _ONE_DEVICE,
-    "fsdp_config": _ONE_DEVICE,
-    "num_gpus": _ONE_DEVICE,
+    "deepspeed": "This version has no DeepSpeed: set engine.strategy: fsdp2 and engine.num_processes; remove it.",
+    "fsdp": _SEVERAL,
+    "fsdp_config": _SEVERAL,
+    "num_gpus": _SEVERAL,
     "bias": "Adapters here leave biases as they are; remove it.",
     "modules_to_save": "Adapters here train no other layers beside them; remove it.",
 }
