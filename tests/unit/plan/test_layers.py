@@ -17,8 +17,8 @@ def gemma2_9b():
     return families.read({"model_type": "gemma2", "num_key_value_heads": 8, **shape}, "config.json")
 
 
-def with_norms_of_queries(spec, every):
-    """The model with queries and keys normed in every so-many-th layer."""
+def with_soft_caps(spec, every):
+    """The model with soft-capped scores in every so-many-th layer."""
     layers = [
         replace(layer, mixer=replace(layer.mixer, softcap=50.0)) if index % every == 0 else layer
         for index, layer in enumerate(spec.layers)
@@ -45,7 +45,7 @@ def test_what_only_the_layer_kernel_has_is_refused_for_such_a_model(run, gemma2_
 
 
 def test_layers_of_both_kinds_keep_what_each_can(run, llama_8b, machine):
-    spec = with_norms_of_queries(llama_8b, 4)
+    spec = with_soft_caps(llama_8b, 4)
     plan = choose(run(*ASKED), spec, machine(28))
     assert plan.layers == "fused"
     assert "8 of 32 layers run op by op: they have soft-capped scores" in plan.reasons["layers"]
