@@ -190,7 +190,7 @@ def run_again(layer: LayerSpec, hidden_size: int, keep: Keep, *, is_fused: bool)
     if keep == "mixer" and isinstance(layer.mixer, Mamba1Spec):
         return mixer, f"{mixer}.x_proj"
     if _keeps_little(layer):
-        left_out = ("feed_forward", mixer) if keep == "attention" else ("feed_forward",)
+        left_out = ("feed_forward", mixer, f"{mixer}.out") if keep == "attention" else ("feed_forward",)
         return tuple(name for name in names if name not in left_out and not name.startswith("feed_forward."))
     return names
 

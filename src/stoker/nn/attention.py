@@ -1,6 +1,6 @@
 """Grouped-query attention, as a module."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,13 +100,27 @@ class Attention(nn.Module):
 
         With a cache, x continues the `cache_length` positions that it holds, and its keys and values are written there.
         """
+        context: Any = {"document_lengths": document_lengths, "cache": cache, "cache_length": cache_length}
+        return self.out(self.attended(x, cos, sin, **context))
+
+    def attended(
+        self,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        *,
+        document_lengths: Documents | None = None,
+        cache: LayerCache | None = None,
+        cache_length: int = 0,
+    ) -> Tensor:
+        """The values that each position has gathered, [B, T, H · E]: what `out` is applied to. As `forward`."""
         q, k, v = self._heads(self.qkv(x), cos, sin)
         scores = {"window": self.window, "scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
         if cache is None:
             mixed = attention(q, k, v, document_lengths=document_lengths, implementation=self.kernels, **scores)
         else:
             mixed = attend_cached(q, *cache.write(cache_length, k, v), **scores)
-        return self.out(mixed.flatten(2))
+        return mixed.flatten(2)
 
     def new_cache(self, *, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         """An empty cache for `capacity` positions."""

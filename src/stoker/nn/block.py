@@ -1,5 +1,7 @@
 """One layer of a decoder: a mixer and a feed-forward, with their norms placed in one of five ways."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any, cast
 
@@ -22,6 +24,25 @@ _ATTENTION = (
 @lru_cache(maxsize=1)
 def _attention_ops() -> list[Any]:
     return [getattr(torch.ops.aten, name).default for name in _ATTENTION if hasattr(torch.ops.aten, name)]
+
+
+@contextmanager
+def _made_again(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
+    """Within it nothing keeps `tensor` (or a view of all of it) for the backward: `make()` gives its values there."""
+    place, dtype, count = tensor.data_ptr(), tensor.dtype, tensor.numel()
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        is_it = saved.data_ptr() == place and saved.dtype == dtype and saved.numel() == count
+        return saved.shape if is_it and saved.is_contiguous() else saved
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad():
+            return make().view(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class Block(nn.Module):
@@ -78,30 +99,41 @@ class Block(nn.Module):
             return x + self._scaled(self._part("feed_forward")(self._norm("feed_forward_norm")(x)))
         if not self.has_feed_forward:
             return x + self._scaled(self.mixing(self._norm(f"{self.mixer_name}_norm")(x), cos, sin, **context))
-        normed, x = self._mixed(x, cos, sin, **context)
+        normed, x = self._norm("feed_forward_norm").add(self._scaled(self._mixed(x, cos, sin, **context)), x)
         return x + self._scaled(self._part("feed_forward")(normed))
 
     def recomputed(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, **context: Any) -> Tensor:
         """The forward, of which the backward runs again what is not kept (Chen et al. 2016, arXiv:1604.06174).
 
         That is all of it, but for a feed-forward that keeps little of its own accord, as a mixture of experts does: of
-        that the backward would otherwise run even what it does not need.
+        that the backward would otherwise run even what it does not need. Nor is the mixer's output projection run again
+        where what goes into it is kept.
         """
-        feed_forward = self._modules.get("feed_forward")
         # The state of random numbers cannot be read while a graph is captured; what is captured draws none.
         is_captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
         context["preserve_rng_state"] = not is_captured
         if self.keep_attention:
             context["context_fn"] = partial(create_selective_checkpoint_contexts, _attention_ops())
+        feed_forward = self._modules.get("feed_forward")
         if type(self) is not Block or self.mixing is None or not getattr(feed_forward, "keeps_little", False):
             return checkpoint(self, x, cos, sin, use_reentrant=False, **context)
-        normed, x = checkpoint(self._mixed, x, cos, sin, use_reentrant=False, **context)
-        return x + self._scaled(self._part("feed_forward")(normed))
+        if self.keep_attention and hasattr(self.mixing, "attended"):
+            mixed = self.mixing.out(checkpoint(self._attended, x, cos, sin, use_reentrant=False, **context))
+        else:
+            mixed = checkpoint(self._mixed, x, cos, sin, use_reentrant=False, **context)
+        norm = self._norm("feed_forward_norm")
+        normed, x = norm.add(self._scaled(mixed), x)
+        with _made_again(normed, partial(norm, x.detach())):
+            output = self._part("feed_forward")(normed)
+        return x + self._scaled(output)
 
-    def _mixed(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, **context: Any) -> tuple[Tensor, Tensor]:
-        """(the feed-forward's input, the residual stream after the mixer)."""
-        mixed = self._scaled(self.mixing(self._norm(f"{self.mixer_name}_norm")(x), cos, sin, **context))
-        return self._norm("feed_forward_norm").add(mixed, x)
+    def _mixed(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, **context: Any) -> Tensor:
+        """The mixer's output."""
+        return self.mixing(self._norm(f"{self.mixer_name}_norm")(x), cos, sin, **context)
+
+    def _attended(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, **context: Any) -> Tensor:
+        """What goes into the mixer's output projection."""
+        return self.mixing.attended(self._norm(f"{self.mixer_name}_norm")(x), cos, sin, **context)
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.residual_scale == 1.0 else x * self.residual_scale
