@@ -148,7 +148,7 @@ def make_engine(
             config.train.optimizer,
             config.train.learning_rate,
             rate_scale=trained.rate_scale(config.train),
-            rounded_update=_rounded_update(config, plan),
+            **_steps(config, plan),
         ),
     )
 
@@ -187,22 +187,29 @@ def make_optimizer(
     learning_rate: float,
     *,
     rate_scale: RateScale | None = None,
-    rounded_update: Update | None = None,
+    **steps: Any,
 ) -> "torch.optim.Optimizer":
-    """Returns the optimiser that the configuration names, over `named_parameters`."""
+    """Returns the optimiser that the configuration names, over `named_parameters`; `steps`: how AdamW steps."""
     return optimizers.build(
-        list(named_parameters),
-        learning_rate=learning_rate,
-        rate_scale=rate_scale,
-        rounded_update=rounded_update,
-        **chosen.model_dump(),
+        list(named_parameters), learning_rate=learning_rate, rate_scale=rate_scale, **steps, **chosen.model_dump()
     )
 
 
-def _rounded_update(config: RunConfig, plan: Plan) -> Update | None:
-    """Returns AdamW's step for weights in bf16, whose random bits follow the run's seed; None for weights in fp32."""
-    if config.train.weight_dtype != "bf16" or config.adapter is not None:
-        return None
+def _steps(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """Returns how AdamW steps, as options of `optimizers.build`.
+
+    Weights in bf16 are rounded stochastically. Adapters beside graphs are stepped all at once: launching a step over
+    each of them would take longer than the step. (All weights of a model would be held twice on the way there.)
+    """
+    if config.train.weight_dtype == "bf16" and config.adapter is None:
+        return {"rounded_update": _adamw_step(config, plan)}
+    if config.train.optimizer.kind == "adamw" and config.adapter is not None and plan.cuda_graphs:
+        return {"flat": True, "flat_update": _adamw_step(config, plan) if plan.kernels == "triton" else None}
+    return {}
+
+
+def _adamw_step(config: RunConfig, plan: Plan) -> Update:
+    """Returns AdamW's step by our own kernel; the random bits that round bf16 weights follow the run's seed."""
     from stoker.kernels.adamw import AdamWStep, adamw_
 
     def update(

@@ -3,7 +3,8 @@
 A graph replays fixed kernels on fixed memory. So a micro-batch is copied into buffers of its shape, its length rounded
 up to a bucket (what is added is padding, which trains nothing and which causal layers do not look at), and the loss's
 factor is a tensor. The first micro-batches of a shape run as they always do, which compiles kernels; then the shape is
-captured. Gradients add up in place, hence they are cleared in place too.
+captured. Gradients add up in place, hence they are cleared in place too. Where the optimiser takes its gradient as one
+tensor, a graph ends by writing it: its memory is then part of the graphs' pool, whose activations have ended by then.
 
 Not everything can be captured: packed rows differ in their documents, dropout in its seeds. Those run as they always
 do.
@@ -58,6 +59,14 @@ class Replayed(NamedTuple):
     metrics: Mapping[str, Tensor]
 
 
+class Ran(NamedTuple):
+    """A micro-batch's result, and its gradient if it is one tensor; `is_reused`: the next one overwrites that."""
+
+    result: Any
+    gradient: Tensor | None = None
+    is_reused: bool = False
+
+
 @dataclass
 class _Captured:
     graph: torch.cuda.CUDAGraph
@@ -65,16 +74,23 @@ class _Captured:
     targets: Tensor
     loss_sum: Tensor
     metrics: Mapping[str, Tensor]
+    gradient: Tensor | None
 
 
 class MicroBatchGraphs:
     """Captures and replays forward and backward of `task` on a CUDA device; `autocast` makes the forward's context.
 
-    Gradients must be cleared in place between steps; once they are thrown away, so must the graphs be (`clear`).
+    `gather` takes the gradients from the parameters and returns them as one tensor (in the one given). Without it
+    gradients must be cleared in place between steps; once they are thrown away, so must the graphs be (`clear`).
     """
 
     def __init__(
-        self, task: Task, *, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]
+        self,
+        task: Task,
+        *,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        gather: Callable[[Tensor | None], Tensor] | None = None,
     ) -> None:
         self._task, self._device, self._autocast = task, device, autocast
         self._captured: dict[tuple[int, int], _Captured] = {}
@@ -84,9 +100,11 @@ class MicroBatchGraphs:
         # first arrives on.
         self._stream = torch.cuda.Stream(device)
         self._factor = torch.ones((), device=device)
+        self._gather = gather
+        self._gradient: Tensor | None = None  # of the graph that ran last: all of them write to the same
 
-    def run(self, batch: Batch, factor: Tensor) -> Any:
-        """Adds the gradient of `loss_sum * factor` and returns the task's result; the batch is on the device."""
+    def run(self, batch: Batch, factor: Tensor) -> Ran:
+        """Adds the gradient of `loss_sum * factor`, or hands it out; the batch is on the device."""
         self._factor.copy_(factor)
         if batch.document_lengths is not None:
             return self._eager(batch)
@@ -107,19 +125,23 @@ class MicroBatchGraphs:
         self._seen.clear()
         # A pool ends with the last graph that uses it.
         self._pool = torch.cuda.graph_pool_handle()
+        self._gradient = None
 
     @property
     def num_captured(self) -> int:
         """Shapes that are captured."""
         return len(self._captured)
 
-    def _eager(self, batch: Batch) -> Any:
+    def _eager(self, batch: Batch) -> Ran:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             result = self._forward_backward(batch)
+            gradient = None if self._gather is None else self._gather(None)
         current.wait_stream(self._stream)
-        return result
+        if gradient is not None:
+            gradient.record_stream(current)
+        return Ran(result, gradient)
 
     def _forward_backward(self, batch: Batch) -> Any:
         with self._autocast():
@@ -134,12 +156,16 @@ class MicroBatchGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream), self._task.capturing():
             result = self._forward_backward(held)
-        return _Captured(graph, held.input_ids, held.targets, result.loss_sum.detach(), dict(result.metrics))
+            if self._gather is not None:
+                self._gradient = self._gather(self._gradient)
+        loss_sum, metrics = result.loss_sum.detach(), dict(result.metrics)
+        return _Captured(graph, held.input_ids, held.targets, loss_sum, metrics, self._gradient)
 
     @staticmethod
-    def _replay(captured: _Captured, batch: Batch) -> Replayed:
+    def _replay(captured: _Captured, batch: Batch) -> Ran:
         captured.input_ids.copy_(batch.input_ids)
         captured.targets.copy_(batch.targets)
         captured.graph.replay()
         metrics = {name: value.clone() for name, value in captured.metrics.items()}
-        return Replayed(captured.loss_sum.clone(), batch.num_trained_tokens, metrics)
+        result = Replayed(captured.loss_sum.clone(), batch.num_trained_tokens, metrics)
+        return Ran(result, captured.gradient, is_reused=True)

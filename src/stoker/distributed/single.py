@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stoker.distributed import optimizer_state
+from stoker.distributed.flat_gradient import FlatGradient
 from stoker.distributed.graphs import MicroBatchGraphs
 from stoker.distributed.ranks import Ranks
 from stoker.distributed.strategy import Batch, MakeOptimizer, Result, StepResult, StrategyState
@@ -28,7 +29,8 @@ class SingleDevice:
 
     `precision` is "fp32", or "bf16" or "fp16" for autocast over fp32 weights; fp16 scales the loss (arXiv:1710.03740).
     `on_discard` is called when a step is broken off, to let go of what else it holds. `cuda_graphs`: micro-batches of
-    one shape are captured and replayed (`graphs.MicroBatchGraphs`; the task must be one that can be).
+    one shape are captured and replayed (`graphs.MicroBatchGraphs`; the task must be one that can be). An optimiser that
+    has a `layout` gets its gradient as one tensor (`flat_gradient.FlatGradient`).
     """
 
     device: torch.device
@@ -68,8 +70,15 @@ class SingleDevice:
         self._forward = self._place(task)
         self._trained = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
         self._made_optimizer = None if make_optimizer is None else make_optimizer(self._trained.items())
+        is_flat = hasattr(self._made_optimizer, "layout")
+        self._flat = FlatGradient(cast("Any", self._made_optimizer)) if is_flat else None
         if self._uses_graphs:
-            self._graphs = MicroBatchGraphs(cast("Any", self._task), device=self.device, autocast=self._autocast)
+            self._graphs = MicroBatchGraphs(
+                cast("Any", self._task),
+                device=self.device,
+                autocast=self._autocast,
+                gather=None if self._flat is None else self._flat.gather,
+            )
 
     def _place(self, task: nn.Module) -> nn.Module:
         """Puts `task` on the device and returns what runs its training forward."""
@@ -91,12 +100,17 @@ class SingleDevice:
         self._task.train()
         if self._graphs is not None:
             factor = self._scaler.scale(torch.full((), 1.0 / divisor, device=self.device))
-            return _detached(self._graphs.run(cast("Any", batch.to(self.device)), factor))
+            ran = self._graphs.run(cast("Any", batch.to(self.device)), factor)
+            if self._flat is not None and ran.gradient is not None:
+                self._flat.add(ran.gradient, is_last=is_last, is_reused=ran.is_reused)
+            return _detached(ran.result)
         with self._reducing(is_last=is_last):
             with self._autocast():
                 result = self._forward(batch.to(self.device))
             # Reductions average over ranks, and the divisor counts the tokens of all of them.
             self._scaler.scale(result.loss_sum / (divisor / self.world_size)).backward()
+        if self._flat is not None:
+            self._flat.add(self._flat.gather(), is_last=is_last)
         return _detached(result)
 
     def discard_gradients(self) -> None:
@@ -104,6 +118,8 @@ class SingleDevice:
         if self._graphs is not None:
             self._graphs.clear()
         self._task.zero_grad(set_to_none=True)
+        if self._flat is not None:
+            self._flat.clear()
         for let_go in self._on_discard:
             let_go()
         if self.device.type == "cuda":
@@ -118,9 +134,14 @@ class SingleDevice:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("rate_scale", 1.0)
+        if self._flat is not None:
+            self._flat.hand_over(shown=self._scaler.is_enabled())
         self._scaler.unscale_(self._optimizer)
         parameters = [parameter for parameter in self._trained.values() if parameter.grad is not None]
-        norm_tensor = _total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if self._flat is not None:
+            norm_tensor = self._flat.norm()
+        else:
+            norm_tensor = _total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         norm = float(self._whole(norm_tensor))
         finite = norm < float("inf")  # Also false for NaN.
         if finite:
@@ -129,7 +150,9 @@ class SingleDevice:
             self._scaler.step(self._optimizer)
         self._scaler.update()
         # A graph adds to the gradients that were there when it was captured.
-        self._optimizer.zero_grad(set_to_none=self._graphs is None)
+        self._optimizer.zero_grad(set_to_none=self._graphs is None or self._flat is not None)
+        if self._flat is not None:
+            self._flat.clear()
         scale = self._scaler.get_scale() if self._scaler.is_enabled() else None
         return StepResult(norm, skipped=not finite, loss_scale=scale)
 
@@ -168,7 +191,7 @@ class SingleDevice:
         tensors, numbers = optimizer_state.flatten(self._optimizer, self._trained)
         tensors = {name: self._kept(tensor) for name, tensor in tensors.items()}
         weights = {name: self._kept(parameter.detach()) for name, parameter in self._trained.items()}
-        values: dict[str, Any] = {"optimizer": numbers, "optimizer_class": type(self._optimizer).__name__}
+        values: dict[str, Any] = {"optimizer": numbers, "optimizer_class": _class_of(self._optimizer)}
         if self._scaler.is_enabled():
             values["loss_scale"] = self._scaler.state_dict()
         return StrategyState(weights, tensors, values)
@@ -182,7 +205,7 @@ class SingleDevice:
 
     def load_state(self, state: StrategyState) -> None:
         """Takes back what `state` returned."""
-        saved, ours = state.values["optimizer_class"], type(self._optimizer).__name__
+        saved, ours = state.values["optimizer_class"], _class_of(self._optimizer)
         if saved != ours:
             raise CheckpointError(
                 f"The checkpoint holds the state of {saved}, but this run's optimiser is {ours}.",
@@ -245,6 +268,11 @@ def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
         alike = [gradient for gradient in gradients if gradient.dtype == dtype]
         norms += torch._foreach_norm(alike, 2.0, dtype=torch.float32)
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _class_of(optimizer: torch.optim.Optimizer) -> str:
+    """The class whose state the optimiser's is: its own, or that which it says."""
+    return getattr(optimizer, "state_of", type(optimizer).__name__)
 
 
 def _detached(result: Result) -> _Detached:

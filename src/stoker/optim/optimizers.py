@@ -8,6 +8,7 @@ import torch
 from torch.nn import Parameter
 
 from stoker.errors import PlanError
+from stoker.optim.flat import FlatAdamW
 from stoker.optim.groups import NamedParameters, RateScale, by_decay, is_hidden_matrix
 from stoker.optim.stochastic import StochasticAdamW, Update
 
@@ -29,13 +30,16 @@ def build(
     momentum: float | None = None,
     rate_scale: RateScale | None = None,
     rounded_update: Update | None = None,
+    flat: bool = False,
+    flat_update: Update | None = None,
 ) -> torch.optim.Optimizer:
     """Returns the optimiser `kind` over those of `named_parameters` that require a gradient.
 
     `weight_decay` acts on matrices only, unless `decay_all`: norms, biases and embeddings are left alone. `betas` and
     `epsilon` are AdamW's (and of Muon's AdamW part); `momentum` is SGD's (0 unless set) and Muon's (0.95 unless set).
     `rate_scale` gives parameters, by name, a multiple of the rate, which the strategy applies at each step.
-    `rounded_update` makes AdamW a `StochasticAdamW`, which bf16 weights need.
+    `rounded_update` makes AdamW a `StochasticAdamW`, which bf16 weights need; `flat` makes it a `FlatAdamW`, with
+    `flat_update` as its step if given.
 
     Raises:
         PlanError: the kind needs a package that is not installed.
@@ -46,6 +50,8 @@ def build(
         raise ValueError("no parameter requires a gradient")
     if rounded_update is not None and kind != "adamw":
         raise ValueError(f"only adamw rounds stochastically, not {kind}")
+    if flat and (kind != "adamw" or rounded_update is not None):
+        raise ValueError(f"only adamw on fp32 weights steps all at once, not {kind}")
     if rounded_update is None and any(parameter.dtype == torch.bfloat16 for _, parameter in trained):
         raise ValueError("bf16 weights lose small updates unless they are rounded stochastically: rounded_update")
     first_beta, second_beta = betas
@@ -54,13 +60,14 @@ def build(
         return by_decay(named, weight_decay=weight_decay, decay_all=decay_all, rate_scale=rate_scale)
 
     def adamw(named: Sequence[tuple[str, Parameter]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            groups(named), lr=learning_rate, betas=(first_beta, second_beta), eps=epsilon, fused=_can_fuse(named)
-        )
+        options: dict[str, Any] = {"lr": learning_rate, "betas": (first_beta, second_beta), "eps": epsilon}
+        if rounded_update is not None:
+            return StochasticAdamW(groups(named), update=rounded_update, **options)
+        if flat:
+            return FlatAdamW(groups(named), update=flat_update, **options)
+        return torch.optim.AdamW(groups(named), fused=_can_fuse(named), **options)
 
     match kind:
-        case "adamw" if rounded_update is not None:
-            return StochasticAdamW(groups(trained), lr=learning_rate, betas=betas, eps=epsilon, update=rounded_update)
         case "adamw":
             return adamw(trained)
         case "adamw_8bit":
