@@ -49,6 +49,19 @@ def test_our_numbers_are_kept_when_no_time_is_left_for_a_peer(stoker, run_values
     assert theirs["tokens_per_second"] is None
 
 
+@pytest.mark.slow
+def test_a_profile_says_where_a_steps_time_goes(stoker, run_values, write_yaml):
+    run_values["train"] = {"batch_size": 2, "learning_rate": 0.01}
+    del run_values["data"]["validation"]
+    done = stoker("bench", write_yaml(run_values), "--steps", 1, "--profile", "kernels.csv")
+    assert "one step by kernel" in done.stdout
+    with (stoker.folder / "kernels.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    times = [float(line["milliseconds"]) for line in lines]
+    assert times == sorted(times, reverse=True)
+    assert any(line["name"] == "aten::mm" and int(line["calls"]) > 1 for line in lines)
+
+
 def test_mistakes_are_sentences(stoker, run_values, write_yaml):
     run = write_yaml(run_values)
     assert "there is no such peer" in stoker("bench", run, "--peers", "trl", code=2).stderr

@@ -23,6 +23,9 @@ def command(
     budget: Annotated[
         float | None, typer.Option(min=1.0, help="Seconds after which no peer goes on.", show_default=False)
     ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Also say where a step's time goes, by kernel; all of it into this CSV.")
+    ] = None,
     commit: Annotated[str | None, typer.Option(help="Commit to note, where there is no git.")] = None,
 ) -> None:
     """Measure a run's speed and memory on random rows, beside the physical floor and other trainers.
@@ -52,6 +55,7 @@ def command(
         peer_timeout_seconds=peer_timeout,
         budget_seconds=math.inf if budget is None else budget,
         commit=commit,
+        profile=profile,
     )
     # A pipe has no width; the table needs one.
     console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=150)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stoker.kernels.pinned import empty_pinned
+
 # Copies under way at a time: the tensors of the layer before may still be leaving while this one's are handed over.
 MAX_LEAVING = 4
 
@@ -70,8 +72,7 @@ class HostOffload:
         if not is_dense(tensor):
             raise ValueError(f"a tensor of shape {tuple(tensor.shape)} and stride {tensor.stride()} has gaps")
         free = self._free.get((tensor.dtype, tensor.numel()), [])
-        pin = tensor.is_cuda
-        host = free.pop() if free else torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=pin)
+        host = free.pop() if free else _host_buffer(tensor)
         entry = _Entry(host, tensor.shape, tensor.stride(), tensor.device)
         if tensor.is_cuda:
             self._copy_out(tensor, host)
@@ -141,6 +142,12 @@ class HostOffload:
         while self._leaving:
             _, left = self._leaving.popleft()
             torch.cuda.current_stream(device).wait_event(left)
+
+
+def _host_buffer(tensor: Tensor) -> Tensor:
+    if tensor.is_cuda:
+        return empty_pinned(tensor.numel(), tensor.dtype)
+    return torch.empty(tensor.numel(), dtype=tensor.dtype)
 
 
 def is_dense(tensor: Tensor) -> bool:

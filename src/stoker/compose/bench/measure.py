@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from stoker.compose.bench.profile import profiled
 from stoker.compose.bench.result import Measured, fault, speed
 from stoker.compose.data import Data
 from stoker.compose.execution import fp8_notice
@@ -16,7 +17,7 @@ from stoker.data.batch import Batch
 from stoker.errors import TrainingError
 from stoker.plan.plan import Plan
 from stoker.train.guard import MemoryGuard
-from stoker.train.step import take_step
+from stoker.train.step import StepOutcome, take_step
 
 WARMUP_STEPS = 3
 """Steps before the timed ones: kernels compile, caches and the allocator settle."""
@@ -41,8 +42,12 @@ class Steps:
         ]
 
 
-def measure(config: RunConfig, plan: Plan, base: Base, data: Data, *, steps: int) -> tuple[Measured, Steps]:
+def measure(
+    config: RunConfig, plan: Plan, base: Base, data: Data, *, steps: int, profile: bool = False
+) -> tuple[Measured, Steps]:
     """Loads the model as the plan says, takes warm-up steps and `steps` timed ones; everything is freed on return.
+
+    With `profile`, the last step is taken once more under PyTorch's profiler.
 
     Raises:
         TrainingError: the loss is not finite, or the gradient's norm is not above zero.
@@ -68,11 +73,9 @@ def measure(config: RunConfig, plan: Plan, base: Base, data: Data, *, steps: int
         torch.cuda.reset_peak_memory_stats()
     notices = [sentence] if (sentence := fp8_notice(decoder, plan)) else []
     guard = MemoryGuard(engine.strategy, notices.append)
-    seconds, losses, norms = [], [], []
-    for number, micro_batches in enumerate(batches.batches, start=1):
-        wait(device)
-        start = time.perf_counter()
-        outcome = take_step(
+
+    def take(number: int, micro_batches: Sequence[Batch]) -> StepOutcome:
+        return take_step(
             engine.strategy,
             micro_batches,
             number=number,
@@ -81,10 +84,18 @@ def measure(config: RunConfig, plan: Plan, base: Base, data: Data, *, steps: int
             guard=guard,
             notify=notices.append,
         )
+
+    seconds, losses, norms = [], [], []
+    for number, micro_batches in enumerate(batches.batches, start=1):
+        wait(device)
+        start = time.perf_counter()
+        outcome = take(number, micro_batches)
         wait(device)
         seconds.append(time.perf_counter() - start)
         losses.append(outcome.loss)
         norms.append(outcome.gradient_norm)
+    peak_bytes = engine.strategy.peak_memory_bytes()
+    kernels = profiled(lambda: take(len(seconds) + 1, batches.batches[-1]), device) if profile else ()
     if wrong := fault(losses, min(norms)):
         raise TrainingError(f"No number is worth printing: {wrong}.")
     rate, step_seconds = speed(batches.tokens[WARMUP_STEPS:], seconds[WARMUP_STEPS:])
@@ -94,10 +105,11 @@ def measure(config: RunConfig, plan: Plan, base: Base, data: Data, *, steps: int
         step_seconds=step_seconds,
         first_step_seconds=seconds[0],
         load_seconds=load_seconds,
-        peak_bytes=engine.strategy.peak_memory_bytes(),
+        peak_bytes=peak_bytes,
         losses=tuple(losses),
         gradient_norm=min(norms),
         notices=tuple(notices),
+        kernels=kernels,
     )
     return measured, batches
 

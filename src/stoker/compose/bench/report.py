@@ -18,6 +18,8 @@ from stoker.errors import OutputError
 from stoker.plan.memory import GIB
 
 Facts = dict[str, Any]
+_ELSEWHERE = ("losses", "notices", "versions", "kernels")
+"""What a measurement holds that is no column of the results."""
 
 
 def rows(measured: Sequence[Measured], floor: Floor, *, computes_again: bool) -> list[Facts]:
@@ -29,7 +31,7 @@ def rows(measured: Sequence[Measured], floor: Floor, *, computes_again: bool) ->
     ours = measured[0]
     lines = []
     for one in measured:
-        values = {key: value for key, value in as_values(one).items() if key not in ("losses", "notices", "versions")}
+        values = {key: value for key, value in as_values(one).items() if key not in _ELSEWHERE}
         values |= {
             "loss": one.losses[-1] if one.losses else None,
             "first_loss": one.losses[0] if one.losses else None,

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stoker.compose.bench.profile import KernelTime
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -12,7 +14,7 @@ class Measured:
 
     `tokens_per_second` counts positions of full rows and trained tokens of packed ones. `losses`: of each step, warm-up
     included. `gradient_norm`: the smallest that was looked at. `peak_bytes`: of the device, from after loading on (of
-    the process, on a CPU). `first_step_seconds` holds what is compiled on the way.
+    the process, on a CPU). `first_step_seconds` holds what is compiled on the way. `kernels`: those of one step.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Measured:
     versions: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
     error: str = ""
+    kernels: tuple[KernelTime, ...] = ()
 
 
 def speed(tokens: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:

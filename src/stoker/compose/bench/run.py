@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stoker.compose.bench import floor, peers, report, rows, shapes
+from stoker.compose.bench import floor, peers, profile, report, rows, shapes
 from stoker.compose.bench.measure import WARMUP_STEPS, Steps, documents_of, measure
 from stoker.compose.bench.result import Measured
 from stoker.compose.hardware import probe
@@ -26,7 +26,8 @@ from stoker.plan.plan import Plan
 class Options:
     """How to measure. `cell`: the name under which results are kept; `models`: where `shape:` models are kept.
 
-    `peer_timeout_seconds`: what each peer may take; all of them end within `budget_seconds` from the start.
+    `profile`: a CSV for where the time of one more step goes, by kernel. `peer_timeout_seconds`: what each peer may
+    take; all of them end within `budget_seconds` from the start.
     """
 
     cell: str = "run"
@@ -37,6 +38,7 @@ class Options:
     peer_timeout_seconds: float = 600.0
     budget_seconds: float = math.inf
     commit: str | None = None
+    profile: Path | None = None
 
 
 def bench(config: RunConfig, options: Options, *, console: Console) -> report.Facts:
@@ -54,7 +56,7 @@ def bench(config: RunConfig, options: Options, *, console: Console) -> report.Fa
     if plan.device == "cpu":
         _say(console, "[yellow]There is no GPU here: this measures the CPU.[/]")
     _say(console, plan.table(), markup=False)
-    ours, steps = measure(config, plan, base, data, steps=options.steps)
+    ours, steps = measure(config, plan, base, data, steps=options.steps, profile=options.profile is not None)
     _free(plan)
     bound = _floor(config, plan, base, steps)
     _free(plan)
@@ -72,6 +74,10 @@ def bench(config: RunConfig, options: Options, *, console: Console) -> report.Fa
             facts = _facts(config, options, plan, bound, steps, base=base, measured=measured, left_out=left_out)
             _write(facts, options)
     _show(facts, console)
+    if options.profile is not None:
+        console.print(profile.table(ours.kernels, ours.step_seconds))
+        profile.write(ours.kernels, options.profile)
+        _say(console, f"written: {options.profile}")
     if options.output is not None:
         _say(console, f"written: {options.output}, {options.output.with_suffix('.csv')}")
     return facts
