@@ -10,6 +10,7 @@ threads touch ordinary memory, in huge pages where the system has them, then the
 from __future__ import annotations
 
 import mmap
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,12 @@ class _LockedPages(mmap.mmap):
 
     def __del__(self) -> None:
         if self.address:
-            torch.cuda.cudart().cudaHostUnregister(self.address)
+            _driver().cudaHostUnregister(self.address)
+
+
+def _driver() -> Any:
+    # Its type in PyTorch's stubs is that of a build without CUDA: None.
+    return torch.cuda.cudart()
 
 
 def empty_pinned(numel: int, dtype: torch.dtype) -> Tensor:
@@ -37,7 +43,7 @@ def empty_pinned(numel: int, dtype: torch.dtype) -> Tensor:
         pages.madvise(mmap.MADV_HUGEPAGE)
     buffer = torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes)
     buffer.zero_()  # all threads touch the pages; the driver alone would do it on one
-    code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), num_bytes, 0))
+    code = int(_driver().cudaHostRegister(buffer.data_ptr(), num_bytes, 0))
     if code != 0:
         raise MemoryError(
             f"{num_bytes / 2**30:.2f} GiB of host memory could not be page-locked (CUDA error {code}). Look at "
