@@ -135,6 +135,7 @@ def fuse_blocks(
             interleaved=attention.interleaved,
             scale=attention.scale,
             head_epsilon=0.0 if attention.q_norm is None else cast("RmsNorm", attention.q_norm).epsilon,
+            exchange=attention.exchange,
         )
         blocks[index] = FusedBlock(original, options)
 

@@ -116,6 +116,8 @@ def loader(
     mixed: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    part: int = 0,
+    num_parts: int = 1,
 ) -> StepLoader:
     """Returns the batches of `documents`, as the configuration lays them out; `mixed` by the weights of data.train."""
     weights = [source.weight for source in config.data.train if source.weight is not None]
@@ -131,6 +133,8 @@ def loader(
         pad_id=pad_id,
         shuffle=config.data.shuffle,
         weights=weights if mixed and weights else None,
+        part=part,
+        num_parts=num_parts,
     )
 
 

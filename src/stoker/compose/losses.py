@@ -39,8 +39,8 @@ def measure_again(engine: Engine, before: dict[str, Measured], console: Console)
     losses = {}
     for split, measured in before.items():
         with console.status(f"loss after training: {split}"):
-            # As many rows, over however many ranks there are now.
-            count = -(-measured.num_batches * measured.num_ranks // engine.strategy.world_size)
+            # As many rows, over however many ranks (or groups of them) there are now.
+            count = -(-measured.num_batches * measured.num_ranks // engine.num_groups)
             losses[split] = evaluate(engine.strategy, islice(_batches(engine, split), count)).loss
     return losses
 
@@ -49,8 +49,8 @@ def _timed(engine: Engine, split: str, console: Console) -> Measured:
     batches = _Timed(_batches(engine, split), engine.strategy)
     with console.status(f"loss before training: {split}"):
         evaluation = evaluate(engine.strategy, batches)
-    ranks = engine.strategy.world_size
-    return Measured(evaluation.loss, batches.count, evaluation.num_trained_tokens, batches.is_whole, ranks)
+    counts = (batches.count, evaluation.num_trained_tokens, batches.is_whole, engine.num_groups)
+    return Measured(evaluation.loss, *counts)
 
 
 def _splits(engine: Engine) -> list[str]:

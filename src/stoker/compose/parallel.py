@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stoker.compose.run_folder import versions
 from stoker.config.schema import RunConfig
@@ -13,6 +13,7 @@ from stoker.plan.plan import Plan
 
 if TYPE_CHECKING:
     from stoker.distributed.ranks import Place, Ranks
+    from stoker.distributed.shared_rows import Sharing
     from stoker.distributed.strategy import Strategy
     from stoker.models.open import Model
 
@@ -65,25 +66,40 @@ def require_same(ranks: "Ranks", config: RunConfig) -> None:
 
 
 def share_of_one(config: RunConfig, world_size: int) -> RunConfig:
-    """Returns the configuration as one of the processes sees it: with its part of a step's rows.
+    """Returns the configuration as one of the processes sees it: with its part of a step's rows, and of their length.
 
     Raises:
         PlanError: the rows cannot be dealt out evenly.
     """
     batch_size, asked = config.train.batch_size, config.engine.micro_batch_size
-    if batch_size % world_size:
+    sharing = config.engine.context_parallel
+    if world_size % sharing:
         raise PlanError(
-            f"train.batch_size = {batch_size} sequences a step cannot be dealt out to {world_size} processes.",
-            fix=f"Use a multiple of {world_size}.",
+            f"engine.context_parallel = {sharing} does not divide {_processes(world_size)}.",
+            fix=f"Start a multiple of {sharing} of them (--gpus), or leave it out.",
         )
-    mine = batch_size // world_size
+    groups = world_size // sharing
+    to = f"{world_size} processes" if sharing == 1 else f"{groups} groups of {sharing} processes"
+    if batch_size % groups:
+        raise PlanError(
+            f"train.batch_size = {batch_size} sequences a step cannot be dealt out to {to}.",
+            fix=f"Use a multiple of {groups}.",
+        )
+    mine = batch_size // groups
     if asked != "auto" and mine % asked:
         raise PlanError(
-            f"engine.micro_batch_size = {asked} does not divide the {mine} sequences that each of {world_size} "
-            "processes has of a step.",
+            f"engine.micro_batch_size = {asked} does not divide the {mine} sequences that each of {to} has of a step.",
             fix="Use auto, or a divisor.",
         )
-    return config.model_copy(update={"train": config.train.model_copy(update={"batch_size": mine})})
+    changes: dict[str, Any] = {"train": config.train.model_copy(update={"batch_size": mine})}
+    if sharing > 1:
+        length = -(-config.data.sequence_length // sharing)
+        changes["data"] = config.data.model_copy(update={"sequence_length": length})
+    return config.model_copy(update=changes)
+
+
+def _processes(count: int) -> str:
+    return "one process" if count == 1 else f"{count} processes"
 
 
 def spread(plan: Plan, config: RunConfig, world_size: int) -> Plan:
@@ -101,6 +117,8 @@ def spread(plan: Plan, config: RunConfig, world_size: int) -> Plan:
     if strategy == "fsdp2" and plan.precision == "fp16":
         raise PlanError("engine.strategy = fsdp2 has no fp16.", fix="Use engine.precision: bf16 or fp32, or ddp.")
     reason = f"{world_size} processes, each with {'the whole model' if strategy == 'ddp' else 'a part of each weight'}"
+    if config.engine.context_parallel > 1:
+        reason += f"; {config.engine.context_parallel} share each row, and memory is that of a part"
     reasons = {"strategy": reason if asked == "auto" else f"set in the configuration: {reason}"}
     reasons["cuda_graphs"] = "graphs are for one process"
     return replace(
@@ -110,6 +128,23 @@ def spread(plan: Plan, config: RunConfig, world_size: int) -> Plan:
         cuda_graphs=False,
         reasons={**plan.reasons, **reasons},
     )
+
+
+def share_rows(config: RunConfig, decoder: "Model", ranks: "Ranks | None") -> "Sharing":
+    """Lets `decoder` compute this process's part of rows, as configured; returns which part of whose rows it is."""
+    from stoker.distributed import shared_rows
+    from stoker.distributed.ranks import Ranks
+    from stoker.kernels.head_exchange import HeadExchange
+    from stoker.nn import shared_rows as models
+    from stoker.nn.decoder import Decoder
+
+    sharing = shared_rows.share(ranks or Ranks(), config.engine.context_parallel)
+    if isinstance(decoder, Decoder):
+        alone = sharing.size == 1
+        exchange = None if alone else HeadExchange(sharing.group, index=sharing.index, size=sharing.size)
+        if exchange is not None or decoder.exchange is not None:
+            models.share_rows(decoder, exchange)
+    return sharing
 
 
 def make_strategy(

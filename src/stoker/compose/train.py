@@ -26,6 +26,7 @@ from stoker.compose.vocabulary import Tokens, grow
 from stoker.config import show
 from stoker.config.load import Loaded
 from stoker.config.schema import RunConfig
+from stoker.errors import PlanError
 from stoker.observe import progress, trackers
 from stoker.observe.metrics import MetricsFile
 from stoker.observe.observer import Observer
@@ -193,13 +194,15 @@ def _choose(
     config: RunConfig, base: Base, data: Data, hardware: Hardware, resumed: RunFolder | None, *, world_size: int
 ) -> Plan:
     """Returns the plan; that of a resumed run keeps the choices that its results depend on in their last bits."""
+    if problems := limits.problems(config, base.spec):
+        raise PlanError([problem for _, problem in problems])
     config = parallel.share_of_one(config, world_size)
     plan = _choose_for_one(config, base, data, hardware, resumed)
     return parallel.spread(plan, config, world_size)
 
 
 def _choose_for_one(config: RunConfig, base: Base, data: Data, hardware: Hardware, resumed: RunFolder | None) -> Plan:
-    statistics = Statistics(data.longest)
+    statistics = Statistics(-(-data.longest // config.engine.context_parallel))
     plan = choose(config, base.spec, hardware, statistics=statistics)
     if resumed is None:
         return plan

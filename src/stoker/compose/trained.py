@@ -92,7 +92,9 @@ def embedding_noise(decoder: "Model", alpha: float | None) -> Iterator[None]:
 
         if not module.training:
             return output
-        bound = alpha / (output.shape[-2] * output.shape[-1]) ** 0.5
+        exchange = getattr(decoder, "exchange", None)  # with one, the output is a part of rows
+        length = output.shape[-2] * (1 if exchange is None else exchange.size)
+        bound = alpha / (length * output.shape[-1]) ** 0.5
         return output + torch.empty_like(output).uniform_(-bound, bound)
 
     handle = _embedding(decoder).register_forward_hook(add)

@@ -40,6 +40,8 @@ class Engine:
     train: StepLoader | StreamLoader
     validation: StepLoader | None
     total_steps: int
+    num_groups: int = 1
+    """Processes, or groups of them that share rows, that a step's rows are dealt out to."""
 
     def close(self) -> None:
         """Ends what prepares rows beside the training."""
@@ -132,12 +134,13 @@ def make_engine(
 ) -> Engine:
     """Wraps the model in its task, prepares the strategy and cuts the documents into steps, of which `ranks` share."""
     from stoker.compose.execution import limit_memory, set_up_layers, set_up_weights
-    from stoker.compose.parallel import make_strategy
+    from stoker.compose.parallel import make_strategy, share_rows
 
     limit_memory(plan, config.engine.memory_limit_gib)
     set_up_weights(decoder, plan)
     if config.adapter is None:
         widen_vectors(decoder)
+    sharing = share_rows(config, decoder, ranks)
     offload = set_up_layers(decoder, plan)
     on_discard = () if offload is None else (offload.clear,)
     strategy = make_strategy(config, plan, decoder, ranks, on_discard=on_discard)
@@ -159,8 +162,10 @@ def make_engine(
             micro_batch_size=plan.micro_batch_size,
             pad_id=pad_id,
             mixed=mixed,
-            rank=strategy.rank,
-            world_size=strategy.world_size,
+            rank=sharing.number,
+            world_size=sharing.num_groups,
+            part=sharing.index,
+            num_parts=sharing.size,
         )
 
     train: StepLoader | StreamLoader = batches(data.train, mixed=data.windows is None)
@@ -169,7 +174,7 @@ def make_engine(
             config, data.windows, micro_batch_size=plan.micro_batch_size, pad_id=pad_id, first=list(train.all())
         )
     validation = batches(data.validation) if data.validation is not None else None
-    return Engine(strategy, train, validation, total_steps(config, train.steps_per_epoch))
+    return Engine(strategy, train, validation, total_steps(config, train.steps_per_epoch), sharing.num_groups)
 
 
 def total_steps(config: RunConfig, steps_per_epoch: int) -> int:

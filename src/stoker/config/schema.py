@@ -523,6 +523,9 @@ class Engine(Section):
     num_processes: Count | None = None
     """Processes on this machine, one for each GPU; `--gpus` sets it. One unless set, or as many as an outer launcher
     (torchrun, Slurm, accelerate) has started."""
+    context_parallel: Count = 1
+    """Processes that share each row, for sequences too long for one GPU: each holds a part of a row's activations, and
+    exchanges heads for attention. The rows of a step are dealt out to groups of so many."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train."""
     micro_batch_size: Literal["auto"] | Count = "auto"

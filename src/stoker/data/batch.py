@@ -71,6 +71,34 @@ class Batch:
             row_tokens=self.row_tokens or (self.num_tokens // rows,) * rows,
         )
 
+    def part(self, index: int, count: int) -> "Batch":
+        """Returns part `index` of `count` of every row, for ranks that share rows; `document_lengths` stay whole rows'.
+
+        Rows whose length `count` does not divide are padded on the right first. Together the parts hold the same
+        targets. A part cannot be split.
+        """
+        rows, width = self.input_ids.shape
+        length = -(-width // count)
+        missing = length * count - width
+        documents = self.document_lengths
+        if documents is not None and missing:
+            documents = tuple((*row, missing) for row in documents)
+        ids = nn.functional.pad(self.input_ids, (0, missing))
+        targets = nn.functional.pad(self.targets, (0, missing), value=IGNORED)
+        start = index * length
+        targets = targets[:, start : start + length].contiguous()
+        whole = self.row_tokens or (self.num_tokens // rows,) * rows
+        row_tokens = tuple(min(max(tokens - start, 0), length) for tokens in whole)
+        return replace(
+            self,
+            input_ids=ids[:, start : start + length].contiguous(),
+            targets=targets,
+            document_lengths=documents,
+            num_tokens=sum(row_tokens),
+            num_trained_tokens=int((targets != IGNORED).sum()),
+            row_tokens=row_tokens,
+        )
+
     def split(self) -> "list[Batch]":
         """Returns two batches with half of the rows each; a single packed row is cut between two of its examples.
 

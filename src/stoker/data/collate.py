@@ -24,7 +24,7 @@ class Collator:
 
     With `packing` a row holds several examples in `row_tokens` tokens; otherwise it is one example, whose documents
     become rows of their own, padded on the right. All ranks get equally many micro-batches: one that has no row left
-    gets a row of padding.
+    gets a row of padding. Of each micro-batch it gets part `part` of `num_parts` of every row (`Batch.part`).
     """
 
     micro_batch_size: int
@@ -34,11 +34,13 @@ class Collator:
     world_size: int = 1
     pad_id: int = 0
     documents_per_example: int = 1
+    part: int = 0
+    num_parts: int = 1
 
     def __post_init__(self) -> None:
-        sizes = (self.micro_batch_size, self.sequence_length, self.world_size)
-        if min(sizes) < 1 or not 0 <= self.rank < self.world_size:
-            raise ValueError("sizes must be positive and rank below world_size")
+        sizes = (self.micro_batch_size, self.sequence_length, self.world_size, self.num_parts)
+        if min(sizes) < 1 or not 0 <= self.rank < self.world_size or not 0 <= self.part < self.num_parts:
+            raise ValueError("sizes must be positive, rank below world_size and part below num_parts")
 
     @property
     def row_tokens(self) -> int:
@@ -51,7 +53,8 @@ class Collator:
         for start in range(0, len(rows), together):
             mine = rows[start : start + together][self.rank :: self.world_size]
             examples = [[example(handle) for handle in row] for row in mine] or [[]]
-            yield self._packed(examples) if self.packing else self._padded(examples)
+            batch = self._packed(examples) if self.packing else self._padded(examples)
+            yield batch if self.num_parts == 1 else batch.part(self.part, self.num_parts)
 
     def _packed(self, rows: Sequence[Sequence[Example]]) -> Batch:
         contents = [[document for example in row for document in example] for row in rows]

@@ -56,6 +56,8 @@ class StepLoader:
     With `weights`, one for each source, rows hold examples of one source each and sources take turns in those shares;
     an epoch is then as many rows as all sources hold, in which a source may come short or come again.
 
+    With `num_parts`, so many processes share each micro-batch, and this one has part `part` of all its rows.
+
     Any row of any epoch is computed from its number, without what came before. Raises DataError if no document has a
     trained token, ValueError for a document longer than `sequence_length`.
     """
@@ -74,6 +76,8 @@ class StepLoader:
         pad_id: int = 0,
         shuffle: bool = True,
         weights: Sequence[float] | None = None,
+        part: int = 0,
+        num_parts: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError("sizes must be positive")
@@ -87,6 +91,8 @@ class StepLoader:
             world_size=world_size,
             pad_id=pad_id,
             documents_per_example=self._together,
+            part=part,
+            num_parts=num_parts,
         )
         self.batch_size = batch_size
         self.packing = packing

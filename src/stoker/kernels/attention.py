@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from stoker.kernels.head_exchange import HeadExchange
 from stoker.kernels.scored_attention import Scores, capped, flex, last_positions, normalized
 from stoker.kernels.triton_support import check_implementation
 
@@ -65,6 +66,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    exchange: HeadExchange | None = None,
     implementation: str = "reference",
 ) -> Tensor:
     """Returns the attended values [B, T, H, E].
@@ -72,9 +74,22 @@ def attention(
     q: [B, T, H, E]; k, v: [B, T, K, E] with H a multiple of K. `document_lengths`: for each row the lengths of its
     documents, which sum to T; None: a row is one document. `window`: a position sees itself and the `window - 1` before
     it. `scale`: of the scores, by default E^-½. `softcap` c: scores become c tanh(scores / c). `sinks` [H]: a logit
-    that joins each head's softmax and has no value. `implementation`: "reference" or "triton". Raises ValueError for an
-    unknown implementation, and for lengths that do not sum to T.
+    that joins each head's softmax and has no value. `exchange`: q, k and v are this rank's part of rows that its ranks
+    share, and so is the result; `document_lengths` are still those of whole rows. `implementation`: "reference" or
+    "triton". Raises ValueError for an unknown implementation, and for lengths that do not sum to T.
     """
+    if exchange is not None:
+        mine = None if sinks is None else exchange.mine(sinks)
+        attended = attention(
+            *exchange.spread(q, k, v),
+            document_lengths=document_lengths,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            sinks=mine,
+            implementation=implementation,
+        )
+        return exchange.collect(attended.flatten(2)).view(*q.shape[:3], v.shape[-1])
     is_fast = check_implementation(implementation)
     rows = _checked(document_lengths, q)
     scores = Scores(window, scale, softcap, sinks)

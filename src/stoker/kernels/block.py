@@ -197,7 +197,7 @@ class _Block(torch.autograd.Function):
         turn = _Turn(options, (cos, sin), q_norm, k_norm)
         qkv, product_qkv = project(projections[0], normed, Piece(options.implementation))
         qkv = qkv.view(*x.shape[:2], -1)
-        heads = turn(qkv)
+        heads = _to_heads(layout, turn(qkv))
         kept_qkv = qkv if turn.norms and options.keep in ("all", "mixer") else None
         del qkv
         attended = None
@@ -207,7 +207,7 @@ class _Block(torch.autograd.Function):
             forget = options.keep == "attention" or turn.norms
             attended = KeptAttention(_attend(layout), heads, forget=forget, offload=options.offload)
             values = attended.values()
-        out, values = projections[1], values.flatten(0, 1)
+        out, values = projections[1], _to_rows(layout, values)
         product_out = product_of(out, values, Piece(options.implementation))
         mid = project_onto(out, values, rows, product_out, implementation=options.implementation)
         if attended is not None:
@@ -284,12 +284,12 @@ class _Backward:
             before, _ = project(qkv, normed_x, Piece(options.implementation), product=kept.products[0])
             before = before.view(*self.x.shape[:2], -1)
         if before is not None:
-            heads = self.turn(before)
+            heads = _to_heads(layout, self.turn(before))
             before = before if self.turn.norms else None
         if attended is None:
             attended = KeptAttention(_attend(layout), heads)
         if kept.mid is None:
-            values = attended.values().flatten(0, 1)
+            values = _to_rows(layout, attended.values())
             mid = project_onto(out, values, rows, kept.products[1], implementation=options.implementation)
             del values
         else:
@@ -302,8 +302,8 @@ class _Backward:
         )
         del normed_mid
         grad_mid = self._norm_backward(1, grad_normed, mid, rstd_mid, grad_rows)
-        grad_attended = self._projection(1, grad_mid, attended.values().flatten(0, 1), kept.products[1])
-        grad_heads = attended.backward(grad_attended.view(*self.x.shape[:2], -1), heads)
+        grad_attended = self._projection(1, grad_mid, _to_rows(layout, attended.values()), kept.products[1])
+        grad_heads = self._grad_heads(attended, grad_attended.view(*self.x.shape[:2], -1), heads)
         del heads, attended, mid
         grad_qkv, *self.norm_grads[2:] = self.turn.backward(grad_heads, before, needs_weights=any(self.needs_norms[2:]))
         del before
@@ -315,6 +315,14 @@ class _Backward:
             return None
         grad_normed = grad_input(qkv, grad_qkv, grads[0], piece)
         return self._norm_backward(0, grad_normed, rows, rstd_x, grad_mid).view_as(self.x)
+
+    def _grad_heads(self, attended: KeptAttention, grad: Tensor, heads: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        """Gradients of q, k and v, from that of the attended values [B, T, H · E]."""
+        options = self.layout.options
+        if options.exchange is None:
+            return attended.backward(grad, heads)
+        grads = attended.backward(options.exchange.attended_to_heads(grad), heads)
+        return options.exchange.queries_to_rows(grads, options.num_kv_heads)
 
     def _norm(self, rows: Tensor, index: int) -> tuple[Tensor, Tensor]:
         options = self.layout.options
@@ -424,6 +432,21 @@ def _attend(layout: _Layout) -> Attend:
         return attended.flatten(2)
 
     return attend
+
+
+def _to_heads(layout: _Layout, heads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """q, k and v as attention takes them: of whole rows, where ranks share rows."""
+    exchange = layout.options.exchange
+    return heads if exchange is None else exchange.queries_to_heads(*heads)
+
+
+def _to_rows(layout: _Layout, attended: Tensor) -> Tensor:
+    """Attended values as the output projection takes them [N, H · E]: of this rank's part, where ranks share rows.
+
+    They are sent anew wherever they are wanted: kept beside those that attention keeps they would be there twice.
+    """
+    exchange = layout.options.exchange
+    return (attended if exchange is None else exchange.attended_to_rows(attended)).flatten(0, 1)
 
 
 class _Turn:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stoker.kernels import glu
+from stoker.kernels.head_exchange import HeadExchange
 from stoker.kernels.offload import HostOffload
 from stoker.kernels.projection import Piece, Projection, product_of, project, project_onto
 
@@ -24,7 +25,7 @@ class BlockOptions:
 
     `activation`: of the feed-forward's gate; `interleaved`: neighbouring channels turn together (`rope`);
     `scale`: of attention's scores, 1 / sqrt(E) for None; `head_epsilon`: of the norms of
-    queries and keys, where there are.
+    queries and keys, where there are. `exchange`: x is this rank's part of rows that several ranks share.
     With `offload`, x and what attention keeps wait on the host for the backward. With `tile_tokens` (not on the rung
     "all"), the feed-forward runs so many tokens at a time in both directions: of 2F values a token, the widest of the
     layer, no more than a tile's exist at once, however long the row.
@@ -42,6 +43,7 @@ class BlockOptions:
     interleaved: bool = False
     scale: float | None = None
     head_epsilon: float = 0.0
+    exchange: HeadExchange | None = None
 
     def __post_init__(self) -> None:
         if self.tile_tokens is not None and self.tile_tokens < 1:

@@ -11,11 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stoker.kernels.head_exchange import HeadExchange
 
-def load_balancing_loss(logits: Sequence[Tensor], *, top_k: int, mask: Tensor | None = None) -> Tensor:
+
+def load_balancing_loss(
+    logits: Sequence[Tensor], *, top_k: int, mask: Tensor | None = None, exchange: HeadExchange | None = None
+) -> Tensor:
     """Returns the loss, an fp32 scalar, of routers' `logits` [N, E], one tensor a layer; gradients of the logits.
 
-    mask: [N], 0 for rows that do not count (padding); None: all count. Raises ValueError without any logits.
+    mask: [N], 0 for rows that do not count (padding); None: all count. `exchange`: of ranks that each have a part of
+    the rows: all get the loss of all rows, and the gradient of the sum of what they make of it. Raises ValueError
+    without any logits.
     """
     if not logits:
         raise ValueError("the load-balancing loss needs the logits of at least one router")
@@ -30,4 +36,7 @@ def load_balancing_loss(logits: Sequence[Tensor], *, top_k: int, mask: Tensor | 
         choices.scatter_add_(0, chosen.flatten(), counted.repeat_interleave(top_k))
         probability = probability + (probabilities * counted[:, None]).sum(0)
     rows = counted.sum() * len(logits)
+    if exchange is not None:
+        sums = exchange.sum(torch.cat((choices, probability, rows[None])))
+        choices, probability, rows = sums[:num_experts].detach(), sums[num_experts:-1], sums[-1].detach()
     return num_experts * torch.dot(choices / rows, probability / rows)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stoker.kernels.attention import attend_cached, attention
+from stoker.kernels.head_exchange import HeadExchange
 from stoker.kernels.head_norm import norm_split_and_rotate
 from stoker.kernels.rope import rotate, split_and_rotate
 from stoker.nn.cache import LayerCache
@@ -22,7 +23,8 @@ class Attention(nn.Module):
     projection. `grouped`: its rows hold, for each key/value head, the queries that share it, the key and the value.
     `q_norm`, `k_norm`: applied before the rotation, to each head or (`norm_all_heads`) to all as one vector; `clip`
     bounds q, k and v. `window`: a position sees itself and the `window - 1` before it; None: all before it. `scale`,
-    `softcap` and `sinks` are those of `kernels.attention.attention`.
+    `softcap` and `sinks` are those of `kernels.attention.attention`, and so is the attribute `exchange`, which
+    `nn.shared_rows` sets.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Attention(nn.Module):
         self.q_norm = q_norm
         self.k_norm = k_norm
         self.sinks = sinks
+        self.exchange: HeadExchange | None = None
 
     @property
     def only_turns(self) -> bool:
@@ -117,7 +120,8 @@ class Attention(nn.Module):
         q, k, v = self._heads(self.qkv(x), cos, sin)
         scores = {"window": self.window, "scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
         if cache is None:
-            mixed = attention(q, k, v, document_lengths=document_lengths, implementation=self.kernels, **scores)
+            context = {"document_lengths": document_lengths, "exchange": self.exchange}
+            mixed = attention(q, k, v, implementation=self.kernels, **context, **scores)
         else:
             mixed = attend_cached(q, *cache.write(cache_length, k, v), **scores)
         return mixed.flatten(2)

@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from stoker.kernels.head_exchange import HeadExchange
 from stoker.nn.block import Block
 from stoker.nn.cache import KVCache
 from stoker.nn.moe import Experts
@@ -22,6 +23,7 @@ class Decoder(nn.Module):
     `tied_head`: the head is the embedding's own weight, and there is no `head` module. `embedding_scale` multiplies the
     embeddings; `learned_positions` rows of a table are added to them, the first `position_offset` of which are never
     used (0: no table). `logit_scale` multiplies the logits, which `logit_softcap` c then makes c tanh(logits / c).
+    `exchange`, which `nn.shared_rows` sets: without a cache, a forward is given this rank's part of rows.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Decoder(nn.Module):
         self._renewed_past = min((length for length in lengths if length is not None), default=None)
         self.final_norm = final_norm
         self.head = None if tied_head else nn.Linear(hidden_size, vocab_size, bias=head_bias)
+        self.exchange: HeadExchange | None = None
 
     @property
     def head_weight(self) -> Tensor:
@@ -79,14 +82,17 @@ class Decoder(nn.Module):
         `document_lengths`: per row the lengths of its documents, which sum to T; attention and positions stay within
         them. None: every row is one document. `positions` [B, T]: instead of 0, 1, ... in every document. `cache`: the
         ids continue the positions it holds, and it is extended in place. Raises ValueError when they do not fit it.
+        With an `exchange`, ids and hidden states are this rank's part, and all else is said of whole rows.
         """
         num_new = input_ids.shape[1]
         if cache is not None:
             cache.require(num_new)
             input_ids = cache.take(input_ids)
         start = 0 if cache is None else cache.length
-        x = self._embed(input_ids, document_lengths, positions, start)
-        tables = self._rotary_tables(input_ids, document_lengths, positions, start)
+        exchange = self.exchange if cache is None else None
+        length = num_new if exchange is None else num_new * exchange.size
+        x = self._embed(input_ids, document_lengths, positions, start, length)
+        tables = self._rotary_tables(input_ids, document_lengths, positions, start, length)
         for index, block in enumerate(self.blocks):
             cos, sin = tables[self._rotaries[index]]
             if cache is not None:
@@ -124,9 +130,14 @@ class Decoder(nn.Module):
         return KVCache(layers, capacity=capacity, renewed_past=self._renewed_past)
 
     def _embed(
-        self, input_ids: Tensor, document_lengths: Documents | None, positions: Tensor | None, start: int
+        self,
+        input_ids: Tensor,
+        document_lengths: Documents | None,
+        positions: Tensor | None,
+        start: int,
+        length: int,
     ) -> Tensor:
-        """The embeddings [B, T, D] of the ids, scaled, with those of their positions."""
+        """The embeddings [B, T, D] of the ids, scaled, with those of their positions in rows of `length`."""
         x = self.embedding(input_ids)
         if self.embedding_scale != 1.0:
             # Rounded to the dtype first, as the models whose embeddings are scaled by a root were trained.
@@ -137,22 +148,35 @@ class Decoder(nn.Module):
             rows = [torch.cat([torch.arange(length) for length in row]) for row in document_lengths]
             positions = torch.stack(rows).to(input_ids.device)
         if positions is None:
-            positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
-        return x + self.position_embedding(positions + self.position_offset)
+            positions = torch.arange(start, start + length, device=input_ids.device)[None]
+        return x + self.position_embedding(self._part(positions, input_ids) + self.position_offset)
 
     def _rotary_tables(
-        self, input_ids: Tensor, document_lengths: Documents | None, positions: Tensor | None, start: int
+        self,
+        input_ids: Tensor,
+        document_lengths: Documents | None,
+        positions: Tensor | None,
+        start: int,
+        length: int,
     ) -> dict[Rotary | None, _Tables]:
         """Cosines and sines of each distinct rope of the blocks; none for blocks without one."""
-        length, device = input_ids.shape[1], input_ids.device
+        device = input_ids.device
         tables: dict[Rotary | None, _Tables] = {None: (None, None)}
         for rotary in dict.fromkeys(self._rotaries):
             if rotary is None:
                 continue
             if positions is not None:
-                tables[rotary] = rotary.at(positions)
+                table = rotary.at(positions)
             elif document_lengths is not None:
-                tables[rotary] = rotary.packed(document_lengths, device)
+                table = rotary.packed(document_lengths, device)
             else:
-                tables[rotary] = rotary.span(start, start + length, device)
+                table = rotary.span(start, start + length, device)
+            tables[rotary] = (self._part(table[0], input_ids), self._part(table[1], input_ids))
         return tables
+
+    def _part(self, of_rows: Tensor, input_ids: Tensor) -> Tensor:
+        """What of [B, T, ...] belongs to the ids: all of it, or with an `exchange` this rank's part of the rows."""
+        length = input_ids.shape[1]
+        if self.exchange is None or of_rows.shape[1] == length:
+            return of_rows
+        return of_rows[:, self.exchange.index * length : (self.exchange.index + 1) * length].contiguous()

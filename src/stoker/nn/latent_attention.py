@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from stoker.kernels.attention import attend_cached, attention
+from stoker.kernels.head_exchange import HeadExchange
 from stoker.kernels.rope import rotate
 from stoker.nn.cache import LayerCache
 from stoker.nn.linear import FusedLinear
@@ -18,7 +19,7 @@ class LatentAttention(nn.Module):
     neighbours together); the turned key is shared by all heads. Queries come through a latent vector of `query_rank`
     channels, with a norm `q_norm`, or straight from the input (None). `down_names`: the Hugging Face module names of
     the projections of queries (or their latent) and of the latent; `query_up_names`, `up_names`, `out_names`: of the
-    rest. `scale` of the scores, by default one over the root of a query's channels.
+    rest. `scale` of the scores, by default one over the root of a query's channels. `exchange`: as in `Attention`.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class LatentAttention(nn.Module):
         self.kv_norm = kv_norm
         self.up = FusedLinear(latent_rank, (num_heads * (nope_dim + value_dim),), names=up_names)
         self.out = FusedLinear(num_heads * value_dim, (hidden_size,), names=out_names, bias=bias)
+        self.exchange: HeadExchange | None = None
 
     def forward(
         self,
@@ -76,7 +78,8 @@ class LatentAttention(nn.Module):
         """x [B, T, D] to [B, T, D]; the other arguments are those of `Attention.forward`."""
         q, k, v = self._heads(x, cos, sin)
         if cache is None:
-            mixed = attention(q, k, v, document_lengths=document_lengths, scale=self.scale, implementation=self.kernels)
+            context = {"document_lengths": document_lengths, "exchange": self.exchange}
+            mixed = attention(q, k, v, scale=self.scale, implementation=self.kernels, **context)
         else:
             mixed = attend_cached(q, *cache.write(cache_length, k, v), scale=self.scale)
         return self.out(mixed[..., : self.value_dim].flatten(2))

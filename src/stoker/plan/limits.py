@@ -4,7 +4,7 @@ from typing import Any
 
 from stoker.arch import arithmetic
 from stoker.arch.borrowed import AnySpec, BorrowedSpec
-from stoker.arch.spec import DynamicScaling, LinearScaling
+from stoker.arch.spec import AttentionSpec, DynamicScaling, LatentAttentionSpec, LinearScaling
 from stoker.config.document import Path
 from stoker.config.schema import RunConfig
 from stoker.errors import Problem
@@ -58,7 +58,32 @@ def problems(config: RunConfig, spec: AnySpec) -> list[tuple[Path, Problem]]:
     if config.adapter is not None:
         found.append((("adapter", "targets"), targets_problem(spec, config.adapter.targets)))
         found.append((("adapter",), experts_problem(spec, config.adapter)))
+    found.append((("engine", "context_parallel"), _context_problem(config.engine.context_parallel, spec)))
     return [(path, problem) for path, problem in found if problem is not None]
+
+
+def _context_problem(size: int, spec: AnySpec) -> Problem | None:
+    """What keeps processes from sharing rows of this model."""
+    what = f"engine.context_parallel = {size}"
+    if size == 1:
+        return None
+    if isinstance(spec, BorrowedSpec):
+        return Problem(f"{what}: rows are shared by native models only, and this one runs through {spec.origin}.")
+    for layer in spec.layers:
+        if layer.mixer is None:
+            continue
+        if not isinstance(layer.mixer, AttentionSpec | LatentAttentionSpec):
+            return Problem(
+                f"{what}: {spec.model_type} has layers that hand a state on from position to position, and rows that "
+                "processes share would break it.",
+                fix="Leave it out for this model.",
+            )
+        if layer.mixer.num_heads % size:
+            return Problem(
+                f"{what} does not divide the {layer.mixer.num_heads} attention heads of {spec.model_type}.",
+                fix="Use a divisor of it.",
+            )
+    return None
 
 
 def _length_problem(config: RunConfig, spec: AnySpec) -> Problem | None:

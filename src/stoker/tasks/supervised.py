@@ -94,4 +94,5 @@ class SupervisedTask(nn.Module):
             by_row = batch.row_tokens or (batch.num_tokens // rows,) * rows
             tokens = torch.tensor(by_row, device=batch.input_ids.device)
             mask = (torch.arange(length, device=tokens.device) < tokens[:, None]).flatten()
-        return coefficient * load_balancing_loss(logits, top_k=top_k, mask=mask)
+        exchange = getattr(self.model, "exchange", None)
+        return coefficient * load_balancing_loss(logits, top_k=top_k, mask=mask, exchange=exchange)
