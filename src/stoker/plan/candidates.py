@@ -1,27 +1,21 @@
-"""What a run could be: each micro-batch with each step of the ladder, its memory and its time.
-
-Time is in units of a token that computes nothing again at full speed, good for comparing candidates only.
-"""
+"""What a run could be: each micro-batch with each step of the ladder, its memory and its time."""
 
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from stoker.arch.activations import Micro
+from stoker.arch.activations import Keep, Micro
 from stoker.arch.borrowed import AnySpec
 from stoker.config.schema import RunConfig
-from stoker.plan import execution, facts
+from stoker.plan import execution, facts, ladder, rates, speed
 from stoker.plan.adapter import adapter_parameters, targeted
 from stoker.plan.hardware import Device
-from stoker.plan.ladder import Ladder, ladders_of
-from stoker.plan.memory import VALUE_BYTES, Memory, estimate
+from stoker.plan.ladder import Ladder
+from stoker.plan.memory import VALUE_BYTES, Memory, estimate, transposed_bytes
+from stoker.plan.rates import Rates
+from stoker.plan.spread import SINGLE, Spread
 
 Precision = Literal["fp32", "bf16", "fp16"]
-# Tokens at which a micro-batch reaches half of a device's speed: fixed costs of a layer's launches against its work.
-# Rules of thumb until measured efficiencies take their place.
-_HALF_SPEED_TOKENS = {"cpu": 64, "cuda": 256, "mps": 256}
-# What copies to the host and back cost when the compute hides nearly all of it, as a share of a step.
-_OFFLOAD_TIME = 0.02
 
 
 @dataclass(frozen=True)
@@ -36,13 +30,18 @@ class Machine:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be run, on rows of so many tokens, and what follows from it; `given` is the only ladder to try."""
+    """What is to be run, on rows of so many tokens, and what follows from it; `given` is the only ladder to try.
+
+    `config` has the rows of one of the devices of `spread`. `rates`: the device's speed.
+    """
 
     config: RunConfig
     spec: AnySpec
     machine: Machine
     row_tokens: int
     given: Ladder | None = None
+    spread: Spread = SINGLE
+    rates: Rates | None = None
 
     @cached_property
     def counts(self) -> tuple[int, int]:
@@ -58,19 +57,21 @@ class Job:
         return adapter.rank * len(targeted(self.spec, adapter.targets)) // layers if adapter else 0
 
     @cached_property
-    def ladders(self) -> tuple[Ladder, ...]:
-        """What the user allows, from the least to the most that is computed again."""
-        if self.given is not None:
-            return (self.given,)
+    def settings(self) -> dict[str, object]:
+        """What decides which ladders there are: what the user allows and what the layers and the device can."""
         engine = self.config.engine
-        return ladders_of(
-            self.spec,
-            asked=engine.recompute,
-            offload=engine.offload_activations,
-            can_fuse=not execution.why_op_by_op(self.config.adapter, self.spec),
-            can_offload=self.machine.device.kind == "cuda",
-            fuses_all=self.machine.uses_triton,
-        )
+        return {
+            "asked": engine.recompute,
+            "offload": engine.offload_activations,
+            "can_fuse": not execution.why_op_by_op(self.config.adapter, self.spec),
+            "can_offload": self.machine.device.kind == "cuda",
+            "fuses_all": self.machine.uses_triton,
+        }
+
+    @cached_property
+    def speed(self) -> Rates:
+        """The device's figures."""
+        return self.rates or rates.of(self.machine.device)
 
     @cached_property
     def flops(self) -> float:
@@ -98,6 +99,7 @@ class Job:
             quantization=self.config.model.quantization,
             weight_dtype=self.config.train.weight_dtype,
             casts_by_layer=casts_by_layer,
+            spread=self.spread,
         )
 
 
@@ -114,26 +116,36 @@ class Size:
         """Returns what this micro-batch takes with `ladder`, in tiles where they lower the peak."""
         if self.job.given is None:
             ladder = ladder.tiled(self.job.spec, self.micro)
-        spec, besides = self.job.spec, self._besides[ladder.layers == "fused"]
-        memory = besides.with_activations(ladder.device_bytes(spec, self.micro))
-        return Candidate(self, ladder, memory, ladder.host_bytes(spec, self.micro) if ladder.offload else 0)
+        spec = self.job.spec
+        host = ladder.host_bytes(spec, self.micro) if ladder.offload else 0
+        return self._made(ladder, ladder.device_bytes(spec, self.micro), host)
+
+    def _made(self, ladder: Ladder, device_bytes: int, host_bytes: int) -> "Candidate":
+        memory = self._besides[ladder.layers == "fused"].with_activations(device_bytes)
+        return Candidate(self, ladder, memory, host_bytes)
 
     def best(self) -> "Candidate":
         """Returns the candidate that computes least again of those that fit, or else the nearest to fitting."""
-        allowed = self.job.machine.host_bytes
-        each, ladders = [], self.job.ladders
-        if min(one.total for one in self._besides.values()) > self.job.machine.device.memory_bytes:
-            ladders = ladders[-1:]  # no rung helps where all else alone does not fit
-        for ladder in ladders:
-            each.append(self.candidate(ladder))
-            if each[-1].fits:
-                return each[-1]
-        return min(each, key=lambda one: (one.host_bytes > allowed, one.memory.total))
+        if self.job.given is not None:
+            return self.candidate(self.job.given)
+        machine, nearest = self.job.machine, None
+        each = ladder.profile(self.job.spec, self.micro, **self.job.settings)
+        # No rung helps where all else alone does not fit.
+        hopeless = min(one.total for one in self._besides.values()) > machine.device.memory_bytes
+        for held in each.last() if hopeless else each:
+            total = self._besides[held.ladder.layers == "fused"].total_with(held.device)
+            too_much_on_host = held.host > machine.host_bytes
+            if total <= machine.device.memory_bytes and not too_much_on_host:
+                return self._made(held.ladder, held.device, held.host)
+            if nearest is None or (too_much_on_host, total) < nearest[0]:
+                nearest = (too_much_on_host, total), held
+        assert nearest is not None
+        return self._made(*nearest[1])
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A micro-batch with a ladder; `host_bytes`: pinned memory of the host."""
+    """A micro-batch with a ladder; `host_bytes`: pinned memory of the host. It is what `speed.step` takes."""
 
     size: Size
     ladder: Ladder
@@ -152,8 +164,93 @@ class Candidate:
         return self.memory.total <= machine.device.memory_bytes and self.host_bytes <= machine.host_bytes
 
     @cached_property
-    def time(self) -> float:
-        """Of a token, in units of one that computes nothing again at full speed."""
+    def with_transposed(self) -> Memory | None:
+        """The memory with fp8 weights kept transposed too; None without fp8."""
         job = self.size.job
-        work = job.flops_with(self.ladder) / job.flops + _OFFLOAD_TIME * self.ladder.offload
-        return work * (1.0 + _HALF_SPEED_TOKENS[job.machine.device.kind] / (self.rows * job.row_tokens))
+        if job.config.model.quantization != "fp8":
+            return None
+        return self.memory.with_transposed(transposed_bytes(job.spec))
+
+    @property
+    def keep_transposed(self) -> bool | None:
+        """Whether there is memory for that; None without fp8."""
+        memory = self.with_transposed
+        return None if memory is None else memory.total <= self.size.job.machine.device.memory_bytes
+
+    @cached_property
+    def why_no_graphs(self) -> str:
+        """Why micro-batches are not captured, where nothing else is asked for; "" where they are."""
+        job = self.size.job
+        if job.spread.num_processes > 1:
+            return "graphs are for one process"
+        hindrance = execution.why_no_graphs(job.config, job.spec, job.machine.device, offload=self.ladder.offload)
+        if hindrance:
+            return hindrance
+        flops = job.flops_with(self.ladder) * self.rows * job.row_tokens / max(1, len(job.spec.layers))
+        if flops > execution.LAUNCH_BOUND_FLOPS[self.ladder.layers]:
+            return "the GPU works longer than launching takes"
+        return ""
+
+    @cached_property
+    def seconds(self) -> float:
+        """Of a step on full rows."""
+        job = self.size.job
+        rows = speed.Rows(job.row_tokens, job.row_tokens)
+        known = job.speed
+        return speed.step(job.config, job.spec, self, known.device, rows=rows, efficiencies=known.efficiencies).seconds
+
+    @property
+    def device(self) -> str:
+        """The kind of device."""
+        return self.size.job.machine.device.kind
+
+    @property
+    def precision(self) -> str:
+        """Of the products."""
+        return self.size.job.machine.precision
+
+    @property
+    def quantization(self) -> str:
+        """Of the frozen base."""
+        return self.size.job.config.model.quantization
+
+    @property
+    def kernels(self) -> str:
+        """Which implementation runs."""
+        return "triton" if self.size.job.machine.uses_triton else "reference"
+
+    @property
+    def layers(self) -> str:
+        """How they run."""
+        return self.ladder.layers
+
+    @property
+    def keep(self) -> tuple[Keep, ...]:
+        """What each layer keeps."""
+        return self.ladder.keep
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Its rows."""
+        return self.rows
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of a step."""
+        return self.size.job.config.train.batch_size // self.rows
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether micro-batches are captured."""
+        asked = self.size.job.config.engine.cuda_graphs
+        return asked is True or (asked == "auto" and not self.why_no_graphs)
+
+    @property
+    def num_trained_parameters(self) -> int:
+        """How many are trained."""
+        return self.size.job.counts[0]
+
+    @property
+    def spread(self) -> Spread:
+        """Over which devices."""
+        return self.size.job.spread

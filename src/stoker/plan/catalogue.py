@@ -21,7 +21,9 @@ PRICE_CLASSES = ("on demand", "serverless", "spot", "yours")
 # (139.8, in `usable_gib`); on cards of 16 to 80 GiB 1 to 2% are missing. A rule of thumb.
 _USABLE = 0.985
 _TRITON_CAPABILITY = (7, 0)
-_NUMBERS = ("memory_gib", "memory_gb", "usable_gib", "bandwidth", "host_link", "nvlink", "price")
+_NUMBERS = ("memory_gib", "memory_gb", "usable_gib", "bandwidth", "host_link", "nvlink", "network", "price")
+# Between nodes of devices for which nothing is said: 25 Gbit/s, what ordinary rented machines have. A rule of thumb.
+_NETWORK = 3.125
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class CatalogueDevice:
     """A device as its maker describes it. Rates in FLOP/s, dense, by dtype; bandwidth and links in bytes a second.
 
     `host_link`: to the host's memory, one direction; `device_link`: to its peers, both directions (0: none but the
-    host's). `basis`: how the figures of `source` came about (see `gpus.toml`).
+    host's); `network`: into a node of such devices, by all its adapters together. `basis`: how the figures of `source`
+    came about (see `gpus.toml`).
     """
 
     key: str
@@ -54,6 +57,7 @@ class CatalogueDevice:
     source: str
     basis: str
     price: Price | None
+    network: float = _NETWORK * 1e9
 
     @property
     def bf16(self) -> bool:
@@ -180,6 +184,7 @@ def _device(key: str, facts: Mapping[str, Any], where: str) -> CatalogueDevice:
         source=facts["source"],
         basis=facts["basis"],
         price=price,
+        network=facts.get("network", _NETWORK) * 1e9,
     )
 
 

@@ -16,6 +16,9 @@ from stoker.plan.hardware import Device, Hardware
 from stoker.plan.ladder import Ladder
 from stoker.plan.memory import GIB, Memory, transposed_bytes
 from stoker.plan.plan import Plan, size
+from stoker.plan.rates import Rates
+from stoker.plan.rates import of as rates_of
+from stoker.plan.spread import SINGLE, Spread
 
 # Of candidates within this share of the fastest, the one with the least memory is taken.
 _AS_FAST = 1.03
@@ -39,10 +42,13 @@ def choose(
     statistics: Statistics | None = None,
     ladder: Ladder | None = None,
     advise: bool = True,
+    spread: Spread = SINGLE,
+    rates: Rates | None = None,
 ) -> Plan:
     """Returns the plan of a run; `ladder` is the one to run with, if it still fits (that of a run that goes on).
 
-    `advise`: the error for what does not fit says what would, which takes longer than the plan.
+    `advise`: the error for what does not fit says what would, which takes longer than the plan. `spread`: over which
+    devices, of which `config` has one's rows. `rates`: the device's speed, the catalogue's unless given.
 
     Raises:
         PlanError: what was asked for does not exist on this hardware, or does not fit in its memory; the message
@@ -58,11 +64,12 @@ def choose(
     execution.refuse_unknown_rungs(config, spec, device)
     row_tokens = _row_tokens(config, statistics)
     machine = _machine(config, hardware, device, precision, uses_triton=kernels == "triton")
-    job = Job(config, spec, machine, row_tokens, ladder)
+    rates = rates or rates_of(device, num_threads=hardware.num_threads)
+    job = Job(config, spec, machine, row_tokens, ladder, spread, rates)
     candidates = _candidates(job)
     fitting = [one for one in candidates if one.fits]
     if not fitting and ladder is not None:
-        return choose(config, spec, hardware, statistics=statistics, advise=advise)
+        return choose(config, spec, hardware, statistics=statistics, advise=advise, spread=spread, rates=rates)
     if not fitting:
         raise PlanError(_shortfall(job, candidates), fix=_what_fits(job, hardware) if advise else None)
     best = _best(fitting)
@@ -73,7 +80,7 @@ def choose(
     return Plan(
         device=device.kind,
         device_name=device.name,
-        strategy="single",
+        strategy=spread.strategy,
         precision=precision,
         quantization=quantization,
         keep_transposed=keep_transposed,
@@ -95,7 +102,7 @@ def choose(
         available_bytes=machine.device.memory_bytes,
         reasons={
             "device": device_reason,
-            "strategy": _said(config.engine.strategy, "one device"),
+            "strategy": _said(config.engine.strategy, _strategy_reason(spread)),
             "precision": precision_reason,
             "quantization": quantization_reason,
             "keep_transposed": transposed_reason,
@@ -108,6 +115,9 @@ def choose(
             "cuda_graphs": graphs_reason,
             "num_threads": threads_reason,
         },
+        num_processes=spread.num_processes,
+        per_node=spread.per_node,
+        stage=spread.stage,
     )
 
 
@@ -120,6 +130,13 @@ def _machine(
         device = replace(device, memory_bytes=min(device.memory_bytes, int(limit * GIB)))
     host_bytes = int(_HOST_SHARE * host.memory_bytes) if host else 0
     return Machine(device, host_bytes, precision, uses_triton)
+
+
+def _strategy_reason(spread: Spread) -> str:
+    if spread.num_processes == 1:
+        return "one device"
+    part = "a part of each weight" if spread.weight_shards > 1 else "the whole model"
+    return f"{spread.num_processes} processes, each with {part}"
 
 
 def _said(value: object, reason: str) -> str:
@@ -194,8 +211,10 @@ def _candidates(job: Job) -> list[Candidate]:
 
 
 def _best(fitting: list[Candidate]) -> Candidate:
-    fastest = min(candidate.time for candidate in fitting)
-    return min((one for one in fitting if one.time <= _AS_FAST * fastest), key=lambda one: one.memory.total)
+    if len(fitting) == 1:
+        return fitting[0]
+    fastest = min(one.seconds for one in fitting)
+    return min((one for one in fitting if one.seconds <= _AS_FAST * fastest), key=lambda one: one.memory.total)
 
 
 def _transposed(best: Candidate) -> tuple[bool | None, Memory, str]:
@@ -203,12 +222,12 @@ def _transposed(best: Candidate) -> tuple[bool | None, Memory, str]:
 
     It is the last thing that memory goes to: the same bytes spare more time where they spare a layer's recomputation.
     """
-    job = best.size.job
-    if job.config.model.quantization != "fp8":
+    memory = best.with_transposed
+    if memory is None:
         return None, best.memory, "only fp8 products need weights transposed"
+    job = best.size.job
     count, allowed = transposed_bytes(job.spec), job.machine.device.memory_bytes
-    memory = best.memory.with_transposed(count)
-    if memory.total <= allowed:
+    if best.keep_transposed:
         return True, memory, f"{size(count)} that are free: no backward transposes a weight again"
     reason = f"each backward transposes each weight: copies would need {size(memory.total)} of {size(allowed)} in all"
     return False, best.memory, reason
@@ -260,18 +279,14 @@ def _offload_reason(best: Candidate) -> str:
 def _cuda_graphs(best: Candidate) -> tuple[bool, str]:
     """Returns whether micro-batches are captured, and why; raises PlanError where that is asked for and cannot be."""
     job = best.size.job
-    asked = job.config.engine.cuda_graphs
-    hindrance = execution.why_no_graphs(job.config, job.spec, job.machine.device, offload=best.ladder.offload)
-    if asked is True and hindrance:
-        raise PlanError(f"engine.cuda_graphs = true: {hindrance}.", fix="Use false or auto, or change that.")
+    asked, hindrance = job.config.engine.cuda_graphs, best.why_no_graphs
+    if asked is True:
+        impossible = execution.why_no_graphs(job.config, job.spec, job.machine.device, offload=best.ladder.offload)
+        if impossible:
+            raise PlanError(f"engine.cuda_graphs = true: {impossible}.", fix="Use false or auto, or change that.")
     if asked != "auto":
         return asked, "set in the configuration"
-    if hindrance:
-        return False, hindrance
-    flops = job.flops_with(best.ladder) * best.rows * job.row_tokens / max(1, len(job.spec.layers))
-    if flops > execution.LAUNCH_BOUND_FLOPS[best.ladder.layers]:
-        return False, "the GPU works longer than launching takes"
-    return True, "launching would take longer than the GPU works: one launch a micro-batch"
+    return not hindrance, hindrance or "launching would take longer than the GPU works: one launch a micro-batch"
 
 
 def _shortfall(job: Job, candidates: list[Candidate]) -> str:
@@ -295,7 +310,8 @@ def _what_fits(job: Job, hardware: Hardware) -> str:
     for advice, config, tokens in alternatives(job.config, job.row_tokens, has_bf16=_has_bf16(whole)):
         precision, _ = _precision(config, whole)
         allowed = _machine(config, hardware, whole, precision, uses_triton=machine.uses_triton)
-        if any(one.fits for one in _candidates(Job(config, job.spec, allowed, tokens))):
+        other = Job(config, job.spec, allowed, tokens, spread=job.spread, rates=job.rates)
+        if any(one.fits for one in _candidates(other)):
             return f"What would fit: {advice}."
     return "No setting makes it fit here: choose a smaller model, or a device with more memory."
 

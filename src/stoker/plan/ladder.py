@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from stoker.arch import activations
 from stoker.arch.activations import LADDER, Held, Keep, Micro
@@ -72,6 +72,43 @@ class Ladder:
 def ladders_of(spec: AnySpec, **settings: Any) -> tuple[Ladder, ...]:
     """Returns what `ladders` yields for a model's layers."""
     return tuple(ladders(spec.layers, **settings))
+
+
+class Weighed(NamedTuple):
+    """A ladder with the bytes of its layers at the backward's peak, on the device and on the host."""
+
+    ladder: Ladder
+    device: int
+    host: int
+
+
+class Profile:
+    """The ladders of a model in their order, each weighed once for a micro-batch, when it is first asked for."""
+
+    def __init__(self, spec: AnySpec, micro: Micro, all_of_them: tuple[Ladder, ...]) -> None:
+        self._spec, self._micro, self._ladders = spec, micro, all_of_them
+        self._known: list[Weighed] = []
+
+    def __iter__(self) -> Iterator[Weighed]:
+        for index in range(len(self._ladders)):
+            if index == len(self._known):
+                self._known.append(self._weigh(self._ladders[index]))
+            yield self._known[index]
+
+    def last(self) -> Iterator[Weighed]:
+        """Yields the one that keeps least."""
+        yield self._weigh(self._ladders[-1])
+
+    def _weigh(self, ladder: Ladder) -> Weighed:
+        tiled = ladder.tiled(self._spec, self._micro)
+        host = tiled.host_bytes(self._spec, self._micro) if tiled.offload else 0
+        return Weighed(tiled, tiled.device_bytes(self._spec, self._micro), host)
+
+
+@remember(0)
+def profile(spec: AnySpec, micro: Micro, **settings: Any) -> Profile:
+    """Returns the ladders that `ladders` yields for a model's layers, weighed for a micro-batch."""
+    return Profile(spec, micro, ladders_of(spec, **settings))
 
 
 def ladders(

@@ -6,7 +6,8 @@ weights are in the compute type or a quantised one. These are estimates for choo
 beside them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 from stoker.arch import arithmetic
 from stoker.arch.borrowed import AnySpec
@@ -14,6 +15,7 @@ from stoker.arch.spec import LayerSpec
 from stoker.config.schema import Optimizer
 from stoker.plan import facts
 from stoker.plan.remember import remember
+from stoker.plan.spread import SINGLE, Spread
 
 GIB = 2**30
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -23,6 +25,11 @@ BASE_BYTES = {"cpu": GIB // 2, "cuda": GIB, "mps": GIB}
 _LOGITS_BYTES = 2 * 128 * 2**20
 # Freed blocks of odd sizes that the allocator cannot hand out again, as a share of everything else.
 _FRAGMENTATION = 0.05
+# NCCL's own, for a communicator over a node: rule of thumb.
+_NCCL_BYTES = 512 * 2**20
+# Of gradients that DeepSpeed sums at once (reduce_bucket_size: 5e8 values of two bytes), and how many such buckets are
+# alive with overlap_comm (4.5, by Transformers' page on DeepSpeed).
+_BUCKET_BYTES, _BUCKETS = 10**9, 4.5
 # NF4 (quant/nf4.py): 4 bits a value, a byte of scale for 64 of them, and two fp32 for each 256 of those.
 _NF4_BYTES = 0.5 + 1 / 64 + 2 * 4 / (64 * 256)
 
@@ -32,7 +39,7 @@ class Memory:
     """Bytes by category.
 
     `scratch` is where quantised weights are turned into the compute type, or transposed, one at a time; `transposed`
-    are the copies of fp8 weights that are kept instead.
+    are the copies of fp8 weights that are kept instead. `communication`: what several devices gather and send in.
     """
 
     weights: int
@@ -43,21 +50,33 @@ class Memory:
     scratch: int
     transposed: int
     reserve: int
+    communication: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return sum(vars(self).values())
+        return self._total
+
+    @cached_property
+    def _total(self) -> int:
+        return sum(getattr(self, one) for one in CATEGORIES)
 
     def with_activations(self, count: int) -> "Memory":
         """Returns the same with `count` bytes more of activations, and what the allocator loses with them."""
         lost = round(_FRAGMENTATION * count)
         return replace(self, activations=self.activations + count, reserve=self.reserve + lost)
 
+    def total_with(self, count: int) -> int:
+        """Returns the total of what `with_activations` returns."""
+        return self._total + count + round(_FRAGMENTATION * count)
+
     def with_transposed(self, count: int) -> "Memory":
         """Returns the same with `count` bytes of transposed weights kept, which leaves nothing to do in `scratch`."""
         lost = round(_FRAGMENTATION * (count - self.scratch))
         return replace(self, scratch=0, transposed=count, reserve=self.reserve + lost)
+
+
+CATEGORIES = tuple(one.name for one in fields(Memory))
 
 
 def estimate(
@@ -72,32 +91,70 @@ def estimate(
     quantization: str = "none",
     weight_dtype: str = "fp32",
     casts_by_layer: bool = False,
+    spread: Spread = SINGLE,
 ) -> Memory:
     """Returns what a micro-batch of `tokens` tokens needs besides the layers' activations.
 
     `trained` and `frozen` are counts of parameters. `weight_dtype` is that of trained matrices, their gradients and
     averages; norms and biases are fp32. `casts_by_layer`: matrices that are trained are cast to the compute type layer
-    by layer; otherwise every copy lives as long as the forward's results. bf16 ones are not cast at all.
+    by layer; otherwise every copy lives as long as the forward's results. bf16 ones are not cast at all. `spread`: the
+    result is that of one of its devices.
     """
     value_bytes = VALUE_BYTES[precision]
-    copied = min(trained, _largest_layer(spec) + 2 * spec.vocab_size * spec.hidden_size) if casts_by_layer else trained
     is_narrow = weight_dtype == "bf16"
-    copies = copied * value_bytes if precision != "fp32" and not is_narrow else 0
     base = frozen_weight_bytes(spec, quantization, value_bytes) if frozen else 0
     # What four bytes for every trained value would take, less what matrices in two bytes spare.
     share = 1.0 - 0.5 * num_matrix_parameters(spec) / trained if is_narrow else 1.0
     kept = round(4 * share * trained)
-    weights = kept + base + copies
-    gradients = kept
-    state = round(share * trained * optimizer_bytes(optimizer))
+    gradients, state, copies = kept, share * trained * optimizer_bytes(optimizer), 0
+    if spread.mixes_by_itself and precision != "fp32":
+        # Weights and gradients in the compute type; fp32 weights beside the averages (arXiv:1910.02054, section 3.1).
+        kept = gradients = value_bytes * trained
+        state = (4 + optimizer_bytes(optimizer)) * trained
+    elif precision != "fp32" and not is_narrow:
+        one_layer = _largest_layer(spec) + 2 * spec.vocab_size * spec.hidden_size
+        # Gathered layers are cast one at a time, whichever way they run.
+        by_layer = casts_by_layer or spread.weight_shards > 1
+        copies = (min(trained, one_layer) if by_layer else trained) * value_bytes
+    communication = 0
+    if spread.num_processes > 1:
+        communication = buffer_bytes(
+            spec, spread, stored=base + kept, gradients=gradients, is_full=not frozen, device=device
+        )
+    weights = (kept + base) // spread.weight_shards + copies
+    gradients //= spread.gradient_shards
+    state = round(state / spread.optimizer_shards)
     logits = min(_LOGITS_BYTES, 2 * 4 * tokens * spec.vocab_size) + tokens * spec.hidden_size * 4
     if is_narrow:
         # Beside the logits there is the head's gradient alone, in fp32 and then rounded: more than all of them or not.
         logits = max(0, logits + (4 + 2) * spec.vocab_size * spec.hidden_size - gradients)
     scratch = scratch_bytes(spec, quantization, value_bytes)
-    held = weights + gradients + state + logits + scratch
+    held = weights + gradients + state + logits + scratch + communication
     reserve = BASE_BYTES[device] + round(_FRAGMENTATION * held)
-    return Memory(weights, gradients, state, 0, logits, scratch, 0, reserve)
+    return Memory(weights, gradients, state, 0, logits, scratch, 0, reserve, communication)
+
+
+def buffer_bytes(spec: AnySpec, spread: Spread, *, stored: int, gradients: int, is_full: bool, device: str) -> int:
+    """Returns what one device of several holds to gather and send in; `stored` and `gradients`: bytes of all of them.
+
+    Where weights are shared: two layers (the one at work and the next) and what lies outside of the layers, which stays
+    gathered (embedding, head), and as much of the gradients. ZeRO-1 and -2: buckets of gradients. DDP sums where
+    gradients lie. NCCL has buffers of its own on a GPU.
+    """
+    own = _NCCL_BYTES if device == "cuda" else 0
+    if spread.weight_shards > 1:
+        return own + round(gathered_share(spec) * stored + gathered_share(spec, outside=is_full) * gradients)
+    if spread.strategy == "deepspeed":
+        return own + round(_BUCKETS * min(gradients, _BUCKET_BYTES))
+    return own
+
+
+@remember(0)
+def gathered_share(spec: AnySpec, *, outside: bool = True) -> float:
+    """Returns what share of the weights is whole at a time: two layers, and with `outside` all that is in none."""
+    tables = (1 if getattr(spec, "tied_head", False) else 2) * spec.vocab_size * spec.hidden_size
+    share = min(1.0, tables / facts.num_parameters(spec)) if outside else 0.0
+    return min(1.0, share + (1.0 - share) * 2 / max(1, len(spec.layers)))
 
 
 @remember(0)
@@ -111,6 +168,7 @@ def num_matrix_parameters(spec: AnySpec) -> int:
     return linear + table * min(2, (arithmetic.num_parameters(spec) - linear) // table)
 
 
+@remember(0)
 def frozen_weight_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> int:
     """Returns the bytes of a frozen base: its layers' linear weights quantised, the rest in the compute type."""
     # Experts are kept in NF4 or in the compute type, in no other format.

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from stoker.arch.activations import Keep
 from stoker.plan import ladder
 from stoker.plan.memory import GIB, Memory
+from stoker.plan.spread import Spread, StrategyName
 
 CHOICES = (
     "device",
@@ -37,12 +38,12 @@ class Plan:
     operation, or runs op by op. `keep`: what each layer keeps for the backward (`arch.activations.LADDER`).
     `tile_tokens`: the feed-forward goes through so many tokens at a time (None: through a whole micro-batch).
     `cuda_graphs`: micro-batches are captured and replayed. `host_bytes`: pinned host memory in which kept tensors wait.
-    Sizes and memory are those of one of `num_processes`.
+    Sizes and memory are those of one of `num_processes`, of which `per_node` are in each node; `stage`: of ZeRO.
     """
 
     device: str
     device_name: str
-    strategy: Literal["single", "ddp", "fsdp2"]
+    strategy: StrategyName
     precision: Literal["fp32", "bf16", "fp16"]
     quantization: str
     keep_transposed: bool | None
@@ -64,6 +65,13 @@ class Plan:
     available_bytes: int
     reasons: Mapping[str, str]
     num_processes: int = 1
+    per_node: int = 1
+    stage: int = 0
+
+    @property
+    def spread(self) -> Spread:
+        """How it is spread over devices."""
+        return Spread(self.strategy, self.num_processes, self.per_node, self.stage)
 
     @property
     def recompute(self) -> str:

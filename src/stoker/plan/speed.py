@@ -3,12 +3,12 @@
 Each part of a step takes the longer of its arithmetic at the rate that products reach and its traffic at the bandwidth
 that kernels reach (Williams et al. 2009). Parts run one after another; what launches and copies to the host take is
 hidden behind them, or is what the step waits for. Which constants are measured and which are rules of thumb stands
-beside each of them, in `Efficiencies`.
+beside each of them, in `efficiencies`.
 """
 
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from stoker.arch import activations, arithmetic
 from stoker.arch.activations import Keep
@@ -28,49 +28,10 @@ from stoker.config.schema import RunConfig
 from stoker.plan import facts
 from stoker.plan.adapter import targeted
 from stoker.plan.catalogue import CatalogueDevice
+from stoker.plan.efficiencies import MEASURED, Efficiencies
+from stoker.plan.links import Links
 from stoker.plan.memory import VALUE_BYTES, frozen_weight_bytes, optimizer_bytes
-from stoker.plan.plan import Plan
-
-
-@dataclass(frozen=True)
-class Efficiencies:
-    """Shares of a device's figures that a step reaches, and fixed costs; `source` says whose they are.
-
-    The defaults are one H200's under its 700 W limit (torch 2.11; docs/engine_log.md). For other devices every one of
-    them is a rule of thumb until it is measured there.
-    """
-
-    matmul: float = 0.69
-    """Of the dense rate, by bf16 products inside a step: 655 to 685 of 989 TFLOP/s. Measured in cell A."""
-    matmul_fp8: float = 0.60
-    """The same of the fp8 rate. Rule of thumb: alone, products reach 0.72; a step heats the card."""
-    attention: float = 0.43
-    """Of the dense rate, by attention with heads of 128 channels, forward and backward. Measured in cell A."""
-    attention_head: float = 0.56
-    """Attention's rate grows with head_dim to this power, up to 128: heads of 64 reach 0.29. Measured in cell E."""
-    bandwidth: float = 0.80
-    """Of the memory's bandwidth, by elementwise kernels: 92% of a copy's, which reaches 87%. Measured in cell A."""
-    scan: float = 0.15
-    """Of the fp32 rate, by state spaces' scans. Rule of thumb."""
-    adapter_passes: float = 5.5
-    """Reads or writes of each value that goes into and comes out of an adapted layer. Measured in A, checked in E."""
-    op_by_op: float = 1.5
-    """Elementwise traffic of a layer under autograd, over that of the fused one. Rule of thumb."""
-    layer_launch_seconds: float = 0.6e-3
-    """Launching a fused layer's forward and backward. Measured in cell G: 9.5 ms for 16 layers."""
-    op_by_op_launch_seconds: float = 1.5e-3
-    """The same of a layer that runs op by op. Rule of thumb: two to three times as many kernels."""
-    host_link: float = 0.80
-    """Of the link to the host, by copies of pinned memory. Rule of thumb."""
-    start_seconds: float = 16.0
-    """Before the first step at full speed: imports, compilation of kernels, the first step. Measured in A (16 s)."""
-    load_bandwidth: float = 3.0e9
-    """Bytes a second of weights read and moved to the device. Measured between cells A and E."""
-    source: str = "an H200's, measured; rules of thumb on other devices"
-
-
-MEASURED = Efficiencies()
-"""What was measured, used until a machine has its own."""
+from stoker.plan.spread import Spread, volume
 
 # Values a token that elementwise work reads or writes, forward and backward: see `_elementwise_values`.
 _NORM_AND_RESIDUAL = 9
@@ -100,7 +61,8 @@ class Rows:
 class Step:
     """Seconds of an optimiser step by what takes them; `hidden`: copies and launches that wait for nothing.
 
-    `waiting` is the time that launches or copies take beyond the work that hides them.
+    `communication` is the time that devices wait for one another's weights and gradients, `waiting` that which launches
+    or copies to the host take beyond the work that hides them.
     """
 
     matmul: float = 0.0
@@ -111,6 +73,7 @@ class Step:
     head: float = 0.0
     dequantise: float = 0.0
     optimizer: float = 0.0
+    communication: float = 0.0
     waiting: float = 0.0
     hidden: dict[str, float] = field(default_factory=dict)
 
@@ -121,15 +84,44 @@ class Step:
 
     def parts(self) -> dict[str, float]:
         """Returns seconds by part."""
-        values: dict[str, Any] = asdict(self)
-        del values["hidden"]
-        return values
+        return {name: value for name, value in vars(self).items() if name != "hidden"}
+
+
+class _Way(Protocol):
+    """How a step runs, of which a `Plan` is one; its fields mean what they mean there."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def quantization(self) -> str: ...
+    @property
+    def keep_transposed(self) -> bool | None: ...
+    @property
+    def kernels(self) -> str: ...
+    @property
+    def layers(self) -> str: ...
+    @property
+    def micro_batch_size(self) -> int: ...
+    @property
+    def accumulation_steps(self) -> int: ...
+    @property
+    def keep(self) -> tuple[Keep, ...]: ...
+    @property
+    def cuda_graphs(self) -> bool: ...
+    @property
+    def num_trained_parameters(self) -> int: ...
+    @property
+    def host_bytes(self) -> int: ...
+    @property
+    def spread(self) -> Spread: ...
 
 
 def step(
     config: RunConfig,
     spec: AnySpec,
-    plan: Plan,
+    plan: _Way,
     device: CatalogueDevice,
     *,
     rows: Rows,
@@ -149,7 +141,7 @@ class _Clock:
     """Adds up a step."""
 
     def __init__(
-        self, config: RunConfig, spec: AnySpec, plan: Plan, device: CatalogueDevice, *, rows: Rows, found: Efficiencies
+        self, config: RunConfig, spec: AnySpec, plan: _Way, device: CatalogueDevice, *, rows: Rows, found: Efficiencies
     ) -> None:
         self.config, self.spec, self.plan, self.device, self.rows, self.found = config, spec, plan, device, rows, found
         self.value_bytes = VALUE_BYTES[plan.precision]
@@ -176,12 +168,45 @@ class _Clock:
         work = sum(times.values())
         waiting = max(0.0, copies - work, launches - work)
         micro = self.plan.accumulation_steps
+        collectives, exposed = self._communication(work)
         return Step(
             **{name: micro * seconds for name, seconds in times.items()},
             optimizer=self._optimizer(),
+            communication=exposed,
             waiting=micro * waiting,
-            hidden={"copies to the host": micro * copies, "launches": micro * launches},
+            hidden={
+                "copies to the host": micro * copies,
+                "launches": micro * launches,
+                "collectives": collectives - exposed,
+            },
         )
+
+    def _communication(self, work: float) -> tuple[float, float]:
+        """Seconds of a step's collectives, and those of them that nothing hides; `work`: seconds of a micro-batch.
+
+        Those of a layer run beside the work of its neighbours, all but the first of them. DDP's and ZeRO-1's sums run
+        beside the last micro-batch's backward; what gathers new weights after the update runs beside nothing.
+        """
+        spread, micro = self.plan.spread, self.plan.accumulation_steps
+        if spread.num_processes == 1:
+            return 0.0, 0.0
+        trained, depth = self.plan.num_trained_parameters, max(1, len(self.spec.layers))
+        stored = 4.0 * trained
+        if self.is_frozen:
+            stored += frozen_weight_bytes(self.spec, self.plan.quantization, self.value_bytes)
+        if spread.mixes_by_itself:
+            stored -= (4.0 - self.value_bytes) * trained
+        moved = volume(spread, stored=stored, trained=trained, value_bytes=self.value_bytes)
+        links = Links.of(self.device)
+        in_micro = links.seconds(moved.micro_gathered, spread, collectives=2 * depth)
+        in_micro += links.seconds(moved.micro_summed, spread, collectives=depth)
+        summed = links.seconds(moved.step_summed, spread, collectives=depth)
+        summed += links.seconds(moved.step_all_summed, spread, collectives=depth, passes=2)
+        after = links.seconds(moved.step_gathered, spread)
+        backward = (1 / 2 if self.is_frozen else 2 / 3) * work
+        exposed = micro * max(in_micro / depth, in_micro - self.found.overlap * work)
+        exposed += max(summed / depth, summed - self.found.overlap * backward) + after
+        return micro * in_micro + summed + after, exposed
 
     def _layers(self) -> Counter[tuple[LayerSpec, Keep]]:
         known: dict[tuple[int, Keep], tuple[LayerSpec, Keep]] = {}  # most layers are one object: hash each once
@@ -222,7 +247,8 @@ class _Clock:
         passes_of_adapter = self.found.adapter_passes * self.adapted
         times["adapters"] += passes_of_adapter * inputs_outputs * self.value_bytes / self.bandwidth
         moved = self.tokens * _elementwise_values(layer, hidden_size) * self.value_bytes
-        factor = (1.0 if is_fused else self.found.op_by_op) * (1.0 + _AGAIN[rung])
+        # On plain PyTorch a fused layer has the kernels of one that runs op by op.
+        factor = (1.0 if is_fused and self.plan.kernels == "triton" else self.found.op_by_op) * (1.0 + _AGAIN[rung])
         times["elementwise"] += factor * moved / self.bandwidth
         return dict(times)
 
@@ -271,7 +297,7 @@ class _Clock:
 
     def _optimizer(self) -> float:
         moved = _UPDATE_BYTES + 2 * optimizer_bytes(self.config.train.optimizer)
-        return self.plan.num_trained_parameters * moved / self.bandwidth
+        return self.plan.num_trained_parameters * moved / self.bandwidth / self.plan.spread.optimizer_shards
 
 
 def _elementwise_values(layer: LayerSpec, hidden_size: int) -> float:

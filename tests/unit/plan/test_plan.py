@@ -19,7 +19,8 @@ def test_the_table_shows_each_choice_with_its_reason(run, llama_8b, machine):
     shown = [name for name in CHOICES if getattr(plan, name) is not None]
     assert "keep_transposed" not in shown  # there is no fp8 in this run
     for line, name in zip(lines, shown, strict=False):
-        value = {True: "yes", False: "no"}.get(getattr(plan, name), str(getattr(plan, name)))
+        chosen = getattr(plan, name)
+        value = ("yes" if chosen else "no") if isinstance(chosen, bool) else str(chosen)
         assert line.startswith(name)
         assert line.endswith(plan.reasons[name])
         assert f"  {value}  " in line

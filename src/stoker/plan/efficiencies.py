@@ -1,0 +1,46 @@
+"""What share of a device's figures a training step reaches, and what it costs whatever the device."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Efficiencies:
+    """Shares of a device's figures that a step reaches, and fixed costs; `source` says whose they are.
+
+    The defaults are one H200's under its 700 W limit (torch 2.11; docs/engine_log.md). For other devices every one of
+    them is a rule of thumb until it is measured there.
+    """
+
+    matmul: float = 0.69
+    """Of the dense rate, by bf16 products inside a step: 655 to 685 of 989 TFLOP/s. Measured in cell A."""
+    matmul_fp8: float = 0.60
+    """The same of the fp8 rate. Rule of thumb: alone, products reach 0.72; a step heats the card."""
+    attention: float = 0.43
+    """Of the dense rate, by attention with heads of 128 channels, forward and backward. Measured in cell A."""
+    attention_head: float = 0.56
+    """Attention's rate grows with head_dim to this power, up to 128: heads of 64 reach 0.29. Measured in cell E."""
+    bandwidth: float = 0.80
+    """Of the memory's bandwidth, by elementwise kernels: 92% of a copy's, which reaches 87%. Measured in cell A."""
+    scan: float = 0.15
+    """Of the fp32 rate, by state spaces' scans. Rule of thumb."""
+    adapter_passes: float = 5.5
+    """Reads or writes of each value that goes into and comes out of an adapted layer. Measured in A, checked in E."""
+    op_by_op: float = 1.5
+    """Elementwise traffic of a layer under autograd, over that of the fused one. Rule of thumb."""
+    layer_launch_seconds: float = 0.6e-3
+    """Launching a fused layer's forward and backward. Measured in cell G: 9.5 ms for 16 layers."""
+    op_by_op_launch_seconds: float = 1.5e-3
+    """The same of a layer that runs op by op. Rule of thumb: two to three times as many kernels."""
+    host_link: float = 0.80
+    """Of the link to the host, by copies of pinned memory. Rule of thumb."""
+    overlap: float = 0.8
+    """Of the work beside which collectives run, the share that hides them: both want the memory. Rule of thumb."""
+    start_seconds: float = 16.0
+    """Before the first step at full speed: imports, compilation of kernels, the first step. Measured in A (16 s)."""
+    load_bandwidth: float = 3.0e9
+    """Bytes a second of weights read and moved to the device. Measured between cells A and E."""
+    source: str = "an H200's, measured; rules of thumb on other devices"
+
+
+MEASURED = Efficiencies()
+"""What was measured, used until a machine has its own."""

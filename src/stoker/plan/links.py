@@ -1,0 +1,40 @@
+"""Seconds of a collective: within a node over the devices' own links, between nodes over the node's network.
+
+All devices of a node share its network, so that what another node has comes in once for all of them.
+"""
+
+from dataclasses import dataclass
+
+from stoker.plan.catalogue import CatalogueDevice
+from stoker.plan.spread import Spread
+
+# Of a link's figure, by collectives of tens of megabytes: NCCL's on NVLink, and over PCIe through the host where
+# devices have no link of their own; of a network by RDMA or sockets. Rules of thumb.
+_LINK_SHARE, _PCIE_SHARE, _NETWORK_SHARE = 0.75, 0.4, 0.8
+# Before the first byte of a collective moves, in a node and between nodes, seconds. Rules of thumb.
+_LATENCY, _NETWORK_LATENCY = 25e-6, 60e-6
+
+
+@dataclass(frozen=True)
+class Links:
+    """What moves between devices, bytes a second: `device` into one from its node, `network` into a node."""
+
+    device: float
+    network: float
+
+    @classmethod
+    def of(cls, device: CatalogueDevice) -> "Links":
+        """Those of a device of the catalogue."""
+        own = _LINK_SHARE * device.device_link / 2  # the catalogue's figure counts both directions
+        return cls(own or _PCIE_SHARE * device.host_link, _NETWORK_SHARE * device.network)
+
+    def seconds(self, count: float, spread: Spread, *, collectives: int = 1, passes: int = 1) -> float:
+        """Returns what gathering or summing `count` bytes takes, in so many collectives; `passes`: 2 for a sum."""
+        if spread.num_processes == 1 or not count:
+            return 0.0
+        here = min(spread.per_node, spread.num_processes)
+        inside = count * (here - 1) / here / self.device if self.device else 0.0
+        nodes = spread.nodes
+        between = count * (nodes - 1) / nodes / self.network if nodes > 1 else 0.0
+        latency = _LATENCY + (_NETWORK_LATENCY if nodes > 1 else 0.0)
+        return passes * (max(inside, between) + collectives * latency)

@@ -1,0 +1,119 @@
+"""How a run is spread over devices: which strategy, how many share what, and what passes between them in a step.
+
+A collective over n ranks moves (n - 1) / n of a tensor into each of them for a gather or a scattered sum, and twice
+that for a sum that all have (Rabenseifner 2004; Rajbhandari et al., arXiv:1910.02054, section 7).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stoker.config.schema import RunConfig
+
+StrategyName = Literal["single", "ddp", "fsdp2", "deepspeed"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A strategy over `num_processes` devices, `per_node` of them in each node; `stage`: of ZeRO, 1 to 3."""
+
+    strategy: StrategyName = "single"
+    num_processes: int = 1
+    per_node: int = 1
+    stage: int = 0
+
+    @property
+    def name(self) -> str:
+        """For people: "ddp", "ZeRO-2"."""
+        return f"ZeRO-{self.stage}" if self.strategy == "deepspeed" else self.strategy
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes it takes."""
+        return -(-self.num_processes // self.per_node)
+
+    @property
+    def weight_shards(self) -> int:
+        """Ranks that share every weight, frozen ones among them."""
+        return self.num_processes if self.strategy == "fsdp2" or self.stage == 3 else 1
+
+    @property
+    def gradient_shards(self) -> int:
+        """Ranks that share every gradient."""
+        return self.num_processes if self.strategy == "fsdp2" or self.stage >= 2 else 1
+
+    @property
+    def optimizer_shards(self) -> int:
+        """Ranks that share the optimiser's state."""
+        return self.num_processes if self.strategy == "fsdp2" or self.stage >= 1 else 1
+
+    @property
+    def mixes_by_itself(self) -> bool:
+        """Whether weights are kept in the compute type with fp32 ones in the optimiser (DeepSpeed)."""
+        return self.strategy == "deepspeed"
+
+
+SINGLE = Spread()
+STRATEGIES = (("ddp", 0), ("fsdp2", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3))
+"""Strategies over several devices with their stage."""
+
+
+def spreads(
+    num_processes: int, per_node: int, *, asked: str = "auto", stages: tuple[int, ...] = (1, 2, 3)
+) -> list[Spread]:
+    """Returns the ways to spread a run over so many devices; `asked` is engine.strategy."""
+    if num_processes == 1 and asked in ("auto", "single"):
+        return [SINGLE]
+    return [
+        Spread(strategy, num_processes, min(per_node, num_processes), stage)  # type: ignore[arg-type]
+        for strategy, stage in STRATEGIES
+        if asked in ("auto", strategy) and (not stage or stage in stages)
+    ]
+
+
+def share(config: RunConfig, spread: Spread) -> RunConfig:
+    """Returns the configuration as one of the processes sees it, which has its part of a step's rows.
+
+    Raises:
+        ValueError: they cannot be dealt out evenly.
+    """
+    rows, rest = divmod(config.train.batch_size, spread.num_processes)
+    if rest or not rows:
+        raise ValueError(f"train.batch_size = {config.train.batch_size} cannot be dealt out to {spread.num_processes}")
+    return config.model_copy(update={"train": config.train.model_copy(update={"batch_size": rows})})
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Bytes of the tensors that pass between ranks: in each micro-batch, and once a step."""
+
+    micro_gathered: float = 0.0
+    micro_summed: float = 0.0
+    step_gathered: float = 0.0
+    step_summed: float = 0.0
+    step_all_summed: float = 0.0
+
+    def per_step(self, micro_batches: int, ranks: int) -> float:
+        """Returns the bytes that come into one device in a step."""
+        once = self.step_gathered + self.step_summed + 2 * self.step_all_summed
+        return (micro_batches * (self.micro_gathered + self.micro_summed) + once) * (ranks - 1) / ranks
+
+
+def volume(spread: Spread, *, stored: float, trained: int, value_bytes: int) -> Volume:
+    """Returns what passes in a step. `stored`: bytes of all weights as they lie; `trained`: values that are trained.
+
+    DDP sums gradients (fp32) once. FSDP2 and ZeRO-3 gather every weight for the forward and again for the backward of
+    each micro-batch and sum its gradients into parts; ZeRO-2 sums them so too, and gathers the new weights once; ZeRO-1
+    sums once into parts.
+    """
+    match spread.name:
+        case "ddp":
+            return Volume(step_all_summed=4.0 * trained)
+        case "fsdp2":
+            return Volume(micro_gathered=2 * stored, micro_summed=4.0 * trained)
+        case "ZeRO-1":
+            return Volume(step_summed=value_bytes * trained, step_gathered=value_bytes * trained)
+        case "ZeRO-2":
+            return Volume(micro_summed=value_bytes * trained, step_gathered=value_bytes * trained)
+        case "ZeRO-3":
+            return Volume(micro_gathered=2 * stored, micro_summed=value_bytes * trained)
+    return Volume()
