@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -98,33 +99,38 @@ def share_of_one(config: RunConfig, world_size: int) -> RunConfig:
     return config.model_copy(update=changes)
 
 
+def processes_here(world_size: int) -> int:
+    """Returns how many of the run's processes are on this machine."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", ""))
+    digits = re.match(r"\d+", told)  # Slurm writes "8(x2)" for two machines
+    return min(world_size, int(digits[0])) if digits else world_size
+
+
 def _processes(count: int) -> str:
     return "one process" if count == 1 else f"{count} processes"
 
 
 def spread(plan: Plan, config: RunConfig, world_size: int) -> Plan:
-    """Returns the plan of one process as that of all of them.
+    """Returns the plan of one of the processes with what it cannot have beside others, and says what they share.
 
     Raises:
         PlanError: what was asked for does not run over processes.
     """
-    asked = config.engine.strategy
-    strategy = ("ddp" if world_size > 1 else "single") if asked == "auto" else asked
+    asked, strategy = config.engine.strategy, plan.strategy
     if strategy == "single":
         return plan
     if config.engine.cuda_graphs is True:
         raise PlanError(f"engine.cuda_graphs = true is for one process; the strategy is {strategy}.", fix="Use auto.")
     if strategy == "fsdp2" and plan.precision == "fp16":
         raise PlanError("engine.strategy = fsdp2 has no fp16.", fix="Use engine.precision: bf16 or fp32, or ddp.")
-    reason = f"{world_size} processes, each with {'the whole model' if strategy == 'ddp' else 'a part of each weight'}"
+    holds = "a part of each weight" if plan.spread.weight_shards > 1 or strategy == "fsdp2" else "the whole model"
+    reason = f"{world_size} processes, each with {holds}"
     if config.engine.context_parallel > 1:
         reason += f"; {config.engine.context_parallel} share each row, and memory is that of a part"
     reasons = {"strategy": reason if asked == "auto" else f"set in the configuration: {reason}"}
     reasons["cuda_graphs"] = "graphs are for one process"
     return replace(
         plan,
-        strategy=strategy,
-        num_processes=world_size,
         cuda_graphs=False,
         reasons={**plan.reasons, **reasons},
     )

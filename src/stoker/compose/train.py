@@ -32,8 +32,9 @@ from stoker.observe.metrics import MetricsFile
 from stoker.observe.observer import Observer
 from stoker.plan import limits
 from stoker.plan.adapter import loading_notice
-from stoker.plan.choose import Statistics, choose
+from stoker.plan.choose import Statistics
 from stoker.plan.hardware import Hardware
+from stoker.plan.many import choose_over
 from stoker.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -197,20 +198,23 @@ def _choose(
     if problems := limits.problems(config, base.spec):
         raise PlanError([problem for _, problem in problems])
     config = parallel.share_of_one(config, world_size)
-    plan = _choose_for_one(config, base, data, hardware, resumed)
+    plan = _choose_for_one(config, base, data, hardware, resumed, world_size=world_size)
     return parallel.spread(plan, config, world_size)
 
 
-def _choose_for_one(config: RunConfig, base: Base, data: Data, hardware: Hardware, resumed: RunFolder | None) -> Plan:
+def _choose_for_one(
+    config: RunConfig, base: Base, data: Data, hardware: Hardware, resumed: RunFolder | None, *, world_size: int
+) -> Plan:
     statistics = Statistics(-(-data.longest // config.engine.context_parallel))
-    plan = choose(config, base.spec, hardware, statistics=statistics)
+    spread = {"num_processes": world_size, "per_node": parallel.processes_here(world_size)}
+    plan = choose_over(config, base.spec, hardware, statistics=statistics, **spread)
     if resumed is None:
         return plan
     before = resume.engine_before(config, resumed, plan.device_name)
     ladder = resume.ladder_before(config, resumed, plan.device_name)
     engine = config.engine.model_copy(update=before)
     fixed = config.model_copy(update={"engine": engine})
-    plan = choose(fixed, base.spec, hardware, statistics=statistics, ladder=ladder)
+    plan = choose_over(fixed, base.spec, hardware, statistics=statistics, ladder=ladder, **spread)
     same = [*before, *(_LADDER if ladder is not None and plan.ladder == ladder else ())]
     return replace(plan, reasons={**plan.reasons, **dict.fromkeys(same, "as when the run began")})
 

@@ -1,0 +1,193 @@
+"""Several devices: what each holds and what passes between them, held to the published formulas."""
+
+from dataclasses import replace
+
+import pytest
+
+from stoker.arch import arithmetic
+from stoker.arch.activations import Micro, op_by_op
+from stoker.arch.families import read
+from stoker.arch.spec import AttentionSpec, LayerSpec, NormSpec, PlainSpec
+from stoker.config.schema import AdamW
+from stoker.errors import PlanError
+from stoker.plan import speed
+from stoker.plan.catalogue import shipped
+from stoker.plan.choose import choose
+from stoker.plan.hardware import Device, Hardware
+from stoker.plan.links import Links
+from stoker.plan.many import choose_over
+from stoker.plan.memory import estimate, gathered_share
+from stoker.plan.spread import SINGLE, Spread, spreads, volume
+
+GIB, GB = 2**30, 10**9
+H100 = shipped()["h100"]
+
+
+def gpt(parameters):
+    """A model of about so many parameters, for formulas that know no other size."""
+    layers, hidden = 72, round((parameters / 72 / 12) ** 0.5 / 64) * 64
+    config = {"model_type": "gpt2", "n_embd": hidden, "n_layer": layers, "n_head": hidden // 64, "vocab_size": 256}
+    return read(config, "config.json")
+
+
+def states(spec, way, precision="bf16"):
+    memory = estimate(
+        spec,
+        trained=arithmetic.num_parameters(spec),
+        frozen=0,
+        optimizer=AdamW(),
+        tokens=1,
+        precision=precision,
+        device="cuda",
+        spread=way,
+    )
+    return memory.weights + memory.gradients + memory.optimizer
+
+
+# arXiv:1910.02054, figure 1: 7.5 billion parameters on 64 GPUs, mixed precision with Adam (K = 12), in GB. Its
+# "31.4" is of 2 x 7.5 + 2 x 7.5 + 12 x 7.5 / 64.
+@pytest.mark.parametrize(("stage", "published"), [(1, 31.4), (2, 16.6), (3, 1.9)])
+def test_states_under_zero_are_those_of_its_paper(stage, published):
+    spec = gpt(7.5e9)
+    ours = states(spec, Spread("deepspeed", 64, 8, stage)) / arithmetic.num_parameters(spec) * 7.5
+    assert ours == pytest.approx(published, rel=0.02)
+
+
+def test_states_of_a_distributed_optimiser_are_those_that_megatron_prints():
+    # Megatron-LM's dist_optimizer.md, bytes a parameter on d ranks: fp32 8 + 8 / d. In fp16 with fp16 gradients
+    # 4 + 16 / d: four of its 16 are gradients in fp32, which ZeRO has not.
+    spec = gpt(1.3e9)
+    for ranks in (2, 8, 64):
+        way = Spread("deepspeed", ranks, 8, 1)
+        assert states(spec, way, "fp32") / arithmetic.num_parameters(spec) == pytest.approx(8 + 8 / ranks, rel=1e-6)
+        ours = states(spec, way) / arithmetic.num_parameters(spec)
+        assert 4 + 16 / ranks - ours == pytest.approx(4 / ranks, rel=1e-6)
+
+
+def test_fsdp2_divides_all_states_and_ddp_none(llama_8b):
+    count = arithmetic.num_parameters(llama_8b)
+    whole, shared = states(llama_8b, Spread("ddp", 8, 8)), states(llama_8b, Spread("fsdp2", 8, 8))
+    assert whole == (4 + 2 + 4 + 8) * count
+    largest = 2 * (4096 * (4096 + 2 * 1024 + 4096 + 3 * 14336) + 2 * 128256 * 4096)
+    assert shared == pytest.approx(16 * count / 8 + largest, rel=1e-6)  # parts of fp32, a layer's copies in bf16
+
+
+def test_a_frozen_base_is_shared_where_weights_are(llama_8b):
+    def weights(way):
+        count = arithmetic.num_parameters(llama_8b)
+        memory = estimate(
+            llama_8b,
+            trained=40_000_000,
+            frozen=count,
+            optimizer=AdamW(),
+            tokens=2048,
+            precision="bf16",
+            device="cuda",
+            quantization="nf4",
+            spread=way,
+        )
+        return memory.weights, memory.communication
+
+    alone, _ = weights(SINGLE)
+    parts, buffers = weights(Spread("fsdp2", 8, 8))
+    assert parts < alone / 6
+    # Two layers in NF4, embedding and head in bf16, the adapters' gradients of two layers, and NCCL's own.
+    assert buffers == pytest.approx(gathered_share(llama_8b) * alone + 512 * 2**20, rel=0.03)
+    assert weights(Spread("deepspeed", 8, 8, 2))[0] > 0.95 * alone
+
+
+# arXiv:2205.05198, equation 1 without its 5 a s / h (attention's scores, which no kernel keeps): 34 s b h bytes a
+# layer, of which 2 s b h are the masks of two dropouts that these layers have not.
+def test_activations_of_a_layer_are_those_of_megatrons_formula():
+    hidden, heads, tokens = 1024, 16, 2048
+    attention = AttentionSpec(heads, heads, hidden // heads, rope=None, qkv_bias=True, out_bias=True)
+    layer = LayerSpec(attention, PlainSpec(4 * hidden, "gelu"), NormSpec("layer", bias=True))
+    kept = op_by_op(layer, hidden, Micro(tokens, 2), "all").kept
+    statistics = 4 * tokens * (heads + 2 * 2)  # of attention and of two norms, in fp32; the formula leaves them out
+    assert kept - statistics == (34 - 2) * tokens * hidden
+    # Full recomputation keeps 2 s b h.
+    assert op_by_op(layer, hidden, Micro(tokens, 2), "input").kept == 2 * tokens * hidden
+
+
+# arXiv:1910.02054, section 7: 2 P for a sum that all have and for stages 1 and 2, 3 P for stage 3, in values.
+@pytest.mark.parametrize(("stage", "times"), [(0, 2), (1, 2), (2, 2), (3, 3)])
+def test_what_passes_in_a_step_is_what_zeros_paper_says(stage, times):
+    count = 10**9
+    way = Spread("deepspeed", 64, 8, stage) if stage else Spread("ddp", 64, 8)
+    bytes_each = 2 if stage else 4  # DDP's gradients are fp32
+    moved = volume(way, stored=2 * count, trained=count, value_bytes=2)
+    assert moved.per_step(1, 64) == pytest.approx(times * bytes_each * count * 63 / 64)
+
+
+def test_every_micro_batch_gathers_weights_that_are_shared():
+    fsdp2 = volume(Spread("fsdp2", 8, 8), stored=16e9, trained=40_000_000, value_bytes=2)
+    assert fsdp2.per_step(4, 8) == pytest.approx(4 * fsdp2.per_step(1, 8))
+    ddp = volume(Spread("ddp", 8, 8), stored=16e9, trained=40_000_000, value_bytes=2)
+    assert ddp.per_step(4, 8) == ddp.per_step(1, 8)
+
+
+def test_links_are_the_devices_own_in_a_node_and_the_network_between():
+    links = Links.of(H100)
+    inside = links.seconds(8e9, Spread("fsdp2", 8, 8))
+    assert inside == pytest.approx(8e9 * 7 / 8 / (0.75 * 450e9) + 25e-6)
+    between = links.seconds(8e9, Spread("fsdp2", 16, 8))
+    assert between == pytest.approx(8e9 / 2 / (0.8 * 400e9) + 85e-6, rel=0.01) or between > inside
+    slow = Links.of(replace(H100, network=3.125e9)).seconds(8e9, Spread("fsdp2", 16, 8))
+    assert slow == pytest.approx(8e9 / 2 / 2.5e9, rel=0.01)
+    without = Links.of(shipped()["rtx4090"]).seconds(8e9, Spread("ddp", 2, 2))
+    assert without > 5 * inside
+
+
+def machine(gib=80, name=H100.name):
+    gpu = Device("cuda", name, int(gib * GIB), bf16=True, compute_capability=(9, 0), triton=True)
+    return Hardware((gpu, Device("cpu", "CPU", 256 * GIB)), num_threads=8)
+
+
+def test_more_processes_have_more_collectives_and_less_work(run, llama_8b):
+    plans = {
+        n: choose(
+            run(f"train.batch_size={32 // n}"), llama_8b, machine(), spread=Spread("ddp", n, n) if n > 1 else SINGLE
+        )
+        for n in (1, 2, 8)
+    }
+    rows = speed.Rows(2048, 2048)
+    seconds = {
+        n: speed.step(run(f"train.batch_size={32 // n}"), llama_8b, plan, H100, rows=rows) for n, plan in plans.items()
+    }
+    assert seconds[1].communication == 0.0
+    assert seconds[8].communication > 0.0
+    assert seconds[1].seconds > seconds[2].seconds > seconds[8].seconds
+    assert seconds[8].seconds > seconds[1].seconds / 8
+    assert seconds[8].seconds == pytest.approx(sum(seconds[8].parts().values()))
+
+
+def test_auto_keeps_the_whole_model_on_each_where_it_fits_and_shares_it_where_not(run, llama_8b):
+    lora = choose_over(run(), llama_8b, machine(), num_processes=8)
+    assert (lora.strategy, lora.num_processes) == ("ddp", 8)
+    full = run("adapter=null", "train.batch_size=4")
+    with pytest.raises(PlanError):
+        choose(full, llama_8b, machine())
+    shared = choose_over(full, llama_8b, machine(), num_processes=8)
+    assert shared.strategy == "fsdp2"
+    assert shared.memory.total <= shared.available_bytes
+    assert shared.memory.communication > 0
+    assert "a part of each weight" in shared.reasons["strategy"]
+
+
+def test_what_does_not_fit_on_one_fits_on_eight_only_when_weights_are_shared(run):
+    from stoker.arch import shapes
+
+    spec = shapes.spec("llama-3.1-70b")
+    asked = run("train.batch_size=2")
+    with pytest.raises(PlanError, match="the run needs"):
+        choose_over(run("train.batch_size=2", "engine.strategy=ddp"), spec, machine(), num_processes=8)
+    plan = choose_over(asked, spec, machine(), num_processes=8)
+    assert plan.strategy == "fsdp2"
+    assert plan.memory.weights < 25 * GIB
+
+
+def test_strategies_are_those_that_are_asked_for():
+    assert spreads(1, 1) == [SINGLE]
+    assert [way.name for way in spreads(8, 8)] == ["ddp", "fsdp2", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
+    assert [way.name for way in spreads(8, 8, asked="deepspeed", stages=(2,))] == ["ZeRO-2"]
+    assert spreads(16, 8)[0].nodes == 2
