@@ -23,7 +23,14 @@ class LoraExperts(nn.Module):
     `lora_a` `[E, rank, in]` and `lora_b` `[E, out, rank]` are fp32; the update of expert e is `scaling * B[e] @ A[e]`.
     """
 
-    def __init__(self, base: ExpertLinear, *, settings: LoraSettings, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        base: ExpertLinear,
+        *,
+        settings: LoraSettings,
+        generator: torch.Generator,
+        device: torch.device | str,
+    ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.settings = settings
@@ -31,8 +38,8 @@ class LoraExperts(nn.Module):
         bound = 1 / math.sqrt(base.in_features)
         shape = (base.num_experts, settings.rank, base.in_features)
         a = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-        self.lora_a = nn.Parameter(a.to(base.device))
-        self.lora_b = nn.Parameter(torch.zeros(base.num_experts, base.out_features, settings.rank, device=base.device))
+        self.lora_a = nn.Parameter(a.to(device))
+        self.lora_b = nn.Parameter(torch.zeros(base.num_experts, base.out_features, settings.rank, device=device))
 
     @property
     def name(self) -> str:

@@ -5,7 +5,7 @@ LoRA: Hu et al. 2021, arXiv:2106.09685. Rank-stabilised scaling: Kalajdzievski 2
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,30 +43,49 @@ class LoraPart:
     magnitude: Tensor | None
 
 
+@dataclass(frozen=True)
+class Awaited:
+    """Of a model whose weights come later: the device that they will be on, and what reads a linear layer's weight."""
+
+    device: torch.device | str
+    weight_of: Callable[[FusedLinear], Tensor]
+
+
 class LoraLinear(nn.Module):
     """A frozen `FusedLinear` with trained low-rank updates on some of its parts.
 
     `lora_a` `[n * rank, in]` and `lora_b` `[sum of adapted out_features, rank]` hold the adapters of the n adapted
     parts one below the other, `magnitude` `[sum of adapted out_features]` DoRA's row lengths; all are fp32.
     With DoRA, dropout acts on the input of the low-rank update only (PEFT also drops it from the magnitude's change).
+    `awaited`: of a base that has no memory yet, where its adapter goes, and its weight, read for DoRA alone.
     """
 
     def __init__(
-        self, base: FusedLinear, *, parts: tuple[int, ...], settings: LoraSettings, generator: torch.Generator
+        self,
+        base: FusedLinear,
+        *,
+        parts: tuple[int, ...],
+        settings: LoraSettings,
+        generator: torch.Generator,
+        awaited: "Awaited | None" = None,
     ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.parts = parts
         self.settings = settings
         self._slices = tuple(base.slices[part] for part in parts)
-        num_rows, device = sum(base.out_features[part] for part in parts), base.device
+        num_rows = sum(base.out_features[part] for part in parts)
+        device = base.device if awaited is None else awaited.device
         # Kaiming's uniform distribution with a = sqrt(5), as PEFT; drawn on the CPU: the same on every device.
         bound = 1 / math.sqrt(base.in_features)
         a = torch.empty(len(parts) * settings.rank, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_a = nn.Parameter(a.to(device))
         self.lora_b = nn.Parameter(torch.zeros(num_rows, settings.rank, device=device))
         self._kept_norms: tuple[tuple[int, ...], Tensor] | None = None
-        self.magnitude = nn.Parameter(self._row_norms()) if settings.dora else None
+        self.magnitude = None
+        if settings.dora:
+            weight = base.weight if awaited is None else awaited.weight_of(base)
+            self.magnitude = nn.Parameter(self._norms_of(weight))
 
     @property
     def weight(self) -> Tensor:
@@ -155,9 +174,12 @@ class LoraLinear(nn.Module):
         key = (a._version, b._version, a.data_ptr(), b.data_ptr(), stored)
         if decoding and self._kept_norms is not None and self._kept_norms[0] == key:
             return self._kept_norms[1]
-        norms = row_norms(base.weight, a, b, scaling=self.settings.scaling, slices=self._slices)
+        norms = self._norms_of(base.weight)
         self._kept_norms = (key, norms) if decoding else None
         return norms
+
+    def _norms_of(self, weight: Tensor) -> Tensor:
+        return row_norms(weight, self.lora_a, self.lora_b, scaling=self.settings.scaling, slices=self._slices)
 
     def adapters(self) -> Iterator[LoraPart]:
         """Yields the adapter of each adapted part, as views of this module's parameters."""
@@ -178,6 +200,7 @@ def add_lora(
     rank_stabilized: bool = False,
     dora: bool = False,
     seed: int = 0,
+    awaited: Awaited | None = None,
 ) -> LoraSummary:
     """Replaces the targeted fused linear layers of `model` by `LoraLinear` and freezes every other parameter.
 
@@ -185,8 +208,9 @@ def add_lora(
     `targets` is "all-linear" (every linear layer of the blocks but those that are `by_name_only`: the output
     projections of state spaces), "all-dense" (the same without experts), a list of names, each a whole Hugging Face
     module name or its last components ("q_proj", "self_attn.q_proj"), or a regular expression that matches whole names.
-    The initial A depends on `seed` and the targets alone. Raises ModelError when a target names nothing, saying what
-    there is, and ValueError when `model` has adapters already, or a rank, dropout or seed makes no sense.
+    The initial A depends on `seed` and the targets alone. `awaited`: of a model on the meta device.
+    Raises ModelError when a target names nothing, saying what there is, and ValueError when `model` has adapters
+    already, or a rank, dropout or seed makes no sense.
     """
     settings = LoraSettings(rank, alpha, dropout, rank_stabilized, dora)
     if next(lora_layers(model), None) is not None or next(lora_experts(model), None) is not None:
@@ -207,12 +231,14 @@ def add_lora(
     for path, layer in layers:
         if isinstance(layer, ExpertLinear):
             if layer.name in chosen:
-                replace(model, path, LoraExperts(layer, settings=settings, generator=generator).train(layer.training))
+                device = layer.device if awaited is None else awaited.device
+                adapted_experts = LoraExperts(layer, settings=settings, generator=generator, device=device)
+                replace(model, path, adapted_experts.train(layer.training))
             continue
         parts = tuple(index for index, name in enumerate(layer.names) if name in chosen)
         if parts:
-            adapted = LoraLinear(layer, parts=parts, settings=settings, generator=generator).train(layer.training)
-            replace(model, path, adapted)
+            adapted = LoraLinear(layer, parts=parts, settings=settings, generator=generator, awaited=awaited)
+            replace(model, path, adapted.train(layer.training))
     names = tuple(name for layer in lora_layers(model) for name in layer.names)
     names += tuple(layer.name for layer in lora_experts(model))
     return LoraSummary(names, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))

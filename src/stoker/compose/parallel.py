@@ -7,16 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from stoker.arch.spec import ArchSpec
 from stoker.compose.run_folder import versions
 from stoker.config.schema import RunConfig
 from stoker.errors import ConfigError, PlanError
 from stoker.plan.plan import Plan
 
 if TYPE_CHECKING:
+    import torch
+
+    from stoker.compose.model import Base
+    from stoker.distributed.fsdp2 import Hold, Sharding
     from stoker.distributed.ranks import Place, Ranks
     from stoker.distributed.shared_rows import Sharing
     from stoker.distributed.strategy import Strategy
     from stoker.models.open import Model
+    from stoker.models.streamed import StreamedDecoder
 
 
 def find_place() -> "Place | None":
@@ -121,8 +127,11 @@ def spread(plan: Plan, config: RunConfig, world_size: int) -> Plan:
         return plan
     if config.engine.cuda_graphs is True:
         raise PlanError(f"engine.cuda_graphs = true is for one process; the strategy is {strategy}.", fix="Use auto.")
-    if strategy == "fsdp2" and plan.precision == "fp16":
-        raise PlanError("engine.strategy = fsdp2 has no fp16.", fix="Use engine.precision: bf16 or fp32, or ddp.")
+    if strategy == "fsdp2" and world_size % config.engine.fsdp2.replicas:
+        raise PlanError(
+            f"engine.fsdp2.replicas = {config.engine.fsdp2.replicas} does not divide the {world_size} processes.",
+            fix="Use as many groups as machines.",
+        )
     holds = "a part of each weight" if plan.spread.weight_shards > 1 or strategy == "fsdp2" else "the whole model"
     reason = f"{world_size} processes, each with {holds}"
     if config.engine.context_parallel > 1:
@@ -160,8 +169,9 @@ def make_strategy(
     ranks: "Ranks | None",
     *,
     on_discard: Sequence[Callable[[], None]] = (),
+    fill: "Callable[[Hold], None] | None" = None,
 ) -> "Strategy":
-    """Returns the plan's strategy over `ranks`."""
+    """Returns the plan's strategy over `ranks`; `fill` gives a model on the meta device its weights, under fsdp2."""
     import torch
 
     from stoker.distributed.ddp import DataParallel
@@ -182,4 +192,49 @@ def make_strategy(
         layers=list(decoder.blocks),
         precision=plan.precision,
         on_discard=on_discard,
+        sharding=_sharding(config),
+        fill=fill,
+    )
+
+
+def _sharding(config: RunConfig) -> "Sharding":
+    import torch
+
+    from stoker.distributed.fsdp2 import Sharding
+
+    chosen = config.engine.fsdp2
+    dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+    return Sharding(
+        reshard_after_forward=chosen.reshard_after_forward is not False,
+        replicas=chosen.replicas,
+        cpu_offload=chosen.offload == "cpu",
+        param_dtype=dtypes[chosen.param_dtype],
+        reduce_dtype=dtypes[chosen.reduce_dtype] or torch.float32,
+    )
+
+
+def why_not_streamed(config: RunConfig, base: "Base", num_tokens: int) -> str:
+    """Returns why each process must read the whole model before it keeps its part; "" where it need not."""
+    if not isinstance(base.spec, ArchSpec):
+        return f"Transformers' {base.spec.class_name} loads its weights itself"
+    if num_tokens > base.spec.vocab_size:
+        return "rows of new tokens start as the mean of those there are"
+    return ""
+
+
+def stream(config: RunConfig, plan: Plan, base: "Base", ranks: "Ranks", *, dtype: "torch.dtype") -> "StreamedDecoder":
+    """Returns the base as a decoder without memory, and what streams its weights into the parts of each process."""
+    from stoker.models.streamed import StreamedDecoder
+
+    assert isinstance(base.spec, ArchSpec)
+    return StreamedDecoder(
+        base.folder,
+        base.spec,
+        device=plan.device,
+        dtype=dtype,
+        kernels=plan.kernels,
+        quantization=plan.quantization,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        gather=ranks.gather,
     )

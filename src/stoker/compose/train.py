@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from stoker.distributed.ranks import Ranks
     from stoker.models.open import Model as LoadedModel
+    from stoker.models.streamed import StreamedDecoder
 
 # What of a plan is its ladder.
 _LADDER = ("layers", "recompute", "tile_tokens", "offload_activations")
@@ -300,24 +301,43 @@ def _make_engine(
     torch.set_num_threads(plan.num_threads)
     torch.set_float32_matmul_precision("high" if config.engine.tf32 else "highest")
     torch.manual_seed(config.train.seed)
-    if model.decoder is None:
-        dtype = weight_dtype(config, plan)
-        with console.status("loading weights"):
-            model.decoder = load_decoder(
-                model.base, device=plan.device, dtype=dtype, kernels=plan.kernels, quantization=plan.quantization
-            )
-        if len(model.tokenizer) > model.base.spec.vocab_size:
-            grow(model.decoder, len(model.tokenizer))
-        if config.model.new_tokens or config.model.special_tokens.model_fields_set:
-            model.base = model.base.with_tokens(model.tokenizer)
-        if config.adapter is not None:
-            add_adapter(model.decoder, config.adapter, seed=config.train.seed)
+    streamed = _load(config, plan, model, console, ranks) if model.decoder is None else None
+    assert model.decoder is not None
     if config.train.only is not None:
         keep_only(model.decoder, model.base.spec, config.train.only)
-    engine = make_engine(config, plan, model.decoder, data, pad_id=pad_id(model.tokenizer), ranks=ranks)
+    engine = make_engine(
+        config, plan, model.decoder, data, pad_id=pad_id(model.tokenizer), ranks=ranks, streamed=streamed
+    )
     if ranks.rank:
         torch.manual_seed(config.train.seed + ranks.rank)  # no two ranks drop the same values
     return engine
+
+
+def _load(config: RunConfig, plan: Plan, model: Model, console: Console, ranks: "Ranks") -> "StreamedDecoder | None":
+    """Gives `model` its decoder, with a new adapter; returns what still streams the weights into each process's part,
+    where weights are shared."""
+    dtype, streamed, awaited = weight_dtype(config, plan), None, None
+    whole = parallel.why_not_streamed(config, model.base, len(model.tokenizer)) if plan.strategy == "fsdp2" else "alone"
+    from stoker.adapters.lora import Awaited
+
+    with console.status("loading weights"):
+        if whole:
+            model.decoder = load_decoder(
+                model.base, device=plan.device, dtype=dtype, kernels=plan.kernels, quantization=plan.quantization
+            )
+        else:
+            streamed = parallel.stream(config, plan, model.base, ranks, dtype=dtype)
+            model.decoder = streamed.decoder
+            awaited = Awaited(plan.device, streamed.weight_of)
+    if plan.strategy == "fsdp2" and whole:
+        _say(console, f"Each process reads the whole model, then keeps its part: {whole}.", style="yellow")
+    if len(model.tokenizer) > model.base.spec.vocab_size:
+        grow(model.decoder, len(model.tokenizer))
+    if config.model.new_tokens or config.model.special_tokens.model_fields_set:
+        model.base = model.base.with_tokens(model.tokenizer)
+    if config.adapter is not None:
+        add_adapter(model.decoder, config.adapter, seed=config.train.seed, awaited=awaited)
+    return streamed
 
 
 @contextmanager

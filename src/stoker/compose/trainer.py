@@ -26,10 +26,15 @@ from stoker.train.settings import Checkpoints, EarlyStopping, Every, LossLimit, 
 if TYPE_CHECKING:
     import torch
 
+    from stoker.adapters.lora import Awaited
     from stoker.data.batch import Batch
     from stoker.distributed.ranks import Ranks
     from stoker.distributed.strategy import Strategy
     from stoker.models.open import Model
+    from stoker.models.streamed import StreamedDecoder
+
+# Of one model; the kernel counts parameters with 32 bits, which leaves room for 2,048 parts of each.
+_MOST_PARAMETERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,10 @@ def widen_vectors(decoder: "Model") -> None:
             parameter.data = parameter.data.float()
 
 
-def add_adapter(decoder: "Model", adapter: Adapter, *, seed: int) -> None:
+def add_adapter(decoder: "Model", adapter: Adapter, *, seed: int, awaited: "Awaited | None" = None) -> None:
     """Puts a new adapter, or the one of `adapter.start_from`, on the model and freezes the rest.
+
+    `awaited`: of a model whose weights are still to come.
 
     Raises:
         ConfigError: the adapter to start from has other settings.
@@ -91,7 +98,7 @@ def add_adapter(decoder: "Model", adapter: Adapter, *, seed: int) -> None:
     from stoker.adapters.lora import add_lora
 
     if adapter.start_from is not None:
-        _go_on_from(decoder, adapter, Path(adapter.start_from).expanduser())
+        _go_on_from(decoder, adapter, Path(adapter.start_from).expanduser(), awaited)
         return
     add_lora(
         decoder,
@@ -102,16 +109,17 @@ def add_adapter(decoder: "Model", adapter: Adapter, *, seed: int) -> None:
         rank_stabilized=adapter.rank_stabilized,
         dora=adapter.kind == "dora",
         seed=seed,
+        awaited=awaited,
     )
 
 
-def _go_on_from(decoder: "Model", adapter: Adapter, folder: Path) -> None:
+def _go_on_from(decoder: "Model", adapter: Adapter, folder: Path, awaited: "Awaited | None") -> None:
     from dataclasses import replace
 
     from stoker.adapters.lora import lora_layers
     from stoker.export import adapter as folders
 
-    folders.load(decoder, folder)
+    folders.load(decoder, folder, awaited=awaited)
     layers = list(lora_layers(decoder))
     found = layers[0].settings
     pairs = {
@@ -130,9 +138,19 @@ def _go_on_from(decoder: "Model", adapter: Adapter, folder: Path) -> None:
 
 
 def make_engine(
-    config: RunConfig, plan: Plan, decoder: "Model", data: Data, *, pad_id: int, ranks: "Ranks | None" = None
+    config: RunConfig,
+    plan: Plan,
+    decoder: "Model",
+    data: Data,
+    *,
+    pad_id: int,
+    ranks: "Ranks | None" = None,
+    streamed: "StreamedDecoder | None" = None,
 ) -> Engine:
-    """Wraps the model in its task, prepares the strategy and cuts the documents into steps, of which `ranks` share."""
+    """Wraps the model in its task, prepares the strategy and cuts the documents into steps, of which `ranks` share.
+
+    `streamed` gives a decoder on the meta device its weights.
+    """
     from stoker.compose.execution import limit_memory, set_up_layers, set_up_weights
     from stoker.compose.parallel import make_strategy, share_rows
 
@@ -143,7 +161,8 @@ def make_engine(
     sharing = share_rows(config, decoder, ranks)
     offload = set_up_layers(decoder, plan)
     on_discard = () if offload is None else (offload.clear,)
-    strategy = make_strategy(config, plan, decoder, ranks, on_discard=on_discard)
+    fill = None if streamed is None else streamed.fill
+    strategy = make_strategy(config, plan, decoder, ranks, on_discard=on_discard, fill=fill)
     strategy.prepare(
         SupervisedTask(decoder, kernels=plan.kernels),
         lambda named: make_optimizer(
@@ -151,7 +170,7 @@ def make_engine(
             config.train.optimizer,
             config.train.learning_rate,
             rate_scale=trained.rate_scale(config.train),
-            **_steps(config, plan),
+            **_steps(config, plan, strategy.part),
         ),
     )
 
@@ -200,21 +219,22 @@ def make_optimizer(
     )
 
 
-def _steps(config: RunConfig, plan: Plan) -> dict[str, Any]:
+def _steps(config: RunConfig, plan: Plan, part: int) -> dict[str, Any]:
     """Returns how AdamW steps, as options of `optimizers.build`.
 
     Weights in bf16 are rounded stochastically. Adapters beside graphs are stepped all at once: launching a step over
     each of them would take longer than the step. (All weights of a model would be held twice on the way there.)
     """
     if config.train.weight_dtype == "bf16" and config.adapter is None:
-        return {"rounded_update": _adamw_step(config, plan)}
+        return {"rounded_update": _adamw_step(config, plan, part)}
     if config.train.optimizer.kind == "adamw" and config.adapter is not None and plan.cuda_graphs:
         return {"flat": True, "flat_update": _adamw_step(config, plan) if plan.kernels == "triton" else None}
     return {}
 
 
-def _adamw_step(config: RunConfig, plan: Plan) -> Update:
-    """Returns AdamW's step by our own kernel; the random bits that round bf16 weights follow the run's seed."""
+def _adamw_step(config: RunConfig, plan: Plan, part: int = 0) -> Update:
+    """Returns AdamW's step by our own kernel; the random bits that round bf16 weights follow the run's seed and the
+    `part` of each weight that this process steps."""
     from stoker.kernels.adamw import AdamWStep, adamw_
 
     def update(
@@ -228,7 +248,9 @@ def _adamw_step(config: RunConfig, plan: Plan) -> Update:
         **values: Any,
     ) -> None:
         numbers = AdamWStep(first_beta=betas[0], second_beta=betas[1], **values)
-        options: dict[str, Any] = {"seed": config.train.seed, "number": number, "implementation": plan.kernels}
+        # Parts draw bits of their own, as if they were other parameters.
+        stream = number + part * _MOST_PARAMETERS
+        options: dict[str, Any] = {"seed": config.train.seed, "number": stream, "implementation": plan.kernels}
         adamw_(weight, grad, average, square, numbers, **options)
 
     return update

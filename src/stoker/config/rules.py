@@ -225,9 +225,25 @@ def bf16_weights_are_trained_whole(config: RunConfig) -> Iterator[Finding]:
     if precision in ("fp32", "fp16"):
         what = f"engine.precision = {precision}, but with train.weight_dtype = bf16 weights are bf16."
         yield Finding(("engine", "precision"), what, "Use bf16 or auto, or weight_dtype: fp32.")
-    if config.engine.strategy in ("ddp", "fsdp2") or (config.engine.num_processes or 1) > 1:
-        what = "train.weight_dtype = bf16 is for one process: ranks would have to round alike."
-        yield Finding(("train", "weight_dtype"), what, "Use fp32, or one process.")
+
+
+def fsdp2_settings_fit(config: RunConfig) -> Iterator[Finding]:
+    """Settings of a strategy do something, and processes form equal groups."""
+    engine, shared = config.engine, config.engine.fsdp2
+    if engine.strategy not in ("fsdp2", "auto") and shared.model_fields_set:
+        what = f"engine.fsdp2 has no effect: engine.strategy is {engine.strategy}."
+        yield Finding(("engine", "fsdp2"), what, "Remove it, or use strategy: fsdp2.")
+    if engine.num_processes and engine.num_processes % shared.replicas:
+        what = f"engine.fsdp2.replicas = {shared.replicas} does not divide engine.num_processes"
+        yield Finding(
+            ("engine", "fsdp2", "replicas"), f"{what} = {engine.num_processes}.", "Use as many groups as machines."
+        )
+    if shared.offload == "cpu" and engine.precision == "fp16":
+        what = "engine.precision = fp16 scales the loss on the GPU, and engine.fsdp2.offload = cpu steps on the host."
+        yield Finding(("engine", "precision"), what, "Use bf16, or offload: none.")
+    if shared.param_dtype != "auto" and config.adapter is not None:
+        what = "engine.fsdp2.param_dtype is about weights that are trained, which an adapter leaves frozen."
+        yield Finding(("engine", "fsdp2", "param_dtype"), what, "Remove it: an adapter's weights are small, and fp32.")
 
 
 def remote_code_is_pinned(config: RunConfig) -> Iterator[Finding]:
@@ -290,6 +306,7 @@ RULES = (
     half_precision_needs_a_gpu,
     only_a_frozen_base_is_quantized,
     bf16_weights_are_trained_whole,
+    fsdp2_settings_fit,
     offloading_needs_a_gpu,
     remote_code_is_pinned,
     adapters_have_their_own_settings,

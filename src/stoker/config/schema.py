@@ -514,6 +514,24 @@ class Train(Section):
         return _unless_set(values, epochs=1.0)
 
 
+class Fsdp2(Section):
+    """How `engine.strategy: fsdp2` shares weights: the settings of torch's `fully_shard`."""
+
+    reshard_after_forward: Literal["auto"] | bool = "auto"
+    """Let a layer's weights go after its forward and gather them again for its backward. `false` sends a third less
+    and holds the whole model from the forward on; `auto`: true."""
+    replicas: Count = 1
+    """Groups of processes, each of which holds the whole model in parts (hybrid sharding): as many as machines, so that
+    weights are sent within a machine and gradients alone between machines."""
+    offload: Literal["none", "cpu"] = "none"
+    """`cpu`: parts of weights, gradients and optimiser states wait in host memory, where the optimiser steps."""
+    param_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """In which trained weights are sent and used; `auto`: as they are kept. `bf16` halves what is sent of fp32 weights,
+    and rounds norms' weights with the rest. For training every weight."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients are summed over processes."""
+
+
 class Engine(Section):
     """How to run it. What is `auto` the plan decides, and says why."""
 
@@ -526,6 +544,8 @@ class Engine(Section):
     context_parallel: Count = 1
     """Processes that share each row, for sequences too long for one GPU: each holds a part of a row's activations, and
     exchanges heads for attention. The rows of a step are dealt out to groups of so many."""
+    fsdp2: Fsdp2 = Fsdp2()
+    """Settings of `strategy: fsdp2`."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train."""
     micro_batch_size: Literal["auto"] | Count = "auto"

@@ -7,6 +7,7 @@ gathered as the bytes that they are.
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,6 @@ from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
-    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -25,13 +25,34 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from stoker.distributed.ranks import Ranks
 from stoker.distributed.single import SingleDevice
 
+Hold = Callable[[nn.Module, str], tuple[Tensor, int]]
+"""From a tensor of a module, by name, to the memory of the rows that this rank keeps and the number of the first."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How weights are shared.
+
+    `reshard_after_forward`: a layer's weights are let go after its forward and gathered again for its backward.
+    `replicas`: ranks form so many groups, each of which holds the whole model in parts (hybrid sharding): weights are
+    gathered within a group, gradients also averaged between groups. Ranks of a group follow one another, so that a
+    group is a machine where there are as many groups as machines. `cpu_offload`: parts wait on the host, where the
+    optimiser steps. `param_dtype`: that in which trained weights are gathered (None: as they are kept), `reduce_dtype`
+    that in which gradients are reduced.
+    """
+
+    reshard_after_forward: bool = True
+    replicas: int = 1
+    cpu_offload: bool = False
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype = torch.float32
+
 
 class Sharded(SingleDevice):
     """The `Strategy` of `ranks` that share the weights of `model`, layer by layer (`layers`, in their order).
 
-    `reshard_after_forward`: a layer's weights are let go after its forward and gathered again for its backward.
-    `gathered_dtype`: that in which trained fp32 weights are gathered (None: as they are). `cpu_offload`: parts wait on
-    the host, where the optimiser steps. Gradients are reduced in fp32, after every micro-batch: they are never whole.
+    A model on the meta device gets its weights from `fill` once it is shared, each rank the rows that it keeps.
+    Gradients are reduced after every micro-batch: they are never whole.
     """
 
     def __init__(
@@ -43,38 +64,71 @@ class Sharded(SingleDevice):
         layers: Sequence[nn.Module],
         precision: str = "fp32",
         on_discard: Sequence[Callable[[], None]] = (),
-        reshard_after_forward: bool = True,
-        gathered_dtype: torch.dtype | None = None,
-        cpu_offload: bool = False,
+        sharding: Sharding | None = None,
+        fill: Callable[[Hold], None] | None = None,
     ) -> None:
-        if precision == "fp16":
-            raise ValueError("parts of gradients in fp16 have no common loss scale: use bf16 or fp32")
         super().__init__(device, precision=precision, on_discard=on_discard, ranks=ranks)
-        self._model, self._layers = model, layers
-        self._mesh = init_device_mesh(self.device.type, (ranks.world_size,))
-        self._options: dict[str, Any] = {
-            "mesh": self._mesh,
-            "mp_policy": MixedPrecisionPolicy(
-                param_dtype=gathered_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-            ),
-            "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
-        }
-        self._reshard_after_forward = reshard_after_forward
+        self._model, self._layers, self._fill = model, layers, fill
+        self._sharding = sharding = sharding or Sharding()
+        if ranks.world_size % sharding.replicas:
+            raise ValueError(f"{ranks.world_size} ranks are not {sharding.replicas} equal groups")
+        shape, names = (ranks.world_size,), ("shard",)
+        if sharding.replicas > 1:
+            shape, names = (sharding.replicas, ranks.world_size // sharding.replicas), ("replicate", "shard")
+        self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        self._num_parts, self._part = shape[-1], ranks.rank % shape[-1]
+        policy = MixedPrecisionPolicy(
+            param_dtype=sharding.param_dtype, reduce_dtype=sharding.reduce_dtype, cast_forward_inputs=False
+        )
+        self._options: dict[str, Any] = {"mesh": self._mesh, "mp_policy": policy}
+        if sharding.cpu_offload:
+            self._options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+
+    @property
+    def part(self) -> int:
+        """Which part of each weight this rank holds and steps, from 0."""
+        return self._part
 
     def _place(self, task: nn.Module) -> nn.Module:
         for layer in self._layers:
             _buffers_to_parameters(layer)
-            fully_shard(layer, reshard_after_forward=self._reshard_after_forward, **self._options)
+            fully_shard(layer, reshard_after_forward=self._sharding.reshard_after_forward, **self._options)
             if hasattr(layer, "recomputed"):
                 # The decoder calls it in place of the layer where that is run again in the backward.
                 register_fsdp_forward_method(layer, "recomputed")
         # What is left, embedding and head, is read outside of the model's forward too: it stays gathered until the
         # backward has ended.
         fully_shard(self._model, reshard_after_forward=False, **self._options)
+        if self._fill is not None:
+            with torch.no_grad():
+                self._fill(self._hold)
         for name, buffer in self._model.named_buffers():
             owner, _, short = name.rpartition(".")
             self._model.get_submodule(owner)._buffers[short] = buffer.to(self.device)
         return task
+
+    def _hold(self, module: nn.Module, name: str) -> tuple[Tensor, int]:
+        """Gives the part that this rank keeps of a tensor without memory some; see `Hold`."""
+        parameter = module._parameters.get(name)
+        if not isinstance(parameter, DTensor):
+            memory = torch.empty_like(getattr(module, name), device=self.device)
+            if parameter is None:
+                module._buffers[name] = memory
+            else:
+                module._parameters[name] = nn.Parameter(memory, requires_grad=parameter.requires_grad)
+            return memory, 0
+        memory = torch.empty_like(parameter.to_local(), device="cpu" if self._sharding.cpu_offload else self.device)
+        part = DTensor.from_local(
+            memory,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+        module._parameters[name] = nn.Parameter(part, requires_grad=parameter.requires_grad)
+        # As torch.chunk cuts: all parts but the last ones have as many rows as the first.
+        return memory, min(-(-parameter.shape[0] // self._num_parts) * self._part, parameter.shape[0])
 
     def _whole(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -64,6 +64,11 @@ class SingleDevice:
         """How many processes take each step together."""
         return self._ranks.world_size
 
+    @property
+    def part(self) -> int:
+        """Which part of each weight this rank steps: the whole of it."""
+        return 0
+
     def prepare(self, task: nn.Module, make_optimizer: MakeOptimizer | None = None) -> None:
         """Moves `task` to the device and makes the optimiser of the parameters that require a gradient."""
         self._task = task

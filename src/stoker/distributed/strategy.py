@@ -79,6 +79,10 @@ class Strategy(Protocol):
         """How many processes take each step together."""
 
     @property
+    def part(self) -> int:
+        """Which part of each weight this rank steps, from 0; ranks with the same part must step it alike."""
+
+    @property
     def device(self) -> torch.device:
         """The device that batches go to."""
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stoker.adapters.experts import LoraExperts, expert_layers, lora_experts
-from stoker.adapters.lora import LoraPart, LoraSummary, add_lora, linear_shapes, lora_layers
+from stoker.adapters.lora import Awaited, LoraPart, LoraSummary, add_lora, linear_shapes, lora_layers
 from stoker.adapters.settings import LoraSettings
 from stoker.errors import ModelError, OutputError
 from stoker.export import expert_adapters, peft_config
@@ -69,11 +69,11 @@ def save(model: nn.Module, folder: Path, *, base_name: str, revision: str | None
         raise OutputError(f"the adapter cannot be written: {error}.", where=str(folder), fix=fix) from error
 
 
-def load(model: nn.Module, folder: Path) -> LoraSummary:
+def load(model: nn.Module, folder: Path, *, awaited: Awaited | None = None) -> LoraSummary:
     """Puts the adapters of `folder`, written by Stoker or by PEFT, on `model`, ready for training or decoding.
 
     Raises ModelError when the folder is none, holds pickled weights, uses settings of PEFT that Stoker does not know,
-    or does not fit the model; the model is then left without adapters.
+    or does not fit the model; the model is then left without adapters. `awaited`: as in `add_lora`.
     """
     config = _read_config(folder)
     settings = peft_config.read(config, folder / peft_config.FILE)
@@ -89,6 +89,7 @@ def load(model: nn.Module, folder: Path) -> LoraSummary:
         dropout=settings.dropout,
         rank_stabilized=settings.rank_stabilized,
         dora=settings.dora,
+        awaited=awaited,
     )
     with torch.no_grad():
         for part in (part for layer in lora_layers(model) for part in layer.adapters()):

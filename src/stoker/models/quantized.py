@@ -1,7 +1,7 @@
 """Weights quantised on the way from the disk to the device."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from stoker.quant import nf4
 from stoker.quant.formats import quantize
 from stoker.quant.fp8 import MAX_RELATIVE_ERROR, Fp8Weight, product_error
 from stoker.quant.frozen import Scratch
+from stoker.quant.int8 import Int8Weight
 
 _ROWS_AT_ONCE = 4096
 
@@ -22,7 +23,7 @@ class Quantizer:
     def __init__(self, kind: str, reader: Reader, *, device: torch.device | str, kernels: str) -> None:
         self._kind = kind
         self._reader = reader
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         self._kernels = kernels
         self._scratch = Scratch()
 
@@ -36,16 +37,44 @@ class Quantizer:
         if stored is not None:
             return stored
         dense, part_rows = self._fused(names)
-        made = quantize(dense, self._kind, part_rows=part_rows, scratch=self._scratch, implementation=self._kernels)
+        made = self._made(dense, part_rows)
         if isinstance(made, Fp8Weight) and not self._holds(made, dense, part_rows, layer=layer, probe=probe):
             return dense
-        return cast("nn.Module", made)
+        return made
+
+    def stored(self, names: Sequence[str]) -> nn.Module:
+        """Returns the weight in the format, whatever it does to the layer's output."""
+        stored = self._parts(names)
+        if stored is not None:
+            return stored
+        return self._made(*self._fused(names))
+
+    def rows(self, names: Sequence[str], start: int, stop: int) -> nn.Module:
+        """Returns rows `start` to `stop - 1` of the weight in a format whose rows are independent (int8, fp8)."""
+        return self._made(fused_rows(self._reader, names, start, stop).to(self.device), None)
+
+    def on_meta(self, part_rows: tuple[int, ...], in_features: int, *, dtype: torch.dtype) -> nf4.NF4Weight:
+        """Returns a weight in NF4, of such parts and from values of `dtype`, without memory."""
+        options: dict[str, Any] = {"scratch": self._scratch, "implementation": self._kernels}
+        return nf4.NF4Weight.on_meta(part_rows, in_features, source_dtype=dtype, **options)
+
+    def rows_on_meta(self, shape: tuple[int, int]) -> Int8Weight | Fp8Weight:
+        """Returns a weight in int8 or fp8 without memory."""
+        scale = torch.empty((shape[0], 1), device="meta")
+        if self._kind == "int8":
+            return Int8Weight(torch.empty(shape, dtype=torch.int8, device="meta"), scale, scratch=self._scratch)
+        quantized = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
+        return Fp8Weight(quantized, scale, scratch=self._scratch, implementation=self._kernels)
+
+    def _made(self, dense: Tensor, part_rows: tuple[int, ...] | None) -> nn.Module:
+        options: dict[str, Any] = {"scratch": self._scratch, "implementation": self._kernels}
+        return cast("nn.Module", quantize(dense, self._kind, part_rows=part_rows, **options))
 
     def experts(self, names: Sequence[str]) -> nf4.NF4Weight:
         """Returns all experts' weights one below the other in NF4, from a tensor for each part or one for all."""
         if len(names) > 1:
             return self._parts(names) or self._quantized(*self._fused(names))
-        dense = self._reader.dense(names[0]).to(self._device)
+        dense = self._reader.dense(names[0]).to(self.device)
         return self._quantized(dense.flatten(0, 1), (dense.shape[1],) * dense.shape[0])
 
     def _quantized(self, dense: Tensor, part_rows: tuple[int, ...]) -> nf4.NF4Weight:
@@ -57,7 +86,7 @@ class Quantizer:
             return None
         tensors: dict[str, Tensor] = {}
         for name in names:
-            tensors |= self._reader.packed_tensors(name, device=self._device)
+            tensors |= self._reader.packed_tensors(name, device=self.device)
         modules = tuple(name.removesuffix(".weight") for name in names)
         return nf4.from_checkpoint(tensors, modules, scratch=self._scratch, implementation=self._kernels)
 
@@ -75,8 +104,8 @@ class Quantizer:
         rows = tuple(self._reader.shape(name)[0] for name in names)
         first = self._reader.dense(names[0])
         if len(names) == 1:
-            return first.to(self._device), rows
-        fused = torch.empty((sum(rows), first.shape[1]), dtype=first.dtype, device=self._device)
+            return first.to(self.device), rows
+        fused = torch.empty((sum(rows), first.shape[1]), dtype=first.dtype, device=self.device)
         fused[: rows[0]] = first
         del first
         start = rows[0]
@@ -84,3 +113,17 @@ class Quantizer:
             fused[start : start + size] = self._reader.dense(name)
             start += size
         return fused, rows
+
+
+def fused_rows(reader: Reader, names: Sequence[str], start: int, stop: int) -> Tensor:
+    """Returns rows `start` to `stop - 1` of the tensors `names` below one another, of which no others are read."""
+    pieces, first = [], 0
+    for name in names:
+        size = reader.shape(name)[0]
+        low, high = max(start - first, 0), min(stop - first, size)
+        if low < high:
+            pieces.append(reader.rows(name, low, high))
+        first += size
+    if not pieces:  # more ranks than rows
+        return reader.rows(names[0], 0, 0)
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]

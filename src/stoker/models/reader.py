@@ -26,7 +26,7 @@ _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _PACKE
 
 
 class Reader:
-    """Tensors of a folder by name; files are opened when first asked for and closed with `stack`.
+    """Tensors of a folder by name; files are opened when first asked for and closed with `stack`, or by `let_go`.
 
     `packed` are the weights in NF4: their values lie in tensors of their own, which are not in `names`. Those in
     `transposed` are stored [in, out] and read [out, in]; those in `interleaved`, [E, 2 I, ...], come with even rows
@@ -36,8 +36,8 @@ class Reader:
     def __init__(self, index: WeightIndex, stack: ExitStack) -> None:
         self.folder = index.folder
         self._paths = index.files
-        self._stack = stack
         self._files: dict[Path, Any] = {}
+        stack.callback(self.let_go)
         self.packed = {name.removesuffix(_PACKED) for name in index.files if name.endswith(_PACKED)}
         parts = {f"{name}{part}" for name in self.packed for part in _PARTS}
         self.names = {name for name in index.files if not name.endswith(_FOLLOWS)} - parts
@@ -65,6 +65,28 @@ class Reader:
         weight = nf4.from_checkpoint(self.packed_tensors(name), (module,))
         return weight.dequantize(dtype=weight.source_dtype)
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop - 1` of `dense(name)`; of what is not packed no more than those is read."""
+        if name in self.packed:
+            return self.dense(name)[start:stop]
+        stored = self._file(name).get_slice(name)
+        if name in self.transposed and len(stored.get_shape()) == 2:
+            return stored[:, start:stop].T
+        tensor = stored[start:stop]
+        tensor = tensor.transpose(-1, -2) if name in self.transposed else tensor
+        return torch.cat((tensor[:, ::2], tensor[:, 1::2]), dim=1) if name in self.interleaved else tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor that is not packed."""
+        # Of no rows: the library names dtypes by its own short names.
+        return self._file(name).get_slice(name)[:0].dtype
+
+    def let_go(self) -> None:
+        """Closes the files that are open: pages of them that were read no longer count as this process's memory."""
+        for file in self._files.values():
+            file.__exit__(None, None, None)
+        self._files.clear()
+
     def packed_tensors(self, name: str, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """What makes up a packed weight, by name, on `device`."""
         there = [name, *(f"{name}{part}" for part in _PARTS if f"{name}{part}" in self._paths)]
@@ -84,5 +106,5 @@ class Reader:
     def _file(self, name: str) -> Any:
         path = self._paths[name]
         if path not in self._files:
-            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            self._files[path] = safe_open(path, framework="pt").__enter__()
         return self._files[path]

@@ -1,7 +1,8 @@
 """Streams the weights of a Hugging Face folder into a `Decoder`, tensor by tensor."""
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,11 +41,9 @@ def stream_into(
     ModelError, before any memory is taken, when tensors are missing, unexpected or of another shape.
     """
     with ExitStack() as stack:
-        reader = Reader(weight_files(folder), stack)
-        stacked = {entry.ours for entry in weight_map(spec) if entry.stacked}
-        sources = _sources(spec, reader)
-        _check_shapes(decoder, sources, reader, stacked)
-        frozen = _to_quantize(decoder, sources, reader, quantization) if quantization != "none" else {}
+        found = find_sources(decoder, spec, folder, stack)
+        reader, sources, stacked = found.reader, found.names, found.stacked
+        frozen = to_quantize(decoder, found, quantization)
         for layer in frozen.values():  # takes no memory on the device
             layer.weight = nn.Parameter(layer.weight.new_empty(0, layer.in_features), requires_grad=False)
         decoder.to_empty(device=device)
@@ -75,6 +74,30 @@ def stream_into(
                     start += tensor.shape[0]
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Where the weights of a decoder lie: `names` of the tensors to read for each parameter, by our name of it.
+
+    Those of `stacked` parameters are of one expert after the other.
+    """
+
+    reader: Reader
+    names: Mapping[str, tuple[str, ...]]
+    stacked: Set[str]
+
+
+def find_sources(decoder: Decoder, spec: ArchSpec, folder: Path | str, stack: ExitStack) -> Sources:
+    """Returns where the weights of `decoder` lie in `folder`, whose files stay open as long as `stack`.
+
+    Raises ModelError when tensors are missing, unexpected or of another shape.
+    """
+    reader = Reader(weight_files(folder), stack)
+    stacked = {entry.ours for entry in weight_map(spec) if entry.stacked}
+    names = _sources(spec, reader)
+    _check_shapes(decoder, names, reader, stacked)
+    return Sources(reader, names, stacked)
+
+
 def _rows(parameter: Tensor, names: Sequence[str], *, stacked: bool) -> Iterator[tuple[Tensor, Sequence[str]]]:
     """The parameter's memory and the tensors that lie there one below the other: once, or for each expert."""
     if not stacked:
@@ -85,13 +108,14 @@ def _rows(parameter: Tensor, names: Sequence[str], *, stacked: bool) -> Iterator
         yield rows, names[index * in_group : (index + 1) * in_group]
 
 
-def _to_quantize(
-    decoder: Decoder, sources: dict[str, tuple[str, ...]], reader: Reader, kind: str
-) -> dict[str, FusedLinear | ExpertLinear]:
-    """The layers whose weight will be kept in a frozen format, by the weight's name; of experts, in NF4 alone."""
+def to_quantize(decoder: Decoder, sources: Sources, kind: str) -> dict[str, FusedLinear | ExpertLinear]:
+    """Returns the layers whose weight will be kept in the frozen format `kind` ("none": no layer), by the weight's
+    name; of experts, in NF4 alone."""
+    if kind == "none":
+        return {}
     kinds = FusedLinear | ExpertLinear if kind == "nf4" else FusedLinear
-    found = {}
-    for ours, names in sources.items():
+    found, reader = {}, sources.reader
+    for ours, names in sources.names.items():
         layer = decoder.get_submodule(ours.rpartition(".")[0])
         is_stored_so = not reader.packed or reader.packed.issuperset(names)
         if isinstance(layer, kinds) and ours.endswith(".weight") and is_stored_so:

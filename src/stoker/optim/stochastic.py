@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 Update = Callable[..., None]
 """Takes one parameter's step in place: (weight, gradient, average, square average, *, step, learning_rate, betas,
@@ -15,7 +16,8 @@ class StochasticAdamW(torch.optim.Optimizer):
     """AdamW whose `update` rounds bf16 weights and averages stochastically; the state's names are those of torch's.
 
     A parameter's number, which chooses its random bits, is its place among all parameters; its step is a plain number
-    in the state. Both come back with a checkpoint, and with them the bits.
+    in the state. Both come back with a checkpoint, and with them the bits. Of a weight that ranks share, each steps its
+    own part.
     """
 
     def __init__(
@@ -59,10 +61,10 @@ class StochasticAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         state["step"] += 1
         self._update(
-            parameter,
-            grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
+            _held(parameter),
+            _held(grad),
+            _held(state["exp_avg"]),
+            _held(state["exp_avg_sq"]),
             step=state["step"],
             learning_rate=group["lr"],
             betas=group["betas"],
@@ -71,3 +73,8 @@ class StochasticAdamW(torch.optim.Optimizer):
             gradient_scale=self._gradient_scale,
             number=number,
         )
+
+
+def _held(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank has."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

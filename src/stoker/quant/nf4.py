@@ -164,6 +164,26 @@ class NF4Weight(FrozenBuffers):
             quantized, weight.shape[1], source_dtype=weight.dtype, scratch=scratch, implementation=implementation
         )
 
+    @classmethod
+    def on_meta(
+        cls,
+        part_rows: tuple[int, ...],
+        in_features: int,
+        *,
+        source_dtype: torch.dtype,
+        scratch: Scratch | None = None,
+        implementation: str = "reference",
+    ) -> "NF4Weight":
+        """Returns what `quantize` makes of a weight with such parts, doubly quantised, but without memory."""
+        parts = []
+        for rows in part_rows:
+            blocks = -(-rows * in_features // BLOCK_SIZE)
+            sizes = (rows * in_features + 1) // 2, blocks
+            packed, absmax = (torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes)
+            groups = -(-blocks // NESTED_BLOCK_SIZE)
+            parts.append(_Part(rows, packed, absmax, torch.empty(groups, device="meta"), 0.0))
+        return cls(parts, in_features, source_dtype=source_dtype, scratch=scratch, implementation=implementation)
+
     def _spans(self) -> list[tuple[int, int, int, int, int]]:
         """For each part: first row, rows, and where its packed bytes, scales and nested scales begin."""
         spans, row, byte, block, group = [], 0, 0, 0, 0
