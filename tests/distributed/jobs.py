@@ -133,14 +133,29 @@ def loader(case, strategy):
     )
 
 
-def train(name, kind, ranks=None, *, steps=STEPS, start=0, state=None, device="cpu", precision="fp32"):
+def adamw(named):
+    return optimizers.build(list(named), kind="adamw", learning_rate=1e-2)
+
+
+def train(
+    name,
+    kind,
+    ranks=None,
+    *,
+    steps=STEPS,
+    start=0,
+    state=None,
+    device="cpu",
+    precision="fp32",
+    model=None,
+    strategy=None,
+    optimizer=adamw,
+):
     """Returns losses, gradient norms, the loss on all rows, the gathered state and what was saved as a whole model."""
     case = CASES[name]
-    model = build(case)
-    strategy = make_strategy(kind, ranks, model, device=device, precision=precision)
-    strategy.prepare(
-        SupervisedTask(model), lambda named: optimizers.build(list(named), kind="adamw", learning_rate=1e-2)
-    )
+    model = build(case) if model is None else model
+    strategy = strategy or make_strategy(kind, ranks, model, device=device, precision=precision)
+    strategy.prepare(SupervisedTask(model), optimizer)
     if state is not None:
         strategy.load_state(state)
     batches, guard = loader(case, strategy), MemoryGuard(strategy, print)
