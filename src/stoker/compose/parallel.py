@@ -178,9 +178,17 @@ def make_strategy(
     from stoker.distributed.fsdp2 import Sharded
     from stoker.distributed.ranks import Ranks
     from stoker.distributed.single import SingleDevice
+    from stoker.kernels.ahead import can_compile_ahead, compiling_ahead
 
     if plan.strategy == "single":
-        return SingleDevice(plan.device, precision=plan.precision, on_discard=on_discard, cuda_graphs=plan.cuda_graphs)
+        rehearses = plan.kernels == "triton" and plan.device == "cuda" and can_compile_ahead()
+        return SingleDevice(
+            plan.device,
+            precision=plan.precision,
+            on_discard=on_discard,
+            cuda_graphs=plan.cuda_graphs,
+            rehearsing=compiling_ahead if rehearses else None,
+        )
     ranks = ranks or Ranks()
     device = f"cuda:{torch.cuda.current_device()}" if plan.device == "cuda" else plan.device
     if plan.strategy == "ddp":

@@ -108,7 +108,7 @@ class MicroBatchGraphs:
         self._factor.copy_(factor)
         if batch.document_lengths is not None:
             return self._eager(batch)
-        batch = batch.padded_to(-(-batch.input_ids.shape[1] // BUCKET_TOKENS) * BUCKET_TOKENS)
+        batch = _in_bucket(batch)
         shape = (batch.input_ids.shape[0], batch.input_ids.shape[1])
         if shape in self._captured:
             return self._replay(self._captured[shape], batch)
@@ -117,6 +117,10 @@ class MicroBatchGraphs:
             return self._eager(batch)
         self._captured[shape] = self._capture(batch)
         return self._replay(self._captured[shape], batch)
+
+    def rehearse(self, batch: Batch) -> None:
+        """Runs forward and backward as a first micro-batch would, and leaves it at that."""
+        self._eager(_in_bucket(batch) if batch.document_lengths is None else batch)
 
     def clear(self) -> None:
         """Lets go of all graphs and their memory."""
@@ -169,3 +173,8 @@ class MicroBatchGraphs:
         metrics = {name: value.clone() for name, value in captured.metrics.items()}
         result = Replayed(captured.loss_sum.clone(), batch.num_trained_tokens, metrics)
         return Ran(result, captured.gradient, is_reused=True)
+
+
+def _in_bucket(batch: Batch) -> Batch:
+    """The batch, padded to a length that graphs are made of."""
+    return batch.padded_to(-(-batch.input_ids.shape[1] // BUCKET_TOKENS) * BUCKET_TOKENS)

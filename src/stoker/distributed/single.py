@@ -30,7 +30,8 @@ class SingleDevice:
     `precision` is "fp32", or "bf16" or "fp16" for autocast over fp32 weights; fp16 scales the loss (arXiv:1710.03740).
     `on_discard` is called when a step is broken off, to let go of what else it holds. `cuda_graphs`: micro-batches of
     one shape are captured and replayed (`graphs.MicroBatchGraphs`; the task must be one that can be). An optimiser that
-    has a `layout` gets its gradient as one tensor (`flat_gradient.FlatGradient`).
+    has a `layout` gets its gradient as one tensor (`flat_gradient.FlatGradient`). `rehearsing`: within it the first
+    micro-batch is run once before it counts.
     """
 
     device: torch.device
@@ -42,6 +43,7 @@ class SingleDevice:
         precision: str = "fp32",
         on_discard: Sequence[Callable[[], None]] = (),
         cuda_graphs: bool = False,
+        rehearsing: Callable[[], AbstractContextManager[None]] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         if precision not in PRECISIONS:
@@ -51,6 +53,7 @@ class SingleDevice:
         self._on_discard = tuple(on_discard)
         self._uses_graphs = cuda_graphs
         self._graphs: MicroBatchGraphs | None = None
+        self._rehearsing = rehearsing
         self._dtype = PRECISIONS[precision]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
@@ -103,6 +106,10 @@ class SingleDevice:
     def forward_backward(self, batch: Batch, *, divisor: float, is_last: bool) -> Result:
         """Adds the gradient of `loss_sum / divisor`, over ranks once `is_last` has run."""
         self._task.train()
+        if self._rehearsing is not None:
+            rehearsing, self._rehearsing = self._rehearsing, None
+            with rehearsing():
+                self._rehearse(batch)
         if self._graphs is not None:
             factor = self._scaler.scale(torch.full((), 1.0 / divisor, device=self.device))
             ran = self._graphs.run(cast("Any", batch.to(self.device)), factor)
@@ -117,6 +124,19 @@ class SingleDevice:
         if self._flat is not None:
             self._flat.add(self._flat.gather(), is_last=is_last)
         return _detached(result)
+
+    def _rehearse(self, batch: Batch) -> None:
+        """Runs forward and backward of `batch` and forgets everything about it, random numbers drawn included."""
+        on_device = batch.to(self.device)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            if self._graphs is not None:
+                self._graphs.rehearse(cast("Any", on_device))
+            else:
+                with self._autocast():
+                    result = self._forward(on_device)
+                result.loss_sum.backward()
+        self._task.zero_grad(set_to_none=True)
 
     def discard_gradients(self) -> None:
         """Clears gradients and gives cached device memory back."""

@@ -32,9 +32,13 @@ tl: Any = _language
 MAX_ROW_BLOCK = 65536
 
 
+KERNELS: list[Any] = []
+"""Every function that `jit` has made a kernel of."""
+
+
 def jit(function: Callable[..., Any]) -> Any:
     """Returns `function` compiled by Triton at its first launch, or unchanged where Triton is not installed."""
-    return function if triton is None else triton.jit(function)
+    return jit_unspecialized()(function)
 
 
 def jit_unspecialized(*names: str) -> Callable[[Callable[..., Any]], Any]:
@@ -42,7 +46,15 @@ def jit_unspecialized(*names: str) -> Callable[[Callable[..., Any]], Any]:
 
     Triton would compile anew for those that are 1 or a multiple of 16.
     """
-    return lambda function: function if triton is None else triton.jit(function, do_not_specialize=list(names))
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        if triton is None:
+            return function
+        kernel = triton.jit(function, do_not_specialize=list(names))
+        KERNELS.append(kernel)
+        return kernel
+
+    return decorate
 
 
 def constant(value: float) -> Any:

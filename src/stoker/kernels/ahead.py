@@ -1,0 +1,64 @@
+"""Compiling kernels side by side before the first step that needs them.
+
+Triton compiles a kernel when it is first launched, one after the other: some thirty kernels in some ten seconds, on one
+core. A rehearsal runs a step in which a launch only asks for its kernel, which threads compile (most of the compiler
+runs without Python's lock), while libraries of matrix products and attention choose and load what they need. What a
+kernel would have written is left as it was, so that all results of a rehearsal are meaningless.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from stoker.kernels.triton_support import KERNELS
+
+try:
+    from triton.runtime import _async_compile as _triton_async_compile
+except ImportError:  # before 3.5, or no Triton
+    _triton_async_compile = None
+
+asynchronous: Any = _triton_async_compile
+"""Triton's compiling in threads; None without it."""
+
+MAX_THREADS = 16
+
+
+def can_compile_ahead() -> bool:
+    """Whether kernels can be compiled side by side: they are compiled at all, by a Triton that knows how."""
+    return asynchronous is not None and any(hasattr(kernel, "device_caches") for kernel in KERNELS)
+
+
+@contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Within it a launch of a kernel, from any thread, only has it compiled; on leaving all of them are.
+
+    Raises what the compiler raises.
+    """
+    kernels = [kernel for kernel in KERNELS if hasattr(kernel, "device_caches")]
+    # Entered here, the mode's mark is this thread's alone, but autograd launches from threads of its own.
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool, asynchronous.AsyncCompileMode(pool) as mode:
+        try:
+            for kernel in kernels:
+                kernel.run = _asking(kernel.run, mode)
+            yield
+        finally:
+            for kernel in kernels:
+                del kernel.run  # that of the instance, which hides its class's
+
+
+def _asking(run: Callable[..., Any], mode: Any) -> Callable[..., Any]:
+    """Returns a `run` that asks `mode` for the kernel instead of launching it."""
+
+    def ask(*args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        del warmup
+        token = asynchronous.active_mode.set(mode)
+        try:
+            return run(*args, grid=grid, warmup=True, **options)
+        finally:
+            asynchronous.active_mode.reset(token)
+
+    return ask

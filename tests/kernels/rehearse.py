@@ -1,0 +1,87 @@
+"""Rehearses steps of small models for a GPU that is not there, and prints what was compiled; one JSON line.
+
+Run as a process of its own: kernels defined under TRITON_INTERPRET cannot be compiled.
+"""
+
+import json
+import sys
+import threading
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from stoker.adapters.lora import add_lora
+from stoker.arch.families import read
+from stoker.data.batch import Batch
+from stoker.distributed.single import SingleDevice
+from stoker.kernels import rms_norm
+from stoker.kernels.ahead import can_compile_ahead, compiling_ahead
+from stoker.kernels.triton_support import KERNELS
+from stoker.models import native
+from stoker.optim import optimizers
+from stoker.tasks.supervised import SupervisedTask
+
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "moe_intermediate_size": 32,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+
+
+class Driver:
+    """What Triton asks of a driver before a launch."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+def compiled():
+    """Kernel names, each as often as it was compiled."""
+    return sorted(kernel.__name__ for kernel in KERNELS for _ in kernel.device_caches[0][0].values())
+
+
+def strategy(rehearsing):
+    model = native.build(read(MIXTURE, "config.json"), seed=3, kernels="triton")
+    add_lora(model, rank=4, alpha=8)
+    result = SingleDevice("cpu", rehearsing=rehearsing)
+    task = SupervisedTask(model, kernels="triton")
+    result.prepare(task, lambda named: optimizers.build(named, kind="adamw", learning_rate=1e-3, flat=True))
+    return result
+
+
+triton.runtime.driver.set_active(Driver())
+assert can_compile_ahead()
+if sys.argv[1] == "launch":
+    x, weight, found = torch.randn(4, 64), torch.ones(64), []
+    with compiling_ahead():
+        threads = [threading.Thread(target=lambda: found.append(rms_norm.launch_forward(x, None, weight, 1e-6)))]
+        for thread in threads:
+            thread.start()
+            thread.join()
+        found.append(rms_norm.launch_forward(x, None, weight, 1e-6))
+    assert len(found) == 2
+    print(json.dumps({"compiled": compiled(), "restored": all("run" not in vars(kernel) for kernel in KERNELS)}))
+else:
+    ids = torch.arange(32).view(2, 16)
+    batch = Batch(ids, ids.roll(-1, 1), None, ids.numel(), ids.numel())
+    run = strategy(compiling_ahead)
+    before = torch.random.get_rng_state()
+    with compiling_ahead():
+        run._rehearse(batch)
+    grads = [name for name, parameter in run._trained.items() if parameter.grad is not None]
+    kept = torch.equal(before, torch.random.get_rng_state())
+    print(json.dumps({"compiled": compiled(), "grads": grads, "random_numbers_kept": kept}))
