@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from stoker.arch.borrowed import AnySpec
     from stoker.config.load import Loaded
     from stoker.plan.catalogue import CatalogueDevice
-    from stoker.plan.survey import Offer, Request, Verdict
+    from stoker.plan.survey import Offer, Request
+    from stoker.plan.verdict import Verdict
 
 _AMOUNT = re.compile(r"\$?([0-9]*\.?[0-9]+)\s*(usd|\$)?", re.IGNORECASE)
 _DURATION = re.compile(r"([0-9]*\.?[0-9]+)\s*(m|min|h|d)", re.IGNORECASE)
@@ -45,6 +46,12 @@ def command(
     tokens_per_row: Annotated[float | None, typer.Option(min=1.0, help="Tokens of a row on average.")] = None,
     trained_share: Annotated[float | None, typer.Option(help="Share of the tokens that are learned.")] = None,
     host_memory: Annotated[float, typer.Option(min=1.0, help="GiB of host memory beside each device.")] = 64.0,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of so many devices at most.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Devices in a node at most.")] = 1,
+    network: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Gbit/s into a node, all adapters together; gpus.toml's unless set."),
+    ] = None,
     explain: Annotated[
         str | None, typer.Option(metavar="CATEGORY", help="A figure's formula with its numbers.")
     ] = None,
@@ -57,14 +64,15 @@ def command(
     Example: stoker plan run.yaml --gpu t4,4090,h100 --deadline 6h
     """
     from stoker.cli.read import read
-    from stoker.plan import catalogue, limits, survey, survey_text
+    from stoker.plan import catalogue, limits, survey, survey_text, verdict
+    from stoker.plan import explain as explain_text
     from stoker.plan.memory import GIB
     from stoker.plan.workload import given
 
     if here and gpu is not None:
         raise ConfigError("--here plans for this machine, --gpu for others.", fix="Give one of them.")
-    if explain is not None and explain not in survey_text.CATEGORIES:
-        raise ConfigError(f"--explain {explain!r} is no category.", fix=f"Use {', '.join(survey_text.CATEGORIES)}.")
+    if explain is not None and explain not in explain_text.CATEGORIES:
+        raise ConfigError(f"--explain {explain!r} is no category.", fix=f"Use {', '.join(explain_text.CATEGORIES)}.")
     budget_usd, deadline_hours = _amount(budget), _hours(deadline)
     loaded = read(run_file, overrides, allow_unknown=allow_unknown, to_stderr=json_output)
     spec, model_note = _architecture(loaded, shape)
@@ -77,6 +85,9 @@ def command(
         devices, host_bytes = _this_machine(known)
     else:
         devices = _chosen(gpu, known)
+
+    if network is not None:
+        devices = [replace(one, network=network / 8 * 1e9) for one in devices]
 
     from stoker.compose.sample import known_documents
 
@@ -91,9 +102,11 @@ def command(
         host_bytes=host_bytes,
         budget_usd=budget_usd,
         deadline_hours=deadline_hours,
+        nodes=nodes,
+        per_node=gpus_per_node,
     )
     offers = survey.survey(request, devices)
-    found = survey.verdict(request, offers)
+    found = verdict.verdict(request, offers)
     if html is not None:
         _write_page(html, survey_text.to_dict(request, offers, found))
     if json_output:
@@ -209,17 +222,17 @@ def _this_machine(known: "Mapping[str, CatalogueDevice]") -> "tuple[list[Catalog
 
 
 def _explained(request: "Request", offers: "Sequence[Offer]", found: "Verdict", category: str) -> str:
-    from stoker.plan import survey_text
+    from stoker.plan import explain, survey_text
 
     one = found.best or next((one for one in offers if one.fits), None)
     if one is None:
         return "\n".join(survey_text.misfits(offers))
-    return survey_text.explain(request, one, category)
+    return explain.explain(request, one, category)
 
 
 def _print(request: "Request", offers: "Sequence[Offer]", found: "Verdict", note: str, *, show_all: bool) -> None:
     from stoker.arch import arithmetic
-    from stoker.plan import survey_text
+    from stoker.plan import scaling, survey_text
 
     count = arithmetic.num_parameters(request.spec) / 1e9
     typer.echo(f"{request.config.model.base}: {request.spec.family}, {count:,.2f} billion parameters")
@@ -232,7 +245,8 @@ def _print(request: "Request", offers: "Sequence[Offer]", found: "Verdict", note
     for sentence in missing:
         typer.echo(f"does not fit  {sentence}")
     typer.echo("")
-    for sentence in survey_text.summary(request, found):
+    more = [] if found.best is None else scaling.lines(found.best, offers)
+    for sentence in [*more, *([""] if more else []), *survey_text.summary(request, found)]:
         typer.echo(sentence)
 
 

@@ -14,10 +14,13 @@ from stoker.errors import ConfigError, PlanError
 from stoker.plan import speed
 from stoker.plan.catalogue import CatalogueDevice
 from stoker.plan.choose import Statistics, choose
+from stoker.plan.efficiencies import MEASURED, Efficiencies
 from stoker.plan.hardware import Device, Hardware
 from stoker.plan.memory import BASE_BYTES, GIB, VALUE_BYTES, frozen_weight_bytes, optimizer_bytes
 from stoker.plan.plan import Plan
-from stoker.plan.speed import MEASURED, Efficiencies, Step
+from stoker.plan.rates import Rates
+from stoker.plan.speed import Step
+from stoker.plan.spread import SINGLE, STRATEGIES, Spread, share, spreads
 from stoker.plan.workload import Documents, Workload, workload
 
 Method = Literal["full", "lora", "nf4", "int8", "fp8"]
@@ -29,17 +32,18 @@ METHOD_NAMES: Mapping[str, str] = {
     "int8": "adapter on int8",
     "fp8": "adapter on fp8",
 }
-# A quantised base changes the result a little: it must be this much better to be recommended over a plain one.
-_QUANTISED_MUST_GAIN = 1.1
-# How much faster something must be to be worth a sentence.
-_WORTH_SAYING = 1.05
+# A strategy must be faster by more than this than a simpler one.
+_AS_FAST = 1.02
 # What the process holds in host memory besides what waits there: Python, PyTorch, one shard being read. Rule of thumb.
 _PROCESS_BYTES = 4 * GIB
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked: a run, its model and data, and what is allowed. `host_bytes`: of the hosts that devices are in."""
+    """What is asked: a run, its model and data, and what is allowed.
+
+    `host_bytes`: of the host, for each device in it. `nodes` of `per_node` devices: the most that there are.
+    """
 
     config: RunConfig
     spec: AnySpec
@@ -49,6 +53,8 @@ class Request:
     budget_usd: float | None = None
     deadline_hours: float | None = None
     efficiencies: Efficiencies = MEASURED
+    nodes: int = 1
+    per_node: int = 1
 
     @cached_property
     def _packed(self) -> Workload:
@@ -63,7 +69,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Offer:
-    """A device with a method. `plan` is None where it does not fit, and `why` says what is missing.
+    """A method on a device, or on several. `plan` is None where it does not fit, and `why` says what is missing.
 
     `hours` and `usd` are of the whole run, None where its length or the device's price is not known.
     """
@@ -78,6 +84,7 @@ class Offer:
     usd: float | None
     why: str
     spec: AnySpec
+    spread: Spread = SINGLE
 
     @property
     def fits(self) -> bool:
@@ -86,29 +93,44 @@ class Offer:
 
     @property
     def name(self) -> str:
-        """The device and the method, for people."""
-        return f"{self.device.name}, {METHOD_NAMES[self.method]}"
+        """The devices and the method, for people."""
+        way = "" if self.num_devices == 1 else f", {self.spread.name}"
+        return f"{self.devices}, {METHOD_NAMES[self.method]}{way}"
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices it takes."""
+        return self.spread.num_processes
+
+    @property
+    def devices(self) -> str:
+        """Which and how many, for people."""
+        return self.device.name if self.num_devices == 1 else f"{self.num_devices} x {self.device.name}"
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens that go through the model a second, padding included; 0 where it does not fit."""
-        return self.config.train.batch_size * self.work.rows.tokens / self.step.seconds if self.step else 0.0
+        rows = self.num_devices * self.config.train.batch_size
+        return rows * self.work.rows.tokens / self.step.seconds if self.step else 0.0
 
     @property
     def usd_per_step(self) -> float | None:
-        """Cost of a step."""
+        """Cost of a step, of all devices."""
         price = self.device.price
-        return None if price is None or self.step is None else self.step.seconds / 3600 * price.usd_per_hour
+        if price is None or self.step is None:
+            return None
+        return self.num_devices * self.step.seconds / 3600 * price.usd_per_hour
 
     def memory(self) -> dict[str, int]:
-        """Returns the bytes of the device at the peak by category; attention's workspace is among the activations."""
+        """Returns the bytes of one device at the peak by category."""
         plan = self.plan
         if plan is None:
             return {}
         held = plan.memory
         base = 0
         if self.config.adapter is not None:
-            base = frozen_weight_bytes(self.spec, plan.quantization, VALUE_BYTES[plan.precision])
+            whole = frozen_weight_bytes(self.spec, plan.quantization, VALUE_BYTES[plan.precision])
+            base = whole // self.spread.weight_shards
         of_trained = "adapters" if self.config.adapter is not None else "weights"
         context = BASE_BYTES[self.device.device().kind]
         parts = {
@@ -120,7 +142,7 @@ class Offer:
             "logits": held.logits,
             "dequantisation": held.scratch,
             "transposed": held.transposed,
-            "communication": 0,
+            "communication": held.communication,
             "context": context,
             "fragmentation": held.reserve - context,
         }
@@ -129,8 +151,9 @@ class Offer:
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of the process."""
-        return (self.plan.host_bytes if self.plan else 0) + _PROCESS_BYTES
+        """Host memory of the processes of a node."""
+        here = min(self.spread.per_node, self.num_devices)
+        return here * ((self.plan.host_bytes if self.plan else 0) + _PROCESS_BYTES)
 
     @property
     def disk_bytes(self) -> int:
@@ -168,9 +191,46 @@ def methods_of(names: str) -> tuple[Method, ...]:
 
 
 def survey(request: Request, devices: Sequence[CatalogueDevice]) -> list[Offer]:
-    """Returns an offer for each device and method: what fits first, by the time of a step; then what does not."""
-    offers = [_offer(request, device, method) for device in devices for method in request.methods]
+    """Returns an offer for each device, method and spread: what fits by the time of a step, then what does not."""
+    ways = ways_of(request)
+    offers = [
+        offer(request, device, method, way)
+        for device in devices
+        for method in request.methods
+        for way in (ways if device.vendor != "cpu" else ways[:1])
+    ]
     return sorted(offers, key=lambda one: (not one.fits, one.step.seconds if one.step else 0.0))
+
+
+def _simplicity(one: Offer) -> int:
+    """Its strategy's place among all, the simplest first."""
+    return [("single", 0), *STRATEGIES].index((one.spread.strategy, one.spread.stage))
+
+
+def simplest(offers: Sequence[Offer]) -> list[Offer]:
+    """Returns one strategy for each number of a device and method that fits: the simplest of those that are as fast."""
+    best: dict[tuple[str, str, int], Offer] = {}
+    for one in sorted((one for one in offers if one.fits), key=_simplicity):
+        key = (one.device.key, one.method, one.num_devices)
+        before = best.get(key)
+        if before is None or (one.step and before.step and before.step.seconds > _AS_FAST * one.step.seconds):
+            best[key] = one
+    return [one for one in offers if best.get((one.device.key, one.method, one.num_devices)) is one]
+
+
+def ways_of(request: Request) -> list[Spread]:
+    """Returns one device, and each strategy over 2, 4, 8, ... devices of a node and of 2, 4, ... nodes."""
+    engine = request.config.engine
+    counts = [*_doubled(request.per_node), *(request.per_node * nodes for nodes in _doubled(request.nodes))]
+    found = [SINGLE]
+    for count in dict.fromkeys(count for count in counts if count > 1):
+        found += spreads(count, request.per_node, asked=engine.strategy)
+    return found
+
+
+def _doubled(most: int) -> list[int]:
+    """2, 4, 8, ... up to `most`, itself included."""
+    return [*(2**power for power in range(1, most.bit_length()) if 2**power < most), *([most] if most > 1 else [])]
 
 
 def _with_method(config: RunConfig, method: Method) -> RunConfig:
@@ -180,11 +240,27 @@ def _with_method(config: RunConfig, method: Method) -> RunConfig:
     return config.model_copy(update={"adapter": adapter, "model": model})
 
 
-def _offer(request: Request, device: CatalogueDevice, method: Method) -> Offer:
+def offer(request: Request, device: CatalogueDevice, method: Method, spread: Spread = SINGLE) -> Offer:
+    """Returns what a method takes on so many of a device."""
     config, spec = _with_method(request.config, method), request.spec
-    nothing = Offer(device, method, config, None, None, request.work(1), None, None, "", spec)
+    nothing = Offer(device, method, config, None, None, request.work(1), None, None, "", spec, spread)
     try:
-        plan = choose(config, spec, _machine(request, device), statistics=_statistics(request), advise=False)
+        config = share(config, spread)
+    except ValueError as error:
+        return replace(nothing, why=f"{error} devices")
+    if spread.strategy == "fsdp2" and not device.bf16 and device.vendor != "cpu":
+        return replace(nothing, why="fsdp2 has no fp16, and the device has no bf16")
+    nothing = replace(nothing, config=config)
+    try:
+        plan = choose(
+            config,
+            spec,
+            hardware_of(request, device),
+            statistics=statistics_of(request),
+            advise=False,
+            spread=spread,
+            rates=Rates(device, request.efficiencies),
+        )
     except PlanError as error:
         return replace(nothing, why=" ".join(problem.what for problem in error.problems))
     work = request.work(plan.micro_batch_size)
@@ -192,17 +268,19 @@ def _offer(request: Request, device: CatalogueDevice, method: Method) -> Offer:
     hours = None
     if work.steps is not None:
         hours = (work.steps * step.seconds + speed.start_seconds(spec, request.efficiencies)) / 3600
-    usd = None if hours is None or device.price is None else hours * device.price.usd_per_hour
+    usd = None if hours is None or device.price is None else hours * spread.num_processes * device.price.usd_per_hour
     return replace(nothing, plan=plan, work=work, step=step, hours=hours, usd=usd, why=_why(plan, step, spec))
 
 
-def _machine(request: Request, device: CatalogueDevice) -> Hardware:
+def hardware_of(request: Request, device: CatalogueDevice) -> Hardware:
+    """Returns a machine with the device, and the host's memory beside it."""
     one = device.device()
     host = Device("cpu", "host", request.host_bytes)
     return Hardware((one,) if one.kind == "cpu" else (one, host), num_threads=16)
 
 
-def _statistics(request: Request) -> Statistics | None:
+def statistics_of(request: Request) -> Statistics | None:
+    """Returns what is known of the longest document."""
     documents = request.documents
     return Statistics(max(documents.lengths)) if documents is not None and documents.lengths else None
 
@@ -214,151 +292,3 @@ def _why(plan: Plan, step: Step, spec: AnySpec) -> str:
     offload = " and on the host" if plan.offload_activations else ""
     coarse = "; a coarser estimate (not native)" if isinstance(spec, BorrowedSpec) else ""
     return f"{plan.recompute}{offload}; time: {most}{coarse}"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The recommendation and its reasons, in sentences; `best` is None where nothing will do."""
-
-    best: Offer | None
-    second: Offer | None
-    because: str
-    runner_up: str
-    would_change: tuple[str, ...]
-
-
-def verdict(request: Request, offers: Sequence[Offer]) -> Verdict:
-    """Returns what to do: the cheapest within a deadline, the fastest within a budget, else least time x cost."""
-    fitting = [one for one in offers if one.fits]
-    if not fitting:
-        return Verdict(None, None, "Nothing fits on these devices.", "", tuple(_nearest(request, offers)))
-    eligible = [one for one in fitting if _within(request, one)]
-    if not eligible:
-        return Verdict(None, None, _why_none(request, fitting), "", ())
-    ranked = sorted(eligible, key=lambda one: _score(request, one, eligible))
-    best = ranked[0]
-    # Another device says more than another method on the same one, which `_changes` speaks of.
-    others = [one for one in ranked if one.device.key != best.device.key]
-    second = next(iter([*others, *ranked[1:]]), None)
-    return Verdict(
-        best,
-        second,
-        _because(request, eligible),
-        "" if second is None else _lost(best, second),
-        tuple(_changes(request, best, second, fitting)),
-    )
-
-
-def pareto(offers: Sequence[Offer]) -> list[Offer]:
-    """Returns the offers that no other beats in both time and cost, from the fastest to the cheapest."""
-    priced = [one for one in offers if one.step and one.usd_per_step is not None]
-    line: list[Offer] = []
-    for one in sorted(priced, key=lambda one: (one.step.seconds if one.step else 0.0, one.usd_per_step or 0.0)):
-        if not line or (one.usd_per_step or 0.0) < (line[-1].usd_per_step or 0.0):
-            line.append(one)
-    return line
-
-
-def _within(request: Request, one: Offer) -> bool:
-    if request.deadline_hours is not None and (one.hours is None or one.hours > request.deadline_hours):
-        return False
-    return request.budget_usd is None or (one.usd is not None and one.usd <= request.budget_usd)
-
-
-def _score(request: Request, one: Offer, among: Sequence[Offer]) -> tuple[bool, float]:
-    """What is least for the best offer; those without a price come after those with one."""
-    assert one.step is not None
-    penalty = _QUANTISED_MUST_GAIN if one.method in ("nf4", "int8", "fp8") else 1.0
-    seconds, usd = one.step.seconds, one.usd_per_step
-    if all(other.usd_per_step is None for other in among):
-        return False, penalty * seconds
-    if usd is None:
-        return True, penalty * seconds
-    if request.deadline_hours is not None:
-        return False, penalty * usd
-    return False, penalty * (seconds if request.budget_usd is not None else seconds * usd)
-
-
-def _because(request: Request, eligible: Sequence[Offer]) -> str:
-    if all(one.usd_per_step is None for one in eligible):
-        return "the fastest; no price is known"
-    if request.deadline_hours is not None:
-        budget = f" and ${request.budget_usd:,.2f}" if request.budget_usd is not None else ""
-        return f"the cheapest within {request.deadline_hours:g} h{budget}"
-    if request.budget_usd is not None:
-        return f"the fastest within ${request.budget_usd:,.2f}"
-    return "least time x cost; --deadline asks for the cheapest in time, --budget for the fastest for the money"
-
-
-def _why_none(request: Request, fitting: Sequence[Offer]) -> str:
-    timed = [one for one in fitting if one.hours is not None]
-    if not timed:
-        return "How long the run is is not known, so neither is whether it keeps to a deadline or a budget."
-    fastest = min(timed, key=lambda one: one.hours or 0.0)
-    cheapest = min((one for one in timed if one.usd is not None), key=lambda one: one.usd or 0.0, default=None)
-    money = f"; the cheapest is {cheapest.name} for ${cheapest.usd:,.2f}" if cheapest else "; no price is known"
-    return f"Nothing keeps to that: the fastest is {fastest.name} in {fastest.hours:,.2f} h{money}."
-
-
-def _lost(best: Offer, second: Offer) -> str:
-    assert best.step is not None
-    assert second.step is not None
-    ratio = second.step.seconds / best.step.seconds
-    time = f"takes {ratio:.2f} x the time" if ratio >= 1 else f"takes {ratio:.2f} x the time, which is less,"
-    if best.usd_per_step and second.usd_per_step:
-        return f"{second.name} {time} and {second.usd_per_step / best.usd_per_step:.2f} x the money"
-    return f"{second.name} {time}" + (" and has no price here" if second.usd_per_step is None else "")
-
-
-def _changes(request: Request, best: Offer, second: Offer | None, fitting: Sequence[Offer]) -> list[str]:
-    """Sentences on what would make another answer right."""
-    said = []
-    if (more := _with_more_memory(request, best)) is not None:
-        said.append(more)
-    if second is not None and best.usd_per_step and second.usd_per_step and request.budget_usd is None:
-        price = best.device.price
-        assert price is not None
-        factor = _score(request, second, [best])[1] / _score(request, best, [best])[1]
-        if second.device.key != best.device.key:
-            here = f"here ${price.usd_per_hour:.2f}, {price.kind}, {price.date}"
-            limit = f"above ${price.usd_per_hour * factor:.2f} an hour for {best.device.name} ({here})"
-            said.append(f"{limit}, {second.name} would win")
-    plain = next((one for one in fitting if one.device.key == best.device.key and one.method == "lora"), None)
-    if best.method not in ("full", "lora") and plain is not None and plain.step and best.step:
-        said.append(
-            f"to leave the base as it is: {plain.name}, {plain.step.seconds / best.step.seconds:.2f} x the time"
-        )
-    fastest = min(fitting, key=lambda one: one.step.seconds if one.step else 0.0)
-    if fastest is not best and fastest.step and best.step:
-        hours = f" in {fastest.hours:,.2f} h" if fastest.hours is not None else ""
-        gain = best.step.seconds / fastest.step.seconds
-        if gain > _WORTH_SAYING:
-            said.append(f"if only time counts: {fastest.name}, {gain:.1f} x faster{hours}")
-    return said
-
-
-def _with_more_memory(request: Request, best: Offer) -> str | None:
-    """What the device could do if its memory were no limit, where that changes anything."""
-    plan = best.plan
-    if plan is None or best.step is None or set(plan.keep) == {"all"}:
-        return None
-    roomy = replace(best.device, memory_bytes=1024 * GIB)
-    offer = _offer(request, roomy, best.method)
-    if offer.plan is None or offer.step is None or offer.step.seconds > 0.98 * best.step.seconds:
-        return None
-    need = offer.plan.memory.total / GIB
-    return (
-        f"with {need:,.0f} GiB nothing would be computed again: {best.step.seconds / offer.step.seconds:.2f} x faster"
-    )
-
-
-def _nearest(request: Request, offers: Sequence[Offer]) -> list[str]:
-    """What would fit, by the advice that `choose` gives on the largest of the devices."""
-    if not offers:
-        return []
-    largest = max(offers, key=lambda one: one.device.memory_bytes)
-    try:
-        choose(largest.config, request.spec, _machine(request, largest.device), statistics=_statistics(request))
-    except PlanError as error:
-        return [f"{largest.device.name}: {problem.fix}" for problem in error.problems if problem.fix]
-    return []

@@ -1,12 +1,14 @@
-"""A survey for people and for machines: the table, the recommendation, the formulas with their numbers, and JSON."""
+"""A survey for people and for machines: the table, the recommendation, and JSON."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from stoker.plan import catalogue, speed
-from stoker.plan.memory import GIB, VALUE_BYTES, optimizer_bytes
+from stoker.plan import catalogue
+from stoker.plan.memory import GIB
 from stoker.plan.plan import size
-from stoker.plan.survey import METHOD_NAMES, Offer, Request, Verdict, pareto
+from stoker.plan.scaling import scaling
+from stoker.plan.survey import METHOD_NAMES, Offer, Request, simplest
+from stoker.plan.verdict import Verdict, pareto
 
 COLUMNS = ("device", "method", "batch", "memory", "host", "disk", "s/step", "tokens/s", "hours", "cost", "")
 
@@ -14,7 +16,9 @@ COLUMNS = ("device", "method", "batch", "memory", "host", "disk", "s/step", "tok
 def table(offers: Sequence[Offer], *, at_most: int | None = None) -> str:
     """Returns the offers that fit as aligned lines, by time; `*` marks those that none beats in time and cost."""
     fitting = [one for one in offers if one.fits]
-    best = pareto(fitting)
+    best = pareto(simplest(fitting))
+    if at_most is not None:
+        fitting = simplest(fitting)
     shown = fitting if at_most is None else fitting[:at_most]
     shown += [one for one in best if one not in shown]
     rows = [COLUMNS, *(_row(one, "*" if one in best else "") for one in shown)]
@@ -27,7 +31,7 @@ def table(offers: Sequence[Offer], *, at_most: int | None = None) -> str:
             for index, (cell, width) in enumerate(zip(row, widths, strict=False))
         ]
         lines.append("  ".join([*cells, row[-1]]).rstrip())
-    left = len(fitting) - len(shown)
+    left = sum(one.fits for one in offers) - len(shown)
     return "\n".join([*lines, *([f"and {left} more that fit (--all)"] if left > 0 else [])])
 
 
@@ -36,8 +40,8 @@ def _row(one: Offer, mark: str) -> tuple[str, ...]:
     assert plan is not None
     assert step is not None
     return (
-        f"{one.device.name}{' ' + mark if mark else ''}",
-        METHOD_NAMES[one.method],
+        f"{one.devices}{' ' + mark if mark else ''}",
+        METHOD_NAMES[one.method] + ("" if one.num_devices == 1 else f", {one.spread.name}"),
         f"{plan.micro_batch_size} x {plan.accumulation_steps}",
         f"{plan.memory.total / GIB:.1f} of {plan.available_bytes / GIB:.1f} GiB",
         size(one.host_bytes),
@@ -51,7 +55,7 @@ def _row(one: Offer, mark: str) -> tuple[str, ...]:
 
 
 def misfits(offers: Sequence[Offer]) -> list[str]:
-    """Returns a sentence for each device on which nothing fits."""
+    """Returns a sentence for each device of which no number has a method that fits."""
     keys = dict.fromkeys(one.device.key for one in offers)
     said = []
     for key in keys:
@@ -87,7 +91,9 @@ def notes(request: Request, offers: Sequence[Offer]) -> list[str]:
         steps = f"{work.steps:,} steps of {request.config.train.batch_size} x {work.rows.tokens:,.0f} tokens"
     filled = f", filled to {work.fill:.0%}, {work.rows.trained_share:.0%} trained"
     found = [f"Work: {steps}{filled}. Data: {work.source}."]
-    found.append(f"Efficiencies: {request.efficiencies.source}. One device; this version trains on one.")
+    found.append(f"Efficiencies: {request.efficiencies.source}.")
+    if any(one.num_devices > 1 for one in offers):
+        found.append("Several devices: links and overlap by formula, with rules of thumb; no run was measured.")
     if any(one.fits and one.method == "fp8" for one in offers):
         share = f"{request.efficiencies.matmul_fp8:.2f} of their rate"
         found.append(f"fp8 products inside a step are assumed to reach {share}: not measured yet.")
@@ -113,6 +119,7 @@ def to_dict(request: Request, offers: Sequence[Offer], found: Verdict) -> dict[s
         "runner_up": None if found.second is None else found.second.name,
         "runner_up_lost": found.runner_up,
         "would_change": list(found.would_change),
+        "scaling": [] if found.best is None else [vars(one) for one in scaling(found.best, offers)],
         "notes": notes(request, offers) if offers else [],
     }
 
@@ -134,6 +141,9 @@ def _offer(one: Offer, is_pareto: bool) -> dict[str, Any]:
     values: dict[str, Any] = {
         "name": one.name,
         "device": catalogue.facts(one.device),
+        "num_devices": one.num_devices,
+        "nodes": one.spread.nodes,
+        "strategy": one.spread.name,
         "method": one.method,
         "fits": one.fits,
         "why": one.why,
@@ -155,70 +165,3 @@ def _offer(one: Offer, is_pareto: bool) -> dict[str, Any]:
         "usd": one.usd,
         "usd_per_step": one.usd_per_step,
     }
-
-
-CATEGORIES = (
-    *("weights", "adapters", "gradients", "optimizer", "activations", "logits", "dequantisation", "transposed"),
-    *("communication", "context", "fragmentation", "time", "cost", "disk"),
-)
-
-
-def explain(request: Request, one: Offer, category: str) -> str:
-    """Returns the formula of a category with its numbers, for an offer that fits."""
-    plan, step = one.plan, one.step
-    assert plan is not None
-    assert step is not None
-    config, spec, memory = one.config, request.spec, one.memory()
-    trained, value = plan.num_trained_parameters, VALUE_BYTES[plan.precision]
-    tokens = plan.micro_batch_size * plan.row_tokens
-    formulas = {
-        "weights": f"{plan.num_parameters - (trained if config.adapter else 0):,} values, {plan.quantization}: linear "
-        f"layers in that format, the rest {value} bytes each"
-        + ("" if config.adapter else "; trained ones in their own type with copies to compute with"),
-        "adapters": f"{trained:,} trained values, with copies of {value} bytes to compute with where they are fp32",
-        "gradients": f"one for each of {trained:,} trained values, in their type",
-        "optimizer": f"{config.train.optimizer.kind}: {optimizer_bytes(config.train.optimizer):g} bytes for each of "
-        f"{trained:,} fp32 values",
-        "activations": f"{tokens:,} tokens (micro-batch {plan.micro_batch_size} x {plan.row_tokens:,}) x {value} bytes "
-        f"through {len(spec.layers)} layers that {plan.recompute}, at the backward's peak",
-        "logits": f"chunks of logits over {spec.vocab_size:,} words and their gradient, at most 256 MiB, and "
-        f"{tokens:,} x {spec.hidden_size:,} x 4 of hidden states",
-        "dequantisation": f"the largest weight once in {value} bytes a value"
-        if plan.quantization != "none"
-        else "none",
-        "transposed": "a byte for each fp8 weight, transposed, where memory is left"
-        if plan.keep_transposed
-        else "none",
-        "communication": "one device: none",
-        "context": "CUDA's context and cuBLAS' workspaces, or PyTorch's libraries on a CPU (rule of thumb)",
-        "fragmentation": "5% of all else: freed blocks of odd sizes (rule of thumb)",
-    }
-    if category in formulas:
-        return f"{category} on {one.name}: {size(memory[category])} = {formulas[category]}"
-    if category == "time":
-        parts = step.parts().items()
-        lines = [f"time on {one.name}: {step.seconds:.4g} s a step"]
-        lines += [
-            f"  {name:<12} {seconds:10.4g} s  {seconds / step.seconds:6.1%}" for name, seconds in parts if seconds
-        ]
-        lines += [f"  hidden behind it: {name} {seconds:.4g} s" for name, seconds in step.hidden.items() if seconds]
-        rate = one.device.rates.get(plan.precision, one.device.rates["fp32"])
-        found = request.efficiencies
-        lines.append(
-            f"  products at {found.matmul:.2f} x {rate / 1e12:,.0f} TFLOP/s, memory at {found.bandwidth:.2f} x "
-            f"{one.device.bandwidth / 1e9:,.0f} GB/s; efficiencies: {found.source}"
-        )
-        return "\n".join(lines)
-    if category == "cost":
-        price = one.device.price
-        if price is None or one.hours is None:
-            return f"cost on {one.name}: not known ({'no price' if price is None else 'no number of steps'})"
-        start = speed.start_seconds(spec, request.efficiencies)
-        return (
-            f"cost on {one.name}: ({one.work.steps:,} steps x {step.seconds:.4g} s + {start:.0f} s to start) / 3600 x "
-            f"${price.usd_per_hour:.2f} an hour ({price.kind}, {price.date}) = ${one.usd:,.2f}"
-        )
-    return (
-        f"disk on {one.name}: {size(one.disk_bytes)} = (weights and optimiser state of {trained:,} trained values) x "
-        f"(keep_last {config.output.keep_last} + the best) + what is saved at the end"
-    )

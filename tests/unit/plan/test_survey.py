@@ -3,9 +3,10 @@ from dataclasses import replace
 import pytest
 
 from stoker.errors import ConfigError
-from stoker.plan import survey_text
+from stoker.plan import explain, scaling, survey_text
 from stoker.plan.catalogue import shipped
-from stoker.plan.survey import Request, allowed_methods, methods_of, pareto, survey, verdict
+from stoker.plan.survey import Request, allowed_methods, methods_of, survey
+from stoker.plan.verdict import pareto, verdict
 from stoker.plan.workload import log_normal
 
 NAMES = ("t4", "rtx4090", "a100-80", "h100")
@@ -140,9 +141,71 @@ def test_the_table_has_a_line_for_each_and_json_has_it_all(ask):
     assert text.startswith(f"Recommended: {found.best.name}")
 
 
-@pytest.mark.parametrize("category", survey_text.CATEGORIES)
+@pytest.mark.parametrize("category", explain.CATEGORIES)
 def test_every_category_has_its_formula_with_numbers(ask, category):
     request, offers, _ = ask()
-    text = survey_text.explain(request, offers[0], category)
+    text = explain.explain(request, offers[0], category)
     assert category in text
     assert any(letter.isdigit() for letter in text)
+
+
+def test_several_devices_stand_beside_one_with_every_strategy(ask):
+    _, offers, _ = ask(methods=("lora",), devices=[shipped()["h100"]], per_node=8)
+    assert {one.num_devices for one in offers} == {1, 2, 4, 8}
+    eight = [one for one in offers if one.num_devices == 8]
+    assert {one.spread.name for one in eight} == {"ddp", "fsdp2", "ZeRO-1", "ZeRO-2", "ZeRO-3"}
+    one = next(one for one in offers if one.num_devices == 1)
+    best = min(eight, key=lambda one: one.step.seconds)
+    assert one.step.seconds / 8 < best.step.seconds < one.step.seconds / 4
+    assert best.usd_per_step > one.usd_per_step
+    assert best.tokens_per_second == pytest.approx(one.tokens_per_second * one.step.seconds / best.step.seconds)
+    for offer in offers:
+        assert sum(offer.memory().values()) == offer.plan.memory.total
+        assert offer.memory()["communication"] > 0 or offer.num_devices == 1
+
+
+def test_several_are_never_recommended_where_one_is_cheaper_unless_time_is_short(ask):
+    one, many = shipped()["h100"], {"per_node": 8, "devices": [shipped()["h100"]], "methods": ("lora",)}
+    _, offers, found = ask(**many)
+    assert found.best.num_devices == 1
+    assert any("8 x H100" in sentence for sentence in found.would_change)
+    alone = next(offer for offer in offers if offer.num_devices == 1)
+    _, _, hurried = ask(deadline_hours=alone.hours / 3, **many)
+    assert hurried.best.num_devices == 4
+    _, _, rich = ask(budget_usd=1.2 * alone.usd, **many)
+    assert rich.best.num_devices > 1
+    assert rich.best.hours < alone.hours
+    # A network so slow that a second node only waits: one device is faster, and stays so whatever there is to spend.
+    slow = [replace(one, network=1e6, device_link=0.0, host_link=1e6)]
+    _, _, waiting = ask(budget_usd=1000.0, per_node=8, nodes=2, devices=slow, methods=("lora",))
+    assert waiting.best.num_devices == 1
+
+
+def test_full_fine_tuning_of_8b_takes_several_devices_that_share_the_weights(ask):
+    many = {"per_node": 8, "devices": [shipped()["a100-80"]], "methods": ("full",)}
+    _, offers, found = ask("adapter=null", **many)
+    assert not any(one.fits for one in offers if one.num_devices == 1)
+    assert found.best.num_devices > 1
+    assert found.best.spread.weight_shards > 1 or found.best.spread.stage > 0
+
+
+def test_scaling_is_told_for_each_number_up_to_all_nodes(ask):
+    request, offers, found = ask(
+        "train.batch_size=64", methods=("lora",), devices=[shipped()["h100"]], per_node=8, nodes=8
+    )
+    made = scaling.scaling(found.best, offers)
+    assert [one.num_devices for one in made] == [1, 2, 4, 8, 16, 32, 64]
+    assert made[0].speed_up == made[0].efficiency == 1.0
+    efficiencies = [one.efficiency for one in made]
+    assert efficiencies == sorted(efficiencies, reverse=True)
+    assert [one.nodes for one in made][-1] == 8
+    text = "\n".join(scaling.lines(found.best, offers))
+    assert "64 (8 nodes)" in text
+    assert survey_text.to_dict(request, offers, found)["scaling"][-1]["num_devices"] == 64
+
+
+def test_rows_that_cannot_be_dealt_out_are_said(ask):
+    _, offers, _ = ask("train.batch_size=12", methods=("lora",), devices=[shipped()["h100"]], per_node=8)
+    eight = [one for one in offers if one.num_devices == 8]
+    assert not any(one.fits for one in eight)
+    assert all("cannot be dealt out to 8 devices" in one.why for one in eight)

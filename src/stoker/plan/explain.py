@@ -1,0 +1,99 @@
+"""The formulas behind a survey's figures, with an offer's numbers in them."""
+
+from stoker.plan import speed
+from stoker.plan.links import Links
+from stoker.plan.memory import VALUE_BYTES, frozen_weight_bytes, gathered_share, optimizer_bytes
+from stoker.plan.plan import size
+from stoker.plan.spread import volume
+from stoker.plan.survey import Offer, Request
+
+CATEGORIES = (
+    *("weights", "adapters", "gradients", "optimizer", "activations", "logits", "dequantisation", "transposed"),
+    *("communication", "context", "fragmentation", "time", "cost", "disk"),
+)
+
+
+def explain(request: Request, one: Offer, category: str) -> str:
+    """Returns the formula of a category with its numbers, for an offer that fits."""
+    plan, step = one.plan, one.step
+    assert plan is not None
+    assert step is not None
+    config, spec, memory = one.config, request.spec, one.memory()
+    trained, value = plan.num_trained_parameters, VALUE_BYTES[plan.precision]
+    tokens = plan.micro_batch_size * plan.row_tokens
+    formulas = {
+        "weights": f"{plan.num_parameters - (trained if config.adapter else 0):,} values, {plan.quantization}: linear "
+        f"layers in that format, the rest {value} bytes each"
+        + ("" if config.adapter else "; trained ones in their own type with copies to compute with"),
+        "adapters": f"{trained:,} trained values, with copies of {value} bytes to compute with where they are fp32",
+        "gradients": f"one for each of {trained:,} trained values, in their type",
+        "optimizer": f"{config.train.optimizer.kind}: {optimizer_bytes(config.train.optimizer):g} bytes for each of "
+        f"{trained:,} fp32 values",
+        "activations": f"{tokens:,} tokens (micro-batch {plan.micro_batch_size} x {plan.row_tokens:,}) x {value} bytes "
+        f"through {len(spec.layers)} layers that {plan.recompute}, at the backward's peak",
+        "logits": f"chunks of logits over {spec.vocab_size:,} words and their gradient, at most 256 MiB, and "
+        f"{tokens:,} x {spec.hidden_size:,} x 4 of hidden states",
+        "dequantisation": f"the largest weight once in {value} bytes a value"
+        if plan.quantization != "none"
+        else "none",
+        "transposed": "a byte for each fp8 weight, transposed, where memory is left"
+        if plan.keep_transposed
+        else "none",
+        "communication": _communication(one),
+        "context": "CUDA's context and cuBLAS' workspaces, or PyTorch's libraries on a CPU (rule of thumb)",
+        "fragmentation": "5% of all else: freed blocks of odd sizes (rule of thumb)",
+    }
+    if category in formulas:
+        return f"{category} on {one.name}: {size(memory[category])} = {formulas[category]}"
+    if category == "time":
+        parts = step.parts().items()
+        lines = [f"time on {one.name}: {step.seconds:.4g} s a step"]
+        lines += [
+            f"  {name:<12} {seconds:10.4g} s  {seconds / step.seconds:6.1%}" for name, seconds in parts if seconds
+        ]
+        lines += [f"  hidden behind it: {name} {seconds:.4g} s" for name, seconds in step.hidden.items() if seconds]
+        rate = one.device.rates.get(plan.precision, one.device.rates["fp32"])
+        found = request.efficiencies
+        lines.append(
+            f"  products at {found.matmul:.2f} x {rate / 1e12:,.0f} TFLOP/s, memory at {found.bandwidth:.2f} x "
+            f"{one.device.bandwidth / 1e9:,.0f} GB/s; efficiencies: {found.source}"
+        )
+        return "\n".join(lines)
+    if category == "cost":
+        price = one.device.price
+        if price is None or one.hours is None:
+            return f"cost on {one.name}: not known ({'no price' if price is None else 'no number of steps'})"
+        start = speed.start_seconds(spec, request.efficiencies)
+        return (
+            f"cost on {one.name}: ({one.work.steps:,} steps x {step.seconds:.4g} s + {start:.0f} s to start) / 3600 x "
+            f"${price.usd_per_hour:.2f} an hour ({price.kind}, {price.date}) = ${one.usd:,.2f}"
+        )
+    return (
+        f"disk on {one.name}: {size(one.disk_bytes)} = (weights and optimiser state of {trained:,} trained values) x "
+        f"(keep_last {config.output.keep_last} + the best) + what is saved at the end"
+    )
+
+
+def _communication(one: Offer) -> str:
+    plan, spread = one.plan, one.spread
+    if plan is None or spread.num_processes == 1:
+        return "one device: none"
+    trained, value = plan.num_trained_parameters, VALUE_BYTES[plan.precision]
+    stored = 4.0 * trained
+    if one.config.adapter is not None:
+        stored += frozen_weight_bytes(one.spec, plan.quantization, value)
+    moved = volume(spread, stored=stored, trained=trained, value_bytes=value)
+    links, ranks = Links.of(one.device), spread.num_processes
+    come = moved.per_step(plan.accumulation_steps, ranks)
+    if spread.weight_shards > 1:
+        held = f"{gathered_share(one.spec):.1%} of the weights gathered at a time, with their gradients"
+    else:
+        held = "buckets of gradients" if spread.strategy == "deepspeed" else "gradients are summed where they lie"
+    network = f", {links.network / 1e9:,.0f} GB/s into a node" if spread.nodes > 1 else ""
+    hidden = one.step.hidden.get("collectives", 0.0) if one.step else 0.0
+    waits = one.step.communication if one.step else 0.0
+    return (
+        f"{held}, and NCCL's buffers (rule of thumb). {spread.name} over {ranks}: {come / 1e9:,.2f} GB come into a "
+        f"device in a step at {links.device / 1e9:,.0f} GB/s{network}: {hidden:.3g} s beside the work, {waits:.3g} s "
+        "not"
+    )
