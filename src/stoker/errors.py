@@ -64,3 +64,7 @@ class CheckpointError(StokerError):
 
 class TrainingError(StokerError):
     """Training cannot go on: the loss is not finite, or memory is exhausted at the smallest micro-batch."""
+
+
+class HangError(TrainingError):
+    """One of several processes has not moved for so long that the others no longer wait for it."""

@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from stoker.errors import StokerError, TrainingError, UserError
+from stoker.errors import HangError, StokerError, TrainingError, UserError
+
+# What gloo and NCCL say of a connection whose other end has died.
+_PEER_DIED = ("gloo/transport", "remote process exited", "DistNetworkError")
 
 _HEARD = (signal.SIGINT, signal.SIGTERM)
 
@@ -47,6 +50,16 @@ def recorded() -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - whatever it is, the agent's process tells it
         get_error_handler().record_exception(error)
         sys.exit(error.exit_code if isinstance(error, StokerError) else 1)
+
+
+def fail(error: StokerError) -> None:
+    """Ends this process with `error`, from any thread and wherever the main one hangs."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)
+    if not is_worker():  # Nobody else tells it.
+        os.write(2, f"error: {error}\n".encode())
+    os._exit(error.exit_code)
 
 
 def start(arguments: Sequence[str], *, num_processes: int, max_restarts: int = 0) -> int:
@@ -106,12 +119,28 @@ def _forwarded() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _cause(error: Any) -> tuple[int, Any]:
+    """The rank and the failure that the others come from: an agent knows their times to the second only."""
+
+    def key(item: tuple[int, Any]) -> tuple[int, int, int]:
+        rank, failure = item
+        text = failure.message["message"] if isinstance(failure.message, dict) else ""
+        kind = text.partition(": ")[0]
+        # A process whose peer died finds its connection closed; one that hung is named by all who waited for it.
+        weight = 0 if kind == HangError.__name__ else 2 if any(words in text for words in _PEER_DIED) else 1
+        return weight, failure.timestamp, rank
+
+    return min(error.failures.items(), key=key)
+
+
 def _as_ours(error: Any, num_processes: int) -> StokerError:
     """The first failure of the agent's report, as an error with the exit code of its process."""
-    rank, failure = error.get_first_failure()
+    rank, failure = _cause(error)
     message = failure.message
     if isinstance(message, dict):
         kind, _, text = message["message"].partition(": ")
+        if kind == HangError.__name__:  # It names the process; that which told it first only waited.
+            return HangError(text)
         is_ours = failure.exitcode == 2 or kind in ("TrainingError", "CheckpointError")
         what = text if is_ours else message["extraInfo"]["py_callstack"]
         if failure.exitcode == 2:

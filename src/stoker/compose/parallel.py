@@ -5,10 +5,11 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from stoker.arch.spec import ArchSpec
-from stoker.compose.run_folder import versions
+from stoker.compose.run_folder import RunFolder, versions
 from stoker.config.schema import RunConfig
 from stoker.errors import ConfigError, PlanError
 from stoker.plan.plan import Plan
@@ -41,6 +42,7 @@ def join(config: RunConfig) -> "Ranks":
     import torch
 
     from stoker.distributed import ranks
+    from stoker.distributed.watchdog import record_collectives
 
     place, engine = find_place(), config.engine
     size = 1 if place is None else place.world_size
@@ -62,7 +64,12 @@ def join(config: RunConfig) -> "Ranks":
             f"local rank {place.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}.",
             fix="Start as many processes as there are GPUs (--gpus).",
         )
-    return ranks.join(place, kind="cuda" if uses_gpu else "cpu", group=engine.strategy in ("ddp", "fsdp2"))
+    if uses_gpu and size > 1:
+        record_collectives(RunFolder.of(config.output.folder).path / "nccl-rank-")
+    # The watchdog comes first: it says who hangs, which a collective that gives up does not.
+    timeout = max(ranks.TIMEOUT, 2 * timedelta(seconds=engine.hang_timeout))
+    group = engine.strategy in ("ddp", "fsdp2")
+    return ranks.join(place, kind="cuda" if uses_gpu else "cpu", group=group, timeout=timeout)
 
 
 def require_same(ranks: "Ranks", config: RunConfig) -> None:
@@ -192,7 +199,10 @@ def make_strategy(
     ranks = ranks or Ranks()
     device = f"cuda:{torch.cuda.current_device()}" if plan.device == "cuda" else plan.device
     if plan.strategy == "ddp":
-        return DataParallel(ranks, device, precision=plan.precision, on_discard=on_discard)
+        shares_rows = config.engine.context_parallel > 1
+        return DataParallel(
+            ranks, device, precision=plan.precision, on_discard=on_discard, splits_alone=not shares_rows
+        )
     return Sharded(
         ranks,
         device,

@@ -43,6 +43,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def hang(self) -> Path:
+        """Where the processes' threads stood when one of them hung; there only if one did."""
+        return self.path / "hang"
+
+    @property
     def config(self) -> Path:
         """The resolved configuration, with where each value came from."""
         return self.path / "config.yaml"
@@ -87,7 +92,7 @@ class RunFolder:
         """Removes what a run wrote, and nothing else that a user may keep there."""
         import shutil
 
-        for name in ("checkpoints", "adapter", "model", "tensorboard"):
+        for name in ("checkpoints", "adapter", "model", "tensorboard", "hang"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in ("config.yaml", "plan.json", "audit.json", "run.json", "metrics.jsonl", "report.html"):
             (self.path / name).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import stoker
 from stoker.checkpoint.read import load as read
-from stoker.compose import finish, launch, losses, parallel, resume
+from stoker.compose import agree, finish, launch, losses, parallel, resume
 from stoker.compose.data import Data, prepare_data, refuse_faults, refuse_rows_of_other_tasks, summary
 from stoker.compose.execution import borrowed_notices, fp8_notice, layers_not_in_fp8, warm_up_reason
 from stoker.compose.hardware import probe, with_loaded
@@ -139,13 +139,15 @@ def _train(
     loaded = Loaded(config, loaded.origins)
     changed = resume.changes(config, folder) if resume_run else []
     data = prepare_data(config, model.tokenizer, console=console)
+    agree.require_same_data(ranks, data, model.tokenizer)
     refuse_rows_of_other_tasks(config, data.audits)
     for split, text in summary(config, data):
         _say(console, f"{split:<10}  {text}")
-    warnings = [*data.notices, *refuse_faults(data.audits), *changed]
+    hardware = probe() if model.decoder is None else with_loaded(probe(), model.decoder)
+    warnings = [*data.notices, *refuse_faults(data.audits), *changed, *agree.device_warnings(ranks, hardware)]
     for sentence in warnings:
         _say(console, sentence, style="yellow")
-    hardware = probe() if model.decoder is None else with_loaded(probe(), model.decoder)
+    hardware = agree.smallest(ranks, hardware)
     base, before = model.base, folder if resume_run else None
     plan = ranks.share(lambda: _choose(config, base, data, hardware, before, world_size=ranks.world_size))
     _say(console, plan.table())
@@ -243,16 +245,20 @@ def _run(
         if "before" not in notes.facts:
             notes.add(before={split: asdict(one) for split, one in losses.measure(engine, console).items()})
         before = {split: losses.Measured(**one) for split, one in notes.facts["before"].items()}
-        trainer = make_trainer(
-            config,
-            engine,
-            folder,
-            observers=observers,
-            description={"title": describe(config)},
-            warm_up_reason=warm_up_reason(plan),
-        )
         assert model.decoder is not None
-        with embedding_noise(model.decoder, config.train.embedding_noise):
+        with (
+            agree.watched(ranks, folder, config.engine.hang_timeout) as at,
+            embedding_noise(model.decoder, config.train.embedding_noise),
+        ):
+            trainer = make_trainer(
+                config,
+                engine,
+                folder,
+                observers=observers,
+                description={"title": describe(config)},
+                warm_up_reason=warm_up_reason(plan),
+                at=at,
+            )
             result = trainer.run(resume=resume_run)
     notes.add(
         outcome=result.reason,

@@ -1,7 +1,7 @@
 """From a configuration, a plan, a model and documents to a `Trainer`."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -275,8 +275,9 @@ def make_trainer(
     observers: Sequence[Observer],
     description: Mapping[str, str] | None = None,
     warm_up_reason: str = "",
+    at: Callable[[str, int], None] = lambda phase, finished: None,
 ) -> Trainer:
-    """Returns the trainer of a run, which saves its checkpoints in `folder`."""
+    """Returns the trainer of a run, which saves its checkpoints in `folder` and tells `at` what it does."""
     train, output = config.train, config.output
     stopping = train.early_stopping
     settings = Settings(
@@ -303,6 +304,7 @@ def make_trainer(
         ),
         observers=observers,
         description=description,
+        at=at,
     )
 
 

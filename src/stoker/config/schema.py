@@ -570,6 +570,9 @@ class Engine(Section):
     Needs rows that are not packed, and no dropout."""
     num_threads: Literal["auto"] | Count = "auto"
     """CPU threads of PyTorch."""
+    hang_timeout: Positive = 1800.0
+    """Seconds that one of several processes may stand still while the others wait for it; then all end, and the message
+    says which it is and what it was doing."""
 
 
 class WeightsAndBiases(Section):

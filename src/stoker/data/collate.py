@@ -16,6 +16,7 @@ Document = tuple[np.ndarray, np.ndarray]
 Example = Sequence[Document]
 """Documents that stay together: one, or the chosen and the rejected answer of a pair."""
 _Handle = TypeVar("_Handle")
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,16 @@ class Collator:
 
     def batches(self, rows: Sequence[Sequence[_Handle]], example: Callable[[_Handle], Example]) -> Iterator[Batch]:
         """Yields this rank's share of the rows, which hold examples or what `example` makes them of."""
-        together = self.micro_batch_size * self.world_size
-        for start in range(0, len(rows), together):
-            mine = rows[start : start + together][self.rank :: self.world_size]
+        for mine in self.shares(rows):
             examples = [[example(handle) for handle in row] for row in mine] or [[]]
             batch = self._packed(examples) if self.packing else self._padded(examples)
             yield batch if self.num_parts == 1 else batch.part(self.part, self.num_parts)
+
+    def shares(self, rows: Sequence[_Row]) -> Iterator[Sequence[_Row]]:
+        """Yields those of the rows that each of this rank's micro-batches holds."""
+        together = self.micro_batch_size * self.world_size
+        for start in range(0, len(rows), together):
+            yield rows[start : start + together][self.rank :: self.world_size]
 
     def _packed(self, rows: Sequence[Sequence[Example]]) -> Batch:
         contents = [[document for example in row for document in example] for row in rows]

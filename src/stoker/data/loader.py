@@ -148,13 +148,22 @@ class StepLoader:
 
     def step(self, index: int) -> list[Batch]:
         """Returns this rank's micro-batches of optimiser step `index`, counted from 0 over all epochs."""
+        return list(self._collator.batches(self._step_rows(index), self._example))
+
+    def examples(self, index: int) -> list[list[int]]:
+        """Returns the examples in each of this rank's micro-batches of step `index`: places in the prepared data."""
+        shares = self._collator.shares(self._step_rows(index))
+        return [[example for row in share for example in row] for share in shares]
+
+    def _step_rows(self, index: int) -> list[list[int]]:
+        """Returns the rows of a step over all ranks, in the order in which they are dealt out."""
         epoch, within = divmod(index, self.steps_per_epoch)
         first = within * self.batch_size
         numbers = np.arange(first, min(first + self.batch_size, self.num_rows)) + epoch * self.num_rows
         rows = self._rows(numbers)
         if not self.packing:
             rows = sorted(rows, key=lambda row: -self._lengths[row[0]])
-        return list(self._collator.batches(rows, self._example))
+        return rows
 
     def all(self) -> Iterator[Batch]:
         """Yields this rank's micro-batches of every row once, in the data's order (longest first when packing)."""

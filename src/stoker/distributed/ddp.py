@@ -18,7 +18,8 @@ class DataParallel(SingleDevice):
     """The `Strategy` of `ranks`, each with the whole model on its `device`; otherwise as `SingleDevice`.
 
     Gradients are reduced once a step, while the backward of its last micro-batch runs (Li et al. 2020,
-    arXiv:2006.15704). Every trained parameter must take part in every forward.
+    arXiv:2006.15704). Every trained parameter must take part in every forward. `splits_alone`: micro-batches but the
+    last run without the other ranks; not where ranks share rows.
     """
 
     def __init__(
@@ -28,8 +29,10 @@ class DataParallel(SingleDevice):
         *,
         precision: str = "fp32",
         on_discard: Sequence[Callable[[], None]] = (),
+        splits_alone: bool = True,
     ) -> None:
         super().__init__(device, precision=precision, on_discard=on_discard, ranks=ranks)
+        self._splits_alone = splits_alone
 
     def _place(self, task: nn.Module) -> nn.Module:
         super()._place(task)
@@ -47,6 +50,18 @@ class DataParallel(SingleDevice):
                     task, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
         return self._replica
+
+    @property
+    def splits_alone(self) -> bool:
+        """Whether only the last micro-batch of a step waits for the others."""
+        return self._splits_alone
+
+    def reduce_gradients(self) -> None:
+        """Averages gradients over ranks one by one, as the last backward would have done by the bucket."""
+        for parameter in self._trained.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad.div_(self.world_size))
 
     def _reducing(self, *, is_last: bool) -> AbstractContextManager[None]:
         return nullcontext() if is_last else self._replica.no_sync()

@@ -3,6 +3,7 @@
 import datetime
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from stoker.distributed import rounds
 from stoker.errors import TrainingError
 
 _T = TypeVar("_T")
@@ -28,13 +30,14 @@ class Place:
     world_size: int = 1
     local_rank: int = 0
     starter: str = ""
-    """What started the processes: "torchrun" (or what sets the same variables, as accelerate does) or "slurm"."""
+    """What started the processes: "torchrun" (or what sets the same variables, as accelerate does), "slurm", "mpi"."""
 
 
 def find_place(environment: Mapping[str, str]) -> Place | None:
     """Returns the place that an outer launcher gave this process; None where there is none.
 
-    torchrun, and what speaks as it does, sets RANK, WORLD_SIZE and LOCAL_RANK; Slurm's srun numbers its tasks.
+    torchrun, and what speaks as it does, sets RANK, WORLD_SIZE and LOCAL_RANK; Slurm's srun numbers its tasks, and so
+    does Open MPI's mpirun.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank = int(environment["RANK"])
@@ -46,6 +49,13 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
             int(environment["SLURM_STEP_NUM_TASKS"]),
             int(environment["SLURM_LOCALID"]),
             "slurm",
+        )
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return Place(
+            int(environment["OMPI_COMM_WORLD_RANK"]),
+            int(environment["OMPI_COMM_WORLD_SIZE"]),
+            int(environment["OMPI_COMM_WORLD_LOCAL_RANK"]),
+            "mpi",
         )
     return None
 
@@ -61,8 +71,12 @@ def first_host(node_list: str) -> str:
 class Ranks:
     """All processes of a run, of which this is one; alone without a process group."""
 
-    def __init__(self, place: Place | None = None, *, is_joined: bool = False) -> None:
+    def __init__(
+        self, place: Place | None = None, *, is_joined: bool = False, store: "dist.Store | None" = None
+    ) -> None:
         self.place = place or Place()
+        self.store = store
+        """Where they leave words for each other without waiting; None where this one is alone."""
         self._is_joined = is_joined
 
     @property
@@ -104,6 +118,19 @@ class Ranks:
         dist.broadcast_object_list(held)
         return held[0]
 
+    def wait_for_all(self, what: str) -> None:
+        """Returns once every rank has called it with `what`, however long that takes: no collective times out over it.
+
+        Each name waits once.
+        """
+        if self.store is None:
+            return
+        self.store.set(f"{what}-{self.rank}", "1")
+        keys, pause = [f"{what}-{rank}" for rank in range(self.world_size)], 0.01
+        while not self.store.check(keys):
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+
     def require_same(self, facts: Mapping[str, Any]) -> None:
         """Refuses to begin where ranks differ in one of `facts`; every rank must call it.
 
@@ -127,11 +154,15 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def join(place: Place | None, *, kind: str, group: bool = False) -> Ranks:
+def join(place: Place | None, *, kind: str, group: bool = False, timeout: datetime.timedelta = TIMEOUT) -> Ranks:
     """Returns the processes that this one belongs to, joined so that they can speak; alone without a `place`.
 
     `kind` is that of the device that each trains on: "cuda" speaks NCCL for tensors there, and gloo on the host.
-    `group`: there is a process group even for one process, for a strategy that needs one.
+    `group`: there is a process group even for one process, for a strategy that needs one. `timeout` is how long one
+    waits for the others in a collective.
+
+    Raises:
+        TrainingError: they do not find each other.
     """
     if place is None and not group:
         return Ranks()
@@ -142,13 +173,29 @@ def join(place: Place | None, *, kind: str, group: bool = False) -> Ranks:
     if place is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return Ranks(is_joined=True)
+    for name, value in _first_address(place, os.environ).items():
+        os.environ.setdefault(name, value)
+    store, rank, world_size = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
+    store = dist.PrefixStore(rounds.agree(store, rank=rank, world_size=world_size, timeout=timeout), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return Ranks(place, is_joined=True, store=store)
+
+
+def _first_address(place: Place, environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns where the first process listens, as far as the launcher says it; torchrun sets both variables.
+
+    Raises:
+        TrainingError: nothing says it.
+    """
     if place.starter == "slurm":
-        job = int(os.environ.get("SLURM_JOB_ID", "0"))
-        os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
-        os.environ.setdefault("MASTER_PORT", str(_PORTS[job % len(_PORTS)]))
-    store, rank, world_size = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=TIMEOUT))
-    # The agent's store outlives processes that it starts again: they must not find the addresses of those before them.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt-{attempt}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    return Ranks(place, is_joined=True)
+        port = _PORTS[int(environment.get("SLURM_JOB_ID", "0")) % len(_PORTS)]
+        return {"MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]), "MASTER_PORT": str(port)}
+    if place.starter == "mpi" and environment["OMPI_COMM_WORLD_LOCAL_SIZE"] == environment["OMPI_COMM_WORLD_SIZE"]:
+        # Processes of one mpirun have the same parent, so two runs beside each other have two ports.
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_PORTS[os.getppid() % len(_PORTS)])}
+    if "MASTER_ADDR" not in environment:
+        raise TrainingError(
+            "nothing says where the first process listens: MASTER_ADDR is not set.",
+            fix="With mpirun over several machines: -x MASTER_ADDR=HOST -x MASTER_PORT=29500, HOST being the first.",
+        )
+    return {"MASTER_PORT": "29500"}

@@ -72,6 +72,11 @@ class SingleDevice:
         """Which part of each weight this rank steps: the whole of it."""
         return 0
 
+    @property
+    def splits_alone(self) -> bool:
+        """Whether it is the only one; a strategy over several ranks says for itself when it needs them."""
+        return self.world_size == 1
+
     def prepare(self, task: nn.Module, make_optimizer: MakeOptimizer | None = None) -> None:
         """Moves `task` to the device and makes the optimiser of the parameters that require a gradient."""
         self._task = task
@@ -137,6 +142,9 @@ class SingleDevice:
                     result = self._forward(on_device)
                 result.loss_sum.backward()
         self._task.zero_grad(set_to_none=True)
+
+    def reduce_gradients(self) -> None:
+        """Nothing to do on one device."""
 
     def discard_gradients(self) -> None:
         """Clears gradients and gives cached device memory back."""

@@ -86,6 +86,10 @@ class Strategy(Protocol):
     def device(self) -> torch.device:
         """The device that batches go to."""
 
+    @property
+    def splits_alone(self) -> bool:
+        """Whether this rank may run its micro-batches without the others: as many as it likes, but for the last."""
+
     def prepare(self, task: nn.Module, make_optimizer: MakeOptimizer | None = None) -> None:
         """Takes over `task`: places and wraps it, and makes the optimiser of its trained parameters.
 
@@ -94,6 +98,12 @@ class Strategy(Protocol):
 
     def forward_backward(self, batch: Batch, *, divisor: float, is_last: bool) -> Result:
         """Adds the gradient of `loss_sum / divisor` and returns the task's result, detached and undivided."""
+
+    def reduce_gradients(self) -> None:
+        """Sums gradients over ranks after micro-batches none of which was the last; every rank must call it.
+
+        Only where it `splits_alone`.
+        """
 
     def discard_gradients(self) -> None:
         """Forgets the gradients added since the last step and frees cached memory (after running out of it)."""

@@ -55,5 +55,18 @@ class Streamed(Protocol):
         """Goes to where `position` was taken, before the step with this index."""
 
 
+@runtime_checkable
+class Numbered(Protocol):
+    """A step source whose rows have numbers, for messages about them."""
+
+    def examples(self, index: int) -> Sequence[Sequence[int]]:
+        """Returns the numbers of the examples in each of this rank's micro-batches of the step with this index."""
+
+
+def rows_of(source: StepSource, index: int) -> Sequence[Sequence[int]]:
+    """Returns the examples in each of this rank's micro-batches of a step; nothing where they have no numbers."""
+    return source.examples(index) if isinstance(source, Numbered) else ()
+
+
 Batches = Callable[[], Iterable[Batch]]
 """Called for each evaluation; returns the batches to evaluate, in order."""

@@ -1,7 +1,7 @@
 """The training loop: step, evaluate, save, until done, out of patience or interrupted."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from stoker.checkpoint.write import save
 from stoker.distributed.strategy import Strategy, StrategyState
 from stoker.observe.events import CheckpointSaved, Evaluated, Event, Notice, RunEnded, RunStarted, StepLogged
 from stoker.observe.observer import Observer
-from stoker.train.batches import Batches, StepSource, Streamed
+from stoker.train.batches import Batches, StepSource, Streamed, rows_of
 from stoker.train.evaluate import evaluate_unless
 from stoker.train.guard import LossGuard, MemoryGuard, check_finite
 from stoker.train.interrupt import Interrupt
@@ -47,7 +47,8 @@ class Trainer:
     """Trains what `strategy` was prepared with, on the micro-batches of `batches`.
 
     `validation` returns the batches to evaluate on; without it there is no evaluation. Without `checkpoints` nothing is
-    saved. `observers` receive every event; whoever made them closes them.
+    saved. `observers` receive every event; whoever made them closes them. `at` is told the phase that begins and how
+    many steps are finished.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Trainer:
         checkpoints: Checkpoints | None = None,
         observers: Sequence[Observer] = (),
         description: Mapping[str, str] | None = None,
+        at: Callable[[str, int], None] = lambda phase, finished: None,
     ) -> None:
         if settings.early_stopping is not None and validation is None:
             raise ValueError("early stopping needs validation batches")
@@ -71,7 +73,8 @@ class Trainer:
         self._checkpoints = checkpoints
         self._observers = tuple(observers)
         self._description = dict(description or {})
-        self._guard = MemoryGuard(strategy, self._warn)
+        self._tell = at
+        self._guard = MemoryGuard(strategy, self._warn, at=self._at)
         self._loss_guard = LossGuard(settings.loss_limit)
         self._interrupt = self._listen()
         self._saved: tuple[int, int] | None = None
@@ -124,17 +127,21 @@ class Trainer:
         started = time.perf_counter()
         index = self.state.step
         learning_rate = self._settings.learning_rate * self._settings.schedule(index)
+        self._at("reading data")
+        batches = self._batches.step(index)
         outcome = take_step(
             self._strategy,
-            self._batches.step(index),
+            batches,
             number=index + 1,
             learning_rate=learning_rate,
             max_gradient_norm=self._settings.max_gradient_norm,
             guard=self._guard,
             notify=self._warn,
+            at=self._at,
+            rows=lambda: rows_of(self._batches, index),
         )
         self.state.step = index + 1
-        self.state.max_positions = self._guard.max_positions
+        self.state.max_positions, self.state.fitted_positions = self._guard.max_positions, self._guard.fitted_positions
         self.state.num_trained_tokens += outcome.num_trained_tokens
         seconds = time.perf_counter() - started
         self._log(outcome, learning_rate, seconds)
@@ -202,6 +209,7 @@ class Trainer:
 
     def _is_interrupted(self) -> bool:
         """Whether any rank was told to stop: all ranks must leave after the same step."""
+        self._at("asking all ranks whether to stop")
         return self._strategy.sum_over_ranks([float(self._interrupt.requested)])[0] > 0
 
     # Checkpoints
@@ -217,11 +225,14 @@ class Trainer:
         if self._checkpoints is None or self._saved == position:
             return
         started = time.perf_counter()
+        self._at("gathering a checkpoint")
         state = self._strategy.state()
         num_bytes = 0
         drawn = self._strategy.gather_over_ranks(rng.state())
+        self._at("writing a checkpoint")
         if self._strategy.rank == 0:
             num_bytes = self._write(state, drawn)
+        self._at("waiting until the checkpoint is written")
         # The others go on once it stands: they may read it next.
         num_bytes = int(self._strategy.sum_over_ranks([num_bytes])[0])
         path = path_of(self._checkpoints.folder, self.state.step)
@@ -258,7 +269,7 @@ class Trainer:
 
     def _restore(self, loaded: Loaded) -> None:
         self.state = TrainState.from_values(loaded.values["train"])
-        self._guard.max_positions = self.state.max_positions
+        self._guard.max_positions, self._guard.fitted_positions = self.state.max_positions, self.state.fitted_positions
         self._strategy.load_state(
             StrategyState(loaded.tensors["weights"], loaded.tensors["optimizer"], loaded.values["strategy"])
         )
@@ -270,6 +281,9 @@ class Trainer:
         self._saved, self._last_checkpoint = (self.state.step, self.state.evaluated_step), loaded.path
 
     # Events
+
+    def _at(self, phase: str) -> None:
+        self._tell(phase, self.state.step)
 
     def _emit(self, event: Event) -> None:
         for observer in self._observers:

@@ -15,7 +15,8 @@ class TrainState:
 
     `best_loss` and `best_step` are of the lowest validation loss; `reference_loss` is the one that early stopping
     measures improvement from. `evaluated_step` is the last step whose evaluation is complete. `max_positions` is
-    the size of the largest micro-batch that fits, once memory has run out (0: it never did).
+    the size of the largest micro-batch that fits, once memory has run out (0: it never did); `fitted_positions` that of
+    the largest that all of several ranks have seen fit.
     """
 
     step: int = 0
@@ -25,6 +26,7 @@ class TrainState:
     reference_loss: float | None = None
     evaluations_without_improvement: int = 0
     max_positions: int = 0
+    fitted_positions: int = 0
     num_trained_tokens: int = 0
 
     def to_values(self) -> dict[str, Any]:
