@@ -2,10 +2,12 @@
 
 import os
 
+import guards
 import jobs
 import pytest
 import torch
 
+from stoker.data.loader import StepLoader
 from stoker.errors import TrainingError
 
 QUICK = ("full", "nf4")
@@ -14,9 +16,21 @@ NAMES = tuple(jobs.CASES) if ALL else QUICK
 SIZES = (2, 4) if ALL else (2,)
 
 
+def work(ranks, names):
+    """All that two processes are started for; on four, the strategies alone."""
+    return jobs.train_all(ranks, names) | (guards.all_of_them(ranks) if ranks.world_size == 2 else {})
+
+
 @pytest.fixture(scope="module", params=SIZES)
 def results(request, tmp_path_factory):
-    return jobs.on_ranks(request.param, tmp_path_factory.mktemp("ranks"), jobs.train_all, NAMES)
+    return jobs.on_ranks(request.param, tmp_path_factory.mktemp("ranks"), work, NAMES)
+
+
+@pytest.fixture
+def of_two(results, request):
+    if request.node.callspec.params["results"] != 2:
+        pytest.skip("runs on two")
+    return results
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -32,6 +46,31 @@ def test_losses_norms_and_weights_are_those_of_one_device(results, kind, name):
         torch.testing.assert_close(found["state"].weights[key], weight, atol=2e-4, rtol=1e-3)
         torch.testing.assert_close(found["whole"][key], found["state"].weights[key], rtol=0, atol=0)
     assert found["state"].optimizer.keys() == expected["state"].optimizer.keys()
+
+
+def test_memory_that_runs_out_on_one_rank_splits_micro_batches_on_all_and_changes_no_loss(of_two):
+    expected, found = guards.steps(None, "single"), of_two["out of memory"]
+    assert found["error"] == ""
+    assert found["losses"] == pytest.approx(expected["losses"], abs=5e-6)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    assert found["loss"] == pytest.approx(expected["loss"], abs=5e-6)
+    assert len(found["notices"]) == 1
+    assert "Memory ran out on rank 1 with a micro-batch of 3 rows of 24 tokens" in found["notices"][0]
+    assert found["limits"] == [(48, 48)] * 2
+
+
+def test_a_rank_that_lacks_the_memory_of_one_document_is_named(of_two):
+    assert "Memory is exhausted with a single document" in of_two["no memory"]["error"]
+    assert "It is rank 1 of 2." in of_two["no memory"]["error"]
+
+
+def test_the_rank_and_the_documents_of_a_loss_that_is_no_number_are_named(of_two):
+    found = of_two["not a number"]
+    assert len(found["losses"]) == 1
+    place = {"rank": 1, "world_size": 2, "batch_size": 12, "micro_batch_size": 3, "sequence_length": 32}
+    rows = StepLoader(jobs.Rows(), packing=False, seed=3, **place).examples(1)[1]
+    assert "training loss of step 2 is nan. On rank 1 it comes from micro-batch 2 of 2: documents" in found["error"]
+    assert f"documents {', '.join(map(str, rows))} of the prepared data" in found["error"]
 
 
 def go_on(ranks, kind, states):

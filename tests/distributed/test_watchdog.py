@@ -1,0 +1,124 @@
+"""A process that hangs is named, with what it was doing, and all of them end."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from torch.distributed import TCPStore
+
+from stoker.distributed.rounds import agree
+from stoker.distributed.watchdog import Judge, Place, Watchdog
+from stoker.errors import HangError, TrainingError
+
+
+def places(*orders):
+    return {
+        rank: Place(finished, number, phase, f"host{rank}") for rank, (finished, number, phase) in enumerate(orders)
+    }
+
+
+def test_the_rank_furthest_behind_is_named_once_it_has_stood_still_for_long():
+    judge = Judge(timeout=10.0)
+    at = places((6, 5, "adding up the loss"), (6, 2, "reading data"))
+    assert judge.look(at, now=0.0) is None
+    assert judge.look(at, now=9.9) is None
+    rank, sentence = judge.look(at, now=10.0)
+    assert rank == 1
+    assert "rank 1 (host1) has not finished step 7" in sentence
+    assert "for 10 seconds its last phase has been: reading data" in sentence
+    assert "(adding up the loss)" in sentence
+
+
+def test_a_rank_that_moves_is_left_alone_and_the_others_may_wait_for_it():
+    judge = Judge(timeout=10.0)
+    for second in range(0, 60, 5):
+        slow = places((6, 5, "adding up the loss"), (5, second, "evaluating"))
+        assert judge.look(slow, now=float(second)) is None
+
+
+def test_when_all_stand_at_the_same_point_all_are_named():
+    judge = Judge(timeout=1.0)
+    at = places((2, 3, "optimiser step"), (2, 3, "optimiser step"))
+    judge.look(at, now=0.0)
+    assert "all of them have been at the same point for 5 seconds, optimiser step" in judge.look(at, now=5.0)[1]
+
+
+def on_threads(count, work):
+    """Runs `work(rank)` in so many threads, which stand for processes, and returns what each returned."""
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, range(count)))
+
+
+@pytest.fixture
+def store():
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def wait_where_it_hangs(told):
+    assert told.wait(20.0)
+
+
+@pytest.mark.parametrize("hanging", [0, 2])
+def test_every_process_ends_with_the_same_verdict_and_writes_where_it_stood(store, tmp_path, hanging):
+    """Three steps; then one rank reads data without end, and the others wait for it."""
+    meet = threading.Barrier(3)
+
+    def run(rank):
+        told, errors = threading.Event(), []
+
+        def fail(error):
+            errors.append(error)
+            told.set()
+
+        options = {"rank": rank, "world_size": 3, "folder": tmp_path / "hang", "fail": fail}
+        with Watchdog(store, timeout_seconds=0.6, interval_seconds=0.05, **options) as watchdog:
+            for step in range(3):
+                watchdog.at("reading data", step)
+                watchdog.at("adding up the loss of all ranks", step)
+                meet.wait()
+            watchdog.at("reading data", 3)
+            if rank != hanging:
+                watchdog.at("adding up the loss of all ranks", 3)
+            wait_where_it_hangs(told)
+        return errors
+
+    errors = [one for found in on_threads(3, run) for one in found]
+    assert [type(one) for one in errors] == [HangError] * 3
+    assert len({str(one) for one in errors}) == 1
+    message = str(errors[0])
+    assert f"rank {hanging} (" in message
+    assert "has not finished step 4" in message
+    assert "its last phase has been: reading data" in message
+    assert str(tmp_path / "hang" / f"rank-{hanging}.txt") in message
+    assert "wait_where_it_hangs" in (tmp_path / "hang" / f"rank-{hanging}.txt").read_text()
+
+
+def test_a_run_that_goes_well_leaves_no_trace(store, tmp_path):
+    def run(rank):
+        options = {"rank": rank, "world_size": 2, "folder": tmp_path / "hang", "fail": lambda error: 1 / 0}
+        with Watchdog(store, timeout_seconds=0.3, interval_seconds=0.02, **options) as watchdog:
+            for step in range(8):
+                watchdog.at("reading data", step)
+                time.sleep(0.08)  # twice the timeout in all, a quarter of it a step
+
+    on_threads(2, run)
+    assert not (tmp_path / "hang").exists()
+
+
+def test_a_start_takes_no_word_of_an_earlier_one_for_its_own(store):
+    """The store is still there after a restart, and a replaced machine has counted no restarts at all."""
+    names = []
+    for _ in range(3):
+        found = on_threads(3, lambda rank: agree(store.clone(), rank=rank, world_size=3, timeout=timedelta(seconds=20)))
+        assert len(set(found)) == 1
+        names += found
+    assert len(set(names)) == 3
+
+
+def test_who_does_not_come_is_named(store):
+    with pytest.raises(TrainingError, match="rank 1, 2 of 3 did not come"):
+        agree(store, rank=0, world_size=3, timeout=timedelta(seconds=0.1))
+    with pytest.raises(TrainingError, match="rank 0 did not come"):
+        agree(store, rank=1, world_size=3, timeout=timedelta(seconds=0.1))
