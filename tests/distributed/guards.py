@@ -15,7 +15,7 @@ STEPS = 6
 
 
 def steps(ranks, kind, *, spoil=lambda forward, batch: forward(batch), count=STEPS):
-    """Takes some steps with micro-batches of up to three rows, whose forward is `spoil`ed, and returns how that went."""
+    """Takes some steps in micro-batches of three rows, whose forward is `spoil`ed, and returns how that went."""
     case = jobs.CASES["full"]
     model = jobs.build(case)
     strategy, task = jobs.make_strategy(kind, ranks, model), SupervisedTask(model)
