@@ -25,6 +25,7 @@ from stoker.kernels import (
     rms_norm,
     rope,
     routed_rows,
+    routing,
 )
 
 warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
@@ -46,6 +47,9 @@ FLOATS = dict.fromkeys(
 )
 FLOATS |= dict.fromkeys(("epsilon", "scale", "scaling", "cap", "smoothing", "z_loss"), "fp32")
 ROUTES = dict.fromkeys(("ends_ptr", "rows_ptr", "left_rows_ptr", "right_rows_ptr", "place_ptr"), "*i32")
+
+CHOICE = dict.fromkeys(("logits_ptr", "weights_ptr", "grad_ptr", "grad_logits_ptr"), "*fp32") | {"scale": "fp32"}
+CHOICE |= dict.fromkeys(("chosen_ptr", "counts_ptr", "tokens_ptr", "order_ptr"), "*i32")
 
 
 def grouped(tile: grouped_matmul.Tile, *, transposed: bool, boxes: bool = False) -> tuple:
@@ -132,6 +136,15 @@ CASES = [
         4,
         {"limit": "fp32", "grad_weight_ptr": "*fp32"},
     ),
+    (
+        routing._choose_kernel,
+        {"TOP_K": 8, "SLOTS": 8, "ROWS": 16, "EXPERTS": 128, "NORMALIZED": True},
+        4,
+        CHOICE,
+    ),
+    (routing._choose_backward_kernel, {"TOP_K": 8, "ROWS": 16, "EXPERTS": 128, "NORMALIZED": True}, 4, CHOICE),
+    (routed_rows._count_kernel, {"CHOICES": 256, "PART": 64, "EXPERTS": 128}, 4, CHOICE),
+    (routed_rows._place_kernel, {"CHOICES": 256, "PART": 64, "EXPERTS": 128, "TOP_K": 8}, 4, CHOICE | ROUTES),
     (routed_rows._combine_kernel, {"TOP_K": 8, "BLOCK": 1024, "WEIGHTED": True}, 4, ROUTES),
 ]
 

@@ -8,6 +8,7 @@ from stoker.kernels import routed_rows
 from stoker.kernels.grouped_matmul import grouped_matmul
 from stoker.kernels.grouped_outer import grouped_outer
 from stoker.kernels.mixture import ExpertMatrix, MixtureOptions, mixture, mixture_reference
+from stoker.kernels.routing import choose
 
 # Rows of each expert: even, one expert with all, empty ones first, last and between, none at all.
 COUNTS = [(16, 16, 16, 16), (0, 70, 0, 3), (65, 0, 1, 0), (0, 0, 0, 0)]
@@ -93,6 +94,39 @@ def test_tokens_keep_their_order_within_an_expert(device):
     assert order.tokens.tolist() == [0, 1, 2, 0, 1, 2]
     assert order.tokens[order.place.long()].view(3, 2).tolist() == [[0, 0], [1, 1], [2, 2]]
     assert order.order[order.place.long()].tolist() == list(range(6))
+
+
+@pytest.mark.parametrize(("tokens", "num_experts", "top_k"), [(1, 4, 1), (70, 5, 2), (300, 128, 8), (33, 60, 4)])
+def test_sorting_by_counting_is_the_stable_sort(device, tokens, num_experts, top_k):
+    generator = torch.Generator().manual_seed(tokens)
+    chosen = torch.rand(tokens, num_experts, generator=generator).topk(top_k).indices
+    chosen = torch.where(chosen == 3, 0, chosen).to(device)  # an expert without rows
+    expected = routed_rows.sort_by_expert(chosen, num_experts)
+    actual = routed_rows.sort_by_expert(chosen, num_experts, implementation="triton")
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize(("tokens", "num_experts", "top_k"), [(1, 4, 1), (37, 60, 4), (20, 128, 8), (9, 6, 6)])
+def test_choice_of_experts_and_its_gradient(assert_as_exact_as_eager, draw, tokens, num_experts, top_k, normalized):
+    logits = draw(tokens, num_experts, scale=2.0)
+
+    def run(kind):
+        return lambda x: choose(x, top_k, normalized=normalized, scale=1.5, implementation=kind)[0]
+
+    assert_as_exact_as_eager(run("triton"), run("reference"), [logits], dtype=torch.float32)
+    both = [choose(logits.float(), top_k, normalized=normalized, implementation=k)[1] for k in ("triton", "reference")]
+    assert torch.equal(*both)
+
+
+def test_of_equal_logits_the_first_are_chosen_and_none_leads_out_of_the_experts(device):
+    logits = torch.zeros(3, 6, device=device)
+    logits[1] = float("nan")
+    _, chosen = choose(logits, 2, normalized=True, implementation="triton")
+    assert chosen[0].tolist() == chosen[2].tolist() == [0, 1]
+    assert chosen.min() >= 0
+    assert chosen.max() < 6
 
 
 def problem(draw, *, bias, adapters, num_experts=4, width=24, inner=20, rank=3, tokens=13, top_k=2):

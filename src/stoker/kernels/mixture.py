@@ -100,7 +100,7 @@ def mixture(
     ]
     layout = _Layout(frozen, (gate_up.scaling, down.scaling), options)
     with torch.autocast(device, enabled=False):
-        order = sort_by_expert(chosen, options.num_experts)
+        order = sort_by_expert(chosen, options.num_experts, implementation=options.implementation)
         return _Mixture.apply(x.contiguous(), weights, order, layout, *tensors)
 
 

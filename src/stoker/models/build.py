@@ -249,6 +249,7 @@ def _experts(spec: ExpertsSpec, site: Site) -> Experts:
             group_top=router.group_top,
             correction=router.correction,
             bias=router.bias,
+            kernels=site.kernels,
         ),
         names=site.names,
         bias=spec.bias,

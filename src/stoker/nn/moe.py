@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from stoker.kernels.mixture import ExpertMatrix, MixtureOptions, mixture
+from stoker.kernels.routing import choose
 from stoker.nn.feed_forward import GatedFeedForward
 
 _SMALLEST_SUM = 1e-20
@@ -94,7 +95,7 @@ def interleave(tensor: Tensor) -> Tensor:
 
 
 class Routing(NamedTuple):
-    """`logits` [N, E] in fp32, and of the chosen experts `weights` [N, k] in fp32 and `chosen` [N, k] int64."""
+    """`logits` [N, E] in fp32, and of the chosen experts `weights` [N, k] in fp32 and `chosen` [N, k], integers."""
 
     logits: Tensor
     weights: Tensor
@@ -118,8 +119,10 @@ class Router(nn.Module):
         group_top: int = 1,
         correction: bool = False,
         bias: bool = False,
+        kernels: str = "reference",
     ) -> None:
         super().__init__()
+        self.kernels = kernels
         self.top_k = top_k
         self.score = score
         self.normalized = normalized
@@ -137,6 +140,11 @@ class Router(nn.Module):
         """Parameters that stay in fp32, whatever the model's dtype."""
         return () if self.correction is None else ("correction",)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the largest logits are chosen and weighed by a softmax, which one kernel does."""
+        return self.score != "sigmoid" and self.groups == 1 and self.correction is None
+
     def reset_parameters(self) -> None:
         """Makes the correction zero."""
         if self.correction is not None:
@@ -148,6 +156,10 @@ class Router(nn.Module):
             logits = _RouterLogits.apply(x, self.weight)
             if self.bias is not None:
                 logits = logits + self.bias
+            if self.kernels == "triton" and self.is_plain:
+                normalized = self.normalized or self.score == "softmax_of_chosen"
+                options = {"normalized": normalized, "scale": self.scale, "implementation": self.kernels}
+                return Routing(logits, *choose(logits, self.top_k, **options))
             if self.score == "softmax_of_chosen":
                 top, chosen = torch.topk(logits, self.top_k, dim=-1)
                 return Routing(logits, torch.softmax(top, dim=-1) * self.scale, chosen)
