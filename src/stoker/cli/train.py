@@ -23,6 +23,9 @@ def command(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Times to go on from the last checkpoint after a process died.")
     ] = 0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Try it even if the plan says that it does not fit in memory.")
+    ] = False,
     allow_unknown: AllowUnknown = False,
 ) -> None:
     """Train what the YAML describes, Stoker's or Axolotl's; Ctrl-C saves and stops.
@@ -39,17 +42,25 @@ def command(
     if launch.is_worker():
         with launch.recorded():
             loaded = load_with_origins(run_file, overrides, allow_unknown=allow_unknown)
-            _train(loaded, resume=resume, overwrite=overwrite)
+            _train(loaded, resume=resume, overwrite=overwrite, force=force)
         return
     loaded = read(run_file, overrides, allow_unknown=allow_unknown)
     count = loaded.config.engine.num_processes or 1
+    arguments = sys.argv[1:]
+    if not launch.is_inside_another():
+        from stoker.compose.devices import gpus_here, planned_processes
+
+        count, why = planned_processes(loaded.config, gpus_here())
+        if why:
+            typer.echo(why)
+            arguments = [*arguments, "--gpus", str(count)]
     if (count > 1 or max_restarts) and not launch.is_inside_another():
-        raise typer.Exit(launch.start(sys.argv[1:], num_processes=count, max_restarts=max_restarts))
-    raise typer.Exit(_train(loaded, resume=resume, overwrite=overwrite))
+        raise typer.Exit(launch.start(arguments, num_processes=count, max_restarts=max_restarts))
+    raise typer.Exit(_train(loaded, resume=resume, overwrite=overwrite, force=force))
 
 
-def _train(loaded: Loaded, *, resume: bool, overwrite: bool) -> int:
+def _train(loaded: Loaded, *, resume: bool, overwrite: bool, force: bool) -> int:
     """Returns the exit code."""
     from stoker.compose.train import train
 
-    return train(loaded, resume_run=resume, overwrite=overwrite).exit_code
+    return train(loaded, resume_run=resume, overwrite=overwrite, force=force).exit_code

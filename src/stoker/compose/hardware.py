@@ -27,6 +27,13 @@ def probe() -> Hardware:
     return Hardware(tuple(devices), num_threads=threads)
 
 
+def host() -> Device:
+    """Returns the host as a device, with the memory that is free now; asks no PyTorch."""
+    import psutil
+
+    return Device("cpu", f"CPU ({platform.machine()})", psutil.virtual_memory().available, bf16=True)
+
+
 def with_loaded(hardware: Hardware, decoder: "Model") -> Hardware:
     """Returns the hardware as if a model that is loaded already were not: the plan of its run counts its weights."""
     held: dict[str, int] = {}

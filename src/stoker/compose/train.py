@@ -32,10 +32,10 @@ from stoker.observe.metrics import MetricsFile
 from stoker.observe.observer import Observer
 from stoker.plan import limits
 from stoker.plan.adapter import loading_notice
-from stoker.plan.choose import Statistics
+from stoker.plan.choose import MemoryPlanError, Statistics
 from stoker.plan.hardware import Hardware
 from stoker.plan.many import choose_over
-from stoker.plan.plan import Plan
+from stoker.plan.plan import Plan, size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,23 +103,34 @@ def train(
     overwrite: bool = False,
     console: Console | None = None,
     model: Model | None = None,
+    force: bool = False,
 ) -> RunResult:
     """Trains what the configuration describes and returns how it ended; every step of the way is shown on `console`.
 
-    `model` is one that is loaded already (notebooks); None loads model.base.
+    `model` is one that is loaded already (notebooks); None loads model.base. `force`: what the plan says does not fit
+    is tried all the same, as near to fitting as the settings allow.
 
     Raises:
         UserError: something the user can mend, before the first step. TrainingError: training cannot go on.
     """
     ranks = parallel.join(loaded.config)
     try:
-        return _train(loaded, ranks, resume_run=resume_run, overwrite=overwrite, console=console, model=model)
+        return _train(
+            loaded, ranks, resume_run=resume_run, overwrite=overwrite, console=console, model=model, force=force
+        )
     finally:
         ranks.leave()
 
 
 def _train(
-    loaded: Loaded, ranks: "Ranks", *, resume_run: bool, overwrite: bool, console: Console | None, model: Model | None
+    loaded: Loaded,
+    ranks: "Ranks",
+    *,
+    resume_run: bool,
+    overwrite: bool,
+    console: Console | None,
+    model: Model | None,
+    force: bool,
 ) -> RunResult:
     console = console or Console(quiet=not ranks.is_first)
     config, folder = loaded.config, RunFolder.of(loaded.config.output.folder)
@@ -149,8 +160,18 @@ def _train(
         _say(console, sentence, style="yellow")
     hardware = agree.smallest(ranks, hardware)
     base, before = model.base, folder if resume_run else None
-    plan = ranks.share(lambda: _choose(config, base, data, hardware, before, world_size=ranks.world_size))
+    asked = {"world_size": ranks.world_size, "force": force}
+    try:
+        plan = ranks.share(lambda: _choose(config, base, data, hardware, before, **asked))
+    except MemoryPlanError as error:
+        raise MemoryPlanError(
+            [replace(one, fix=f"{one.fix} --force tries it as it is.") for one in error.problems]
+        ) from None
     _say(console, plan.table())
+    if plan.memory.total > plan.available_bytes:
+        forced = f"By the plan this needs {size(plan.memory.total)} of {size(plan.available_bytes)}; --force tries it."
+        warnings.append(forced)
+        _say(console, forced, style="yellow")
     engine = _make_engine(config, plan, model, data, console, ranks=ranks)
     assert model.decoder is not None
     not_in_fp8 = layers_not_in_fp8(model.decoder, plan)
@@ -195,29 +216,42 @@ def _open(config: RunConfig) -> Model:
 
 
 def _choose(
-    config: RunConfig, base: Base, data: Data, hardware: Hardware, resumed: RunFolder | None, *, world_size: int
+    config: RunConfig,
+    base: Base,
+    data: Data,
+    hardware: Hardware,
+    resumed: RunFolder | None,
+    *,
+    world_size: int,
+    force: bool,
 ) -> Plan:
     """Returns the plan; that of a resumed run keeps the choices that its results depend on in their last bits."""
     if problems := limits.problems(config, base.spec):
         raise PlanError([problem for _, problem in problems])
     config = parallel.share_of_one(config, world_size)
-    plan = _choose_for_one(config, base, data, hardware, resumed, world_size=world_size)
+    spread = {"num_processes": world_size, "per_node": parallel.processes_here(world_size)}
+    plan = _choose_for_one(config, base, data, hardware, resumed=resumed, asked={**spread, "force": force})
     return parallel.spread(plan, config, world_size)
 
 
 def _choose_for_one(
-    config: RunConfig, base: Base, data: Data, hardware: Hardware, resumed: RunFolder | None, *, world_size: int
+    config: RunConfig,
+    base: Base,
+    data: Data,
+    hardware: Hardware,
+    *,
+    resumed: RunFolder | None,
+    asked: Mapping[str, Any],
 ) -> Plan:
     statistics = Statistics(-(-data.longest // config.engine.context_parallel))
-    spread = {"num_processes": world_size, "per_node": parallel.processes_here(world_size)}
-    plan = choose_over(config, base.spec, hardware, statistics=statistics, **spread)
+    plan = choose_over(config, base.spec, hardware, statistics=statistics, **asked)
     if resumed is None:
         return plan
     before = resume.engine_before(config, resumed, plan.device_name)
     ladder = resume.ladder_before(config, resumed, plan.device_name)
     engine = config.engine.model_copy(update=before)
     fixed = config.model_copy(update={"engine": engine})
-    plan = choose_over(fixed, base.spec, hardware, statistics=statistics, ladder=ladder, **spread)
+    plan = choose_over(fixed, base.spec, hardware, statistics=statistics, ladder=ladder, **asked)
     same = [*before, *(_LADDER if ladder is not None and plan.ladder == ladder else ())]
     return replace(plan, reasons={**plan.reasons, **dict.fromkeys(same, "as when the run began")})
 

@@ -27,6 +27,10 @@ _HOST_SHARE = 0.8
 _GPU_NAMES = {"cuda": "CUDA GPU", "mps": "Apple GPU"}
 
 
+class MemoryPlanError(PlanError):
+    """There is not the memory for what was asked; the message names the nearest for which there is."""
+
+
 @dataclass(frozen=True)
 class Statistics:
     """What is known of the prepared rows: the longest document, in tokens."""
@@ -44,11 +48,13 @@ def choose(
     advise: bool = True,
     spread: Spread = SINGLE,
     rates: Rates | None = None,
+    force: bool = False,
 ) -> Plan:
     """Returns the plan of a run; `ladder` is the one to run with, if it still fits (that of a run that goes on).
 
     `advise`: the error for what does not fit says what would, which takes longer than the plan. `spread`: over which
-    devices, of which `config` has one's rows. `rates`: the device's speed, the catalogue's unless given.
+    devices, of which `config` has one's rows. `rates`: the device's speed, the catalogue's unless given. `force`: where
+    nothing fits, what is nearest to it is planned.
 
     Raises:
         PlanError: what was asked for does not exist on this hardware, or does not fit in its memory; the message
@@ -69,9 +75,14 @@ def choose(
     candidates = _candidates(job)
     fitting = [one for one in candidates if one.fits]
     if not fitting and ladder is not None:
-        return choose(config, spec, hardware, statistics=statistics, advise=advise, spread=spread, rates=rates)
+        return choose(
+            config, spec, hardware, statistics=statistics, advise=advise, spread=spread, rates=rates, force=force
+        )
+    is_forced = force and not fitting
+    if is_forced:
+        fitting = [min(candidates, key=lambda one: one.memory.total)]
     if not fitting:
-        raise PlanError(_shortfall(job, candidates), fix=_what_fits(job, hardware) if advise else None)
+        raise MemoryPlanError(_shortfall(job, candidates), fix=_what_fits(job, hardware) if advise else None)
     best = _best(fitting)
     keep_transposed, memory, transposed_reason = _transposed(best)
     graphs, graphs_reason = _cuda_graphs(best)
@@ -108,7 +119,7 @@ def choose(
             "keep_transposed": transposed_reason,
             "kernels": kernels_reason,
             "layers": execution.layers_reason(config, spec, best.ladder.layers, uses_triton=kernels == "triton"),
-            "micro_batch_size": _micro_batch_reason(best),
+            "micro_batch_size": "by force: the plan says it does not fit" if is_forced else _micro_batch_reason(best),
             "recompute": _recompute_reason(best),
             "tile_tokens": _tiles_reason(best),
             "offload_activations": _offload_reason(best),

@@ -36,6 +36,7 @@ def choose_over(
     Raises:
         PlanError: no strategy fits, with what the last of them lacks.
     """
+    force = options.pop("force", False)
     asked = config.engine.strategy
     ways = _ways(num_processes, per_node or num_processes, asked, stages)
     plans: list[tuple[Plan, float]] = []
@@ -49,6 +50,8 @@ def choose_over(
             refused = error
             continue
         plans.append((plan, _seconds(config, spec, plan, hardware)))
+    if not plans and force:
+        return choose(config, spec, hardware, spread=ways[-1], force=True, **options)
     if not plans:
         assert refused is not None
         raise refused

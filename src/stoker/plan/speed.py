@@ -164,9 +164,10 @@ class _Clock:
                 times[name] += count * seconds
         times["head"] += self._head()
         copies = 2 * self.plan.host_bytes / (self.found.host_link * self.device.host_link or 1.0)
-        launches = 0.0 if self.plan.cuda_graphs or self.plan.device == "cpu" else self._launches()
+        launches = 0.0 if self.plan.cuda_graphs else self._launches()
         work = sum(times.values())
-        waiting = max(0.0, copies - work, launches - work)
+        # A CPU makes its calls and does their work one after the other.
+        waiting = launches if self.plan.device == "cpu" else max(0.0, copies - work, launches - work)
         micro = self.plan.accumulation_steps
         collectives, exposed = self._communication(work)
         return Step(

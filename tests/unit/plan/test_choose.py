@@ -6,7 +6,7 @@ import pytest
 
 from stoker.arch.activations import LADDER
 from stoker.errors import PlanError
-from stoker.plan.choose import Statistics, choose
+from stoker.plan.choose import MemoryPlanError, Statistics, choose
 from stoker.plan.plan import CHOICES
 
 GIB = 2**30
@@ -343,3 +343,13 @@ def test_bf16_weights_run_in_bf16_and_are_refused_without_it(run, llama_8b, mach
         choose(asked, llama_8b, machine(100, bf16=False))
     with pytest.raises(PlanError, match="an adapter"):  # not advised where there is no bf16
         choose(run("adapter=null"), llama_8b, machine(80, bf16=False))
+
+
+def test_by_force_the_nearest_to_fitting_is_planned(run, llama_8b, machine):
+    with pytest.raises(MemoryPlanError):
+        choose(run("engine.recompute=none"), llama_8b, machine(15.5))
+    plan = choose(run("engine.recompute=none"), llama_8b, machine(15.5), force=True)
+    assert plan.memory.total > plan.available_bytes
+    assert plan.micro_batch_size == 1
+    assert "by force" in plan.reasons["micro_batch_size"]
+    assert choose(run(), llama_8b, machine(80), force=True) == choose(run(), llama_8b, machine(80))

@@ -1,0 +1,95 @@
+"""How many of a machine's GPUs a run should take, decided before any process of it begins."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+from stoker.compose import parallel
+from stoker.config.schema import RunConfig
+from stoker.errors import PlanError
+from stoker.plan import many, rates, speed
+from stoker.plan.hardware import Device, Hardware
+
+_FIELDS = "name,memory.free,compute_cap"
+_SECONDS = 20
+# A larger number of GPUs must make a step faster by more than this.
+_AS_FAST = 1.03
+
+
+def gpus_here() -> tuple[Device, ...]:
+    """Returns this machine's NVIDIA GPUs that CUDA_VISIBLE_DEVICES shows, by the driver's own tool.
+
+    The process that starts others must not open a CUDA context, which would take memory of the first GPU.
+    """
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    command = [tool, f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    lines = [line.split(",") for line in told.stdout.splitlines() if line.count(",") == 2]
+    found = [_device(*(cell.strip() for cell in line)) for line in lines]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return tuple(found)
+    numbers = [int(one) for one in visible.split(",") if one.strip().isdigit()]
+    if len(numbers) != len(visible.split(",")):
+        return tuple(found[: len(visible.split(","))]) if visible.strip() else ()  # named by their UUIDs
+    return tuple(found[number] for number in numbers if number < len(found))
+
+
+def _device(name: str, free_mib: str, capability: str) -> Device:
+    major, _, minor = capability.partition(".")
+    version = (int(major), int(minor or 0))
+    is_new = version >= (8, 0)
+    return Device(
+        "cuda", name, int(free_mib) * 2**20, bf16=is_new, compute_capability=version, triton=version >= (7, 0)
+    )
+
+
+def planned_processes(config: RunConfig, gpus: Sequence[Device]) -> tuple[int, str]:
+    """Returns how many processes the run should have on these GPUs, and a sentence that says why ("" if all is told).
+
+    As few as take a step about as fast as any other number, and 1 where nothing is to choose.
+    """
+    from stoker.compose.hardware import host
+    from stoker.compose.model import fitted, open_base
+
+    engine, chosen = config.engine, config.model
+    if engine.num_processes is not None or engine.strategy == "single" or engine.device == "cpu" or len(gpus) < 2:
+        return engine.num_processes or 1, ""
+    if config.data.streaming or config.data.prepare == "overlap":
+        return 1, f"One of {len(gpus)} GPUs: rows that are prepared during training are for one process."
+    base = open_base(
+        chosen.base,
+        revision=chosen.revision,
+        trust_remote_code=chosen.trust_remote_code,
+        overrides=chosen.overrides,
+    )
+    config = fitted(config, base)
+    smallest = min(gpus, key=lambda one: one.memory_bytes)
+    hardware = Hardware((smallest, host()), num_threads=1)
+    found: dict[int, float] = {}
+    for count in range(1, len(gpus) + 1):
+        try:
+            mine = parallel.share_of_one(config, count)
+            plan = many.choose_over(mine, base.spec, hardware, num_processes=count, advise=False)
+        except PlanError:
+            continue
+        rows = speed.Rows(plan.row_tokens, plan.row_tokens)
+        figures = rates.of(smallest)
+        found[count] = speed.step(mine, base.spec, plan, figures.device, rows=rows).seconds
+    if not found:
+        return 1, ""  # whose plan says what is missing
+    fastest = min(found.values())
+    best = min(count for count, seconds in found.items() if seconds <= _AS_FAST * fastest)
+    if 1 not in found:
+        why = "it does not fit on fewer" if best == min(found) else "fewer would be slower"
+    elif best == 1:
+        why = "more would not make a step faster"
+    else:
+        why = f"a step takes {found[best]:.3g} s by the plan, {found[1]:.3g} s on one"
+    return best, f"{best} of {len(gpus)} GPUs: {why} (engine.num_processes, --gpus)."
