@@ -129,7 +129,8 @@ def sort_by_expert(chosen: Tensor, num_experts: int, *, implementation: str = "r
     num_blocks = triton.cdiv(num_choices, _CHOICES)
     sizes = {"CHOICES": _CHOICES, "PART": min(_CHOICES, _COMPARED // experts), "EXPERTS": experts}
     counts = torch.empty((num_blocks, experts), dtype=torch.int32, device=device)
-    tokens, place, order = (torch.empty(num_choices, dtype=torch.int32, device=device) for _ in range(3))
+    # Zeros, not whatever was there: torch indexes with them, and in a rehearsal (`kernels.ahead`) nothing else is.
+    tokens, place, order = torch.zeros((3, num_choices), dtype=torch.int32, device=device)
     ends = torch.empty(num_experts, dtype=torch.int32, device=device)
     _count_kernel[(num_blocks,)](chosen, counts, num_choices, **sizes, num_warps=4)
     _place_kernel[(num_blocks,)](
