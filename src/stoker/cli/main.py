@@ -23,6 +23,7 @@ from stoker.cli import (
     generate,
     init,
     inspect,
+    launch,
     merge,
     models,
     plan,
@@ -65,6 +66,7 @@ app.command("plan")(plan.command)
 app.command("prepare")(prepare.command)
 app.command("inspect")(inspect.command)
 app.command("train")(train.command)
+app.command("launch")(launch.command)
 app.command("eval")(evaluate.command)
 app.command("chat")(chat.command)
 app.command("generate")(generate.command)
