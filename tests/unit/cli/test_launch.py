@@ -13,7 +13,7 @@ def launch(tmp_path, monkeypatch):
         "model": {"base": "builtin:tiny-llama"},
         "adapter": {},
         "data": {"train": [{"path": "builtin:fine-tuning"}]},
-        "train": {"steps": 3, "batch_size": 32},
+        "train": {"steps": 3, "batch_size": 32, "learning_rate": 1e-4},
         "output": {"folder": "runs/mine"},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
@@ -48,11 +48,11 @@ def test_one_kind_alone_is_printed_as_it_is(launch):
 
 
 def test_mistakes_are_told_before_anything_is_queued(launch, tmp_path):
-    with pytest.raises(PlanError, match="train.batch_size = 32 sequences a step cannot be dealt out to 24 processes"):
+    with pytest.raises(PlanError, match="32 sequences a step cannot be dealt out to 24 processes"):
         launch("--nodes", "3")
     with pytest.raises(ConfigError, match="--kind 'sge' is no launcher"):
         launch("--kind", "sge")
-    with pytest.raises(ConfigError, match="engine.strategy = single, but these are 16 processes"):
+    with pytest.raises(ConfigError, match=r"engine\.strategy = single, but these are 16 processes"):
         launch("--nodes", "2", "--set", "engine.strategy=single")
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
