@@ -2,7 +2,10 @@
 
 import json
 import os
+import random
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,32 +14,96 @@ import psutil
 import pytest
 import yaml
 
+from stoker.compose.job_files import Job, torchrun_line
+
 pytestmark = pytest.mark.skipif(os.environ.get("STOKER_TEST_ALL") != "1", reason="make test-distributed runs it")
 
 
+# What goes wrong in a process, and when; each process reads it as it starts.
+FAULTS = """
+import os, signal, sys, time
+
+def hangs_here(number, frame):
+    time.sleep(600)
+
+def dies_there(event, arguments):
+    if event == "os.rename" and str(arguments[1]).endswith(os.environ["DIES_NAMING"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ.get("RANK") is not None:
+    signal.signal(signal.SIGUSR1, hangs_here)
+    if os.environ["RANK"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and "DIES_NAMING" in os.environ:
+        sys.addaudithook(dies_there)
+"""
+
+
+class Folder:
+    """A folder with a run in it, and what starts it as a process."""
+
+    def __init__(self, path):
+        self.path = path
+        self.metrics = path / "run" / "metrics.jsonl"
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"What is {n} plus one?"},
+                    {"role": "assistant", "content": str(n)},
+                ]
+            }
+            for n in range(24)
+        ]
+        (path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values = {
+            "model": {"base": "builtin:tiny-llama"},
+            "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
+            "data": {
+                "train": [{"path": "train.jsonl"}],
+                "sequence_length": 64,
+                "packing": False,
+                "cache_folder": "cache",
+            },
+            "train": {"steps": 30, "batch_size": 4, "learning_rate": 0.01},
+            "engine": {"device": "cpu", "num_threads": 1},
+            "output": {"folder": "run", "save_every_steps": 4, "trackers": []},
+        }
+        (path / "run.yaml").write_text(yaml.safe_dump(values))
+        (path / "sitecustomize.py").write_text(FAULTS)
+
+    def start(self, *options, module=(), **environment):
+        """Starts `stoker train` in a process; `module`: by what else than itself."""
+        paths = f"{self.path}:{os.environ.get('PYTHONPATH', '')}"
+        return subprocess.Popen(
+            [sys.executable, *map(str, module), "-m", "stoker.cli.main", "train", "run.yaml", *map(str, options)],
+            cwd=self.path,
+            env=os.environ | {"PYTHONPATH": paths} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def weights(self):
+        return (self.path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    def steps(self):
+        return [row["step"] for row in map(json.loads, self.metrics.read_text().splitlines()) if "loss" in row]
+
+
 @pytest.fixture
-def run(tmp_path):
-    """Writes a run and returns what starts it with options, as a process."""
-    rows = [
-        {"messages": [{"role": "user", "content": f"What is {n} plus one?"}, {"role": "assistant", "content": str(n)}]}
-        for n in range(24)
-    ]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values = {
-        "model": {"base": "builtin:tiny-llama"},
-        "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
-        "data": {"train": [{"path": "train.jsonl"}], "sequence_length": 64, "packing": False, "cache_folder": "cache"},
-        "train": {"steps": 30, "batch_size": 4, "learning_rate": 0.01},
-        "engine": {"device": "cpu", "num_threads": 1},
-        "output": {"folder": "run", "save_every_steps": 4, "trackers": []},
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+def folder(tmp_path):
+    return Folder(tmp_path)
 
-    def start(*options):
-        command = [sys.executable, "-m", "stoker.cli.main", "train", "run.yaml", *map(str, options)]
-        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    return start
+@pytest.fixture
+def run(folder):
+    return folder.start
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The weights that two processes end with when nothing happens to them."""
+    folder = Folder(tmp_path_factory.mktemp("unbroken"))
+    ended(folder.start("--gpus", 2), 0)
+    return folder.weights()
 
 
 def ended(process, code):
@@ -50,37 +117,94 @@ def wait_for(metrics, lines, process):
         time.sleep(0.01)
 
 
-def weights(folder):
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+def child_of_rank(process, rank):
+    """The process of a rank, among those that `process` has started."""
+    return next(one for one in psutil.Process(process.pid).children() if one.environ().get("RANK") == str(rank))
 
 
-def kill_one(process):
-    psutil.Process(process.pid).children()[-1].send_signal(signal.SIGKILL)
+def kill_one(process, rank=1):
+    child_of_rank(process, rank).send_signal(signal.SIGKILL)
 
 
-def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_been(run, tmp_path):
-    ended(run("--gpus", 2, "--set", "output.folder=unbroken"), 0)
-    process = run("--gpus", 2, "--max-restarts", 1)
-    wait_for(tmp_path / "run" / "metrics.jsonl", 10, process)
-    kill_one(process)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_been(folder, unbroken, rank):
+    process = folder.start("--gpus", 2, "--max-restarts", 1)
+    wait_for(folder.metrics, random.randrange(2, 25), process)
+    kill_one(process, rank)
     ended(process, 0)
-    assert weights(tmp_path / "run") == weights(tmp_path / "unbroken")
+    assert folder.weights() == unbroken
 
 
-def test_a_death_is_named_a_signal_saves_and_another_count_goes_on(run, tmp_path):
-    metrics = tmp_path / "run" / "metrics.jsonl"
+def test_a_process_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(folder, unbroken):
+    process = folder.start("--gpus", 2, "--max-restarts", 1, DIES_NAMING="step-000008")
+    ended(process, 0)
+    steps = folder.steps()
+    assert steps[steps.index(8) + 1] == 5  # it was killed with step 8 done and only step 4 saved
+    assert folder.weights() == unbroken
+
+
+def test_a_process_that_hangs_is_named_and_ends_them_all(folder):
+    process = folder.start("--gpus", 2, "--set", "engine.hang_timeout=4")
+    wait_for(folder.metrics, 6, process)
+    child_of_rank(process, 1).send_signal(signal.SIGUSR1)
+    output = ended(process, 1)
+    assert output.count("error:") == 1
+    assert "rank 1 (" in output
+    assert f"has not finished step {folder.steps()[-1] + 1}" in output
+    assert "Where its Python threads stood: run/hang/rank-1.txt" in output
+    assert "hangs_here" in (folder.path / "run" / "hang" / "rank-1.txt").read_text()
+
+
+def agents(folder, count=2):
+    """Starts torchrun as so many machines would, each with one process."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    job = Job("run.yaml", "test", nodes=count, gpus_per_node=1, output="run", cache="cache")
+    command = shlex.split(torchrun_line(job, "localhost").replace("\\\n", "").replace(":29500", f":{port}"))
+    options = command[1 : command.index("stoker.cli.main") - 1]
+    after = command[command.index("run.yaml") + 1 :]
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return lambda: folder.start(*after, module=("-m", "torch.distributed.run", *options), **environment)
+
+
+def test_machines_that_torchrun_starts_on_find_each_other(folder, unbroken):
+    start = agents(folder)
+    machines = [start(), start()]
+    for machine in machines:
+        ended(machine, 0)
+    assert folder.weights() == unbroken
+
+
+def test_a_machine_that_is_lost_is_replaced_and_the_run_ends_as_if_nothing_had_been(folder, unbroken):
+    start = agents(folder)
+    stays = start()
+    time.sleep(2.0)  # the first to come holds the meeting point
+    lost = start()
+    wait_for(folder.metrics, 10, stays)
+    for one in [*psutil.Process(lost.pid).children(recursive=True), psutil.Process(lost.pid)]:
+        one.kill()
+    lost.communicate()
+    replacement = start()
+    ended(stays, 0)
+    ended(replacement, 0)
+    assert folder.weights() == unbroken
+
+
+def test_a_death_is_named_a_signal_saves_and_another_count_goes_on(run, folder):
+    metrics = folder.metrics
     process = run("--gpus", 2)
     wait_for(metrics, 6, process)
     kill_one(process)
-    assert "it was killed by SIGKILL" in ended(process, 137)
+    assert "rank 1 of 2" in (output := ended(process, 137))
+    assert "it was killed by SIGKILL" in output
     process = run("--gpus", 2, "--resume", "--set", "engine.strategy=fsdp2")
     wait_for(metrics, 12, process)
     process.send_signal(signal.SIGTERM)
     ended(process, 128 + signal.SIGTERM)
     output = ended(run("--resume"), 0)
     assert "Resuming from" in output
-    steps = [row["step"] for row in map(json.loads, metrics.read_text().splitlines()) if "loss" in row]
-    assert sorted(set(steps)) == list(range(1, 31))
+    assert sorted(set(folder.steps())) == list(range(1, 31))
 
 
 def test_a_mistake_is_told_once_with_its_exit_code(run):

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from stoker.compose.data import Data
 from stoker.compose.run_folder import RunFolder
+from stoker.errors import TrainingError
 from stoker.plan.hardware import Device, Hardware
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from stoker.distributed.ranks import Ranks
 
 _SAMPLED_DOCUMENTS = 64
+_SEEN_SECONDS = 60.0
+"""How long a shared file system may take to show a new file: NFS keeps what it knows of a folder for so long."""
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -59,6 +63,36 @@ def _hash(*parts: bytes) -> str:
     for part in parts:
         found.update(part)
     return found.hexdigest()[:12]
+
+
+def require_shared_folder(ranks: "Ranks", folder: RunFolder) -> None:
+    """Refuses to begin where a process does not see what the first one has written; every rank must call it.
+
+    Raises:
+        TrainingError: it names the ranks and their machines.
+    """
+    written = ranks.share(lambda: _hash(folder.config.read_bytes()) if ranks.world_size > 1 else "")
+    if ranks.world_size == 1:
+        return
+    deadline = time.monotonic() + _SEEN_SECONDS
+    while not (seen := _sees(folder, written)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [
+        f"{rank} ({host})" for rank, (host, sees) in enumerate(ranks.gather((socket.gethostname(), seen))) if not sees
+    ]
+    if blind:
+        raise TrainingError(
+            f"output.folder {folder.path} is not the same folder on every machine: what rank 0 has written is not "
+            f"there for rank {', '.join(blind)}.",
+            fix="Put it into a file system that all machines share: they read each other's checkpoints.",
+        )
+
+
+def _sees(folder: RunFolder, written: str) -> bool:
+    try:
+        return _hash(folder.config.read_bytes()) == written
+    except OSError:
+        return False
 
 
 def smallest(ranks: "Ranks", hardware: Hardware) -> Hardware:

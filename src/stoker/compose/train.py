@@ -187,6 +187,7 @@ def _train(
     if ranks.is_first:
         folder.claim(overwrite=overwrite)  # Last, so that a mistake found so far leaves the folder as it was.
         _write_inputs(folder, loaded, plan, data)
+    agree.require_shared_folder(ranks, folder)
     notes = _Notes(folder, facts, writes=ranks.is_first)
     notes.add(
         launch=launch.run_id(),

@@ -135,17 +135,18 @@ class Ranks:
         """Refuses to begin where ranks differ in one of `facts`; every rank must call it.
 
         Raises:
-            TrainingError: they do; it names the fact, the ranks and both values.
+            TrainingError: they do; it names all facts in which the first such rank does, and both values.
         """
         found = self.gather(dict(facts))
-        for rank, theirs in enumerate(found):
-            for name in sorted({*found[0], *theirs}):
-                first, other = found[0].get(name), theirs.get(name)
-                if first != other:
-                    raise TrainingError(
-                        f"the processes differ in {name}: rank 0 has {first}, rank {rank} has {other}.",
-                        fix="Give every machine the same environment, the same YAML and the same data.",
-                    )
+        first = found[0]
+        for rank, other in enumerate(found):
+            names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+            if names:
+                values = (f"{one}: rank 0 has {first.get(one)}, rank {rank} has {other.get(one)}" for one in names)
+                raise TrainingError(
+                    f"the processes differ in {'; in '.join(values)}.",
+                    fix="Give every machine the same environment, the same YAML and the same data.",
+                )
 
     def leave(self) -> None:
         """Ends the process group, if this process joined one."""

@@ -62,6 +62,25 @@ def test_an_epoch_over_all_ranks_trains_every_target_once(lengths, packing, batc
 
 
 @settings(max_examples=30, deadline=None)
+@given(lengths_of_documents, st.booleans(), st.sampled_from([4, 8, 12]), st.integers(1, 3), st.integers(0, 6))
+def test_a_step_holds_the_same_rows_in_the_same_order_on_any_number_of_ranks(lengths, packing, batch, micro, step):
+    """So a run that is resumed on another number goes on with the rows that the first would have had."""
+
+    def dealt(world_size):
+        options = {"packing": packing, "batch_size": batch, "micro_batch_size": micro, "world_size": world_size}
+        ranks = [loader(documents(lengths), rank=rank, **options).step(step) for rank in range(world_size)]
+        rows = []
+        for batches in zip(*ranks, strict=True):
+            # The n-th row of a micro-batch went to rank n modulo the number of ranks.
+            for number in range(max(one.num_rows for one in batches)):
+                rows += [one.input_ids[number].tolist() for one in batches if number < one.num_rows]
+        plain = [tuple(token for token in row if token) for row in rows]  # token 0 is of document 0, and padding
+        return [row for row in plain if row]
+
+    assert dealt(1) == dealt(2) == dealt(4)
+
+
+@settings(max_examples=30, deadline=None)
 @given(lengths_of_documents, st.booleans())
 def test_targets_are_the_next_token_of_the_same_document(lengths, packing):
     for batch in loader(documents(lengths), packing=packing).step(0):
