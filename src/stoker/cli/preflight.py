@@ -41,7 +41,16 @@ def _model(config: RunConfig) -> tuple[AnySpec | None, list[tuple[ConfigPath, Pr
     if spec is None:
         return None, []
     unreadable = _pickled_weights(Path(base).expanduser())
-    return spec, [*([(path, unreadable)] if unreadable else []), *limits.problems(config, spec)]
+    weights = [unreadable] if unreadable else _stored_weights(base, spec)
+    return spec, [*((path, problem) for problem in weights), *limits.problems(config, spec)]
+
+
+def _stored_weights(base: str, spec: AnySpec) -> list[Problem]:
+    """What is wrong with the weights in the model's folder, by their names."""
+    from stoker.compose import stored
+
+    folder = _model_folder(base)
+    return stored.problems(folder, spec) if folder else []
 
 
 def _pickled_weights(folder: Path) -> Problem | None:

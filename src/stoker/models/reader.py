@@ -10,19 +10,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stoker.errors import ModelError
+from stoker.models import weight_names
 from stoker.models.folder import WeightIndex
 from stoker.quant import nf4
-
-_PACKED = f".{nf4.STATE_KEY}"
-# Old checkpoints hold what follows from config.json: rotary frequencies, and causal masks.
-_FOLLOWS = (
-    "rotary_emb.inv_freq",
-    ".attn.bias",
-    ".attn.masked_bias",
-    ".attention.bias",
-    ".attention.masked_bias",
-)
-_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _PACKED)
 
 
 class Reader:
@@ -38,9 +28,7 @@ class Reader:
         self._paths = index.files
         self._files: dict[Path, Any] = {}
         stack.callback(self.let_go)
-        self.packed = {name.removesuffix(_PACKED) for name in index.files if name.endswith(_PACKED)}
-        parts = {f"{name}{part}" for name in self.packed for part in _PARTS}
-        self.names = {name for name in index.files if not name.endswith(_FOLLOWS)} - parts
+        self.names, self.packed = weight_names.of_folder(index)
         self.transposed: set[str] = set()
         self.interleaved: set[str] = set()
 
@@ -89,12 +77,12 @@ class Reader:
 
     def packed_tensors(self, name: str, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """What makes up a packed weight, by name, on `device`."""
-        there = [name, *(f"{name}{part}" for part in _PARTS if f"{name}{part}" in self._paths)]
+        there = [name, *(f"{name}{part}" for part in weight_names.PARTS if f"{name}{part}" in self._paths)]
         return {one: self.tensor(one).to(device) for one in there}
 
     def _packed_shape(self, name: str) -> tuple[int, ...]:
         try:
-            state = json.loads(bytes(self.tensor(f"{name}{_PACKED}").tolist()))
+            state = json.loads(bytes(self.tensor(f"{name}{weight_names.PACKED}").tolist()))
             return tuple(int(size) for size in state["shape"])
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(

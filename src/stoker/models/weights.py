@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from stoker.arch.families import weight_map
 from stoker.arch.spec import ArchSpec
-from stoker.errors import ModelError, Problem
+from stoker.errors import ModelError
+from stoker.models import weight_names
 from stoker.models.folder import weight_files
 from stoker.models.probe import Probe
 from stoker.models.quantized import Quantizer
@@ -20,8 +21,6 @@ from stoker.nn.frozen_linear import FrozenLinear
 from stoker.nn.linear import FusedLinear
 from stoker.nn.moe import ExpertLinear, FrozenExpertLinear
 from stoker.quant.experts import NF4Experts
-
-_MAX_PROBLEMS = 12
 
 
 def stream_into(
@@ -125,38 +124,13 @@ def to_quantize(decoder: Decoder, sources: Sources, kind: str) -> dict[str, Fuse
 
 def _sources(spec: ArchSpec, reader: Reader) -> dict[str, tuple[str, ...]]:
     """Our parameter names and the tensors to read for each; raises ModelError for missing and unexpected ones."""
-    entries = weight_map(spec)
-    prefix = _missing_prefix([name for entry in entries for name in entry.theirs], reader.names)
-    sources, read = {}, set()
-    for entry in entries:
-        names = tuple(name.removeprefix(prefix) for name in entry.theirs)
-        if reader.names.issuperset(entry.stored):
-            names = entry.stored or names
-        for alias in (name.removeprefix(prefix) for name in entry.aliases):
-            if alias in reader.names:
-                names = (_same_source(names[0], alias, reader),)
-                read.add(alias)
-        sources[entry.ours] = names
-        read |= set(names)
-        if entry.transposed:
-            reader.transposed |= set(names) - reader.packed
-        if entry.interleaved:
-            reader.interleaved |= set(names)
-    problems = [(name, "is missing") for name in sorted(read - reader.names)]
-    problems += [(name, "is not part of this architecture") for name in sorted(reader.names - read)]
-    _refuse(problems, reader.folder)
-    return sources
-
-
-def _missing_prefix(expected: Sequence[str], present: Set[str]) -> str:
-    """The first component that all but the head's names share ("transformer."), where a folder leaves it out.
-
-    Folders written from a bare model, without its head, do; Transformers reads them too.
-    """
-    prefix = f"{expected[0].partition('.')[0]}."
-    if any(name.startswith(prefix) for name in present):
-        return ""
-    return prefix if expected[0].removeprefix(prefix) in present else ""
+    found = weight_names.find(
+        spec, reader.names, alias_of=lambda embedding, alias: _same_source(embedding, alias, reader)
+    )
+    _refuse(found.problems, reader.folder)
+    reader.transposed |= found.transposed - reader.packed
+    reader.interleaved |= found.interleaved
+    return dict(found.sources)
 
 
 def _same_source(embedding: str, alias: str, reader: Reader) -> str:
@@ -193,10 +167,5 @@ def _check_shapes(decoder: Decoder, sources: dict[str, tuple[str, ...]], reader:
 
 def _refuse(problems: Sequence[tuple[str, str]], folder: Path) -> None:
     """Raises one ModelError for all problems (tensor name, what is wrong), if there are any."""
-    if not problems:
-        return
-    listed = [Problem(f"tensor {name} {what}.", str(folder)) for name, what in problems[:_MAX_PROBLEMS]]
-    if len(problems) > _MAX_PROBLEMS:
-        listed.append(Problem(f"{len(problems) - _MAX_PROBLEMS} tensors more are wrong.", str(folder)))
-    listed.append(Problem("The weights do not fit config.json.", fix="Fetch the model again, or mend its config.json."))
-    raise ModelError(listed)
+    if problems:
+        raise ModelError(weight_names.listed(problems, folder))

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -68,12 +69,40 @@ def test_what_no_family_reads_is_run_through_transformers_and_check_says_so(writ
 
 def test_a_folder_with_pickled_weights_alone_is_refused_before_the_run(write_run, here):
     path = write_run()
+    weights = here / "model" / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.unlink()
     (here / "model" / "pytorch_model.bin").write_bytes(b"")
     (problem,) = problems(path)
     assert problem.startswith(f"{path}:2: ")
     assert "pickled (pytorch_model.bin)" in problem
-    (here / "model" / "model.safetensors").write_bytes(b"")
+    weights.write_bytes(kept)
     check.command(path, [])
+
+
+def test_weights_that_are_missing_are_named_before_the_run(write_run, here, weight_names, write_weights):
+    path, names = write_run(), weight_names
+    write_weights(here / "model", [*names[:3], *names[4:], "extra.weight"])
+    missing, unexpected, remedy = problems(path)
+    assert missing == f"model: tensor {names[3]} is missing."
+    assert unexpected == "model: tensor extra.weight is not part of this architecture."
+    assert "do not fit config.json" in remedy
+    (here / "model" / "model.safetensors").unlink()
+    (problem,) = problems(path)
+    assert "there are no weights" in problem
+
+
+def test_a_shard_that_is_missing_is_named(write_run, here, weight_names):
+    path = write_run()
+    names, folder = weight_names, here / "model"
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    shards = dict.fromkeys(names, "one.safetensors") | {names[-1]: "two.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (problem,) = problems(path)
+    assert "the shard two.safetensors, which the index names, is missing" in problem
+    (folder / "two.safetensors").write_bytes((folder / "one.safetensors").read_bytes()[:-4])
+    (problem,) = problems(path)
+    assert "not a whole safetensors file" in problem
 
 
 def test_a_broken_config_json_is_named(write_run, here):
