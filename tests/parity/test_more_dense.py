@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import CHECKS, pair
+from oracle import CHECKS, assert_close, pair
 from safetensors.torch import load_file, save_file
 from transformers import (
     ArceeConfig,
@@ -27,7 +27,10 @@ from transformers import (
     Starcoder2Config,
 )
 
+from stoker.adapters.lora import add_lora
+from stoker.adapters.merge import merge_into
 from stoker.arch import families
+from stoker.export import adapter
 from stoker.models import native
 from stoker.models.folder import read_config
 
@@ -101,34 +104,58 @@ def stored(like):
     return load_file(like.folder / "model.safetensors")
 
 
-def internlm2(*, bias=False):
-    like = pair(LlamaConfig(**SIZES, attention_bias=bias))
-    names = {
-        "self_attn.o_proj": "attention.wo",
-        "mlp.gate_proj": "feed_forward.w1",
-        "mlp.up_proj": "feed_forward.w3",
-        "mlp.down_proj": "feed_forward.w2",
-        "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "model.embed_tokens": "model.tok_embeddings",
-        "lm_head": "output",
-    }
-    tensors, renamed = stored(like), {}
+INTERNLM2 = {
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "model.tok_embeddings",
+    "lm_head": "output",
+}
+KV_HEADS, HEAD_DIM = 2, 8
+
+
+def as_internlm2(tensors):
+    """Llama's tensors under InternLM 2's names: q, k and v as one, row by row of each key/value head."""
+    renamed = {}
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
         if layer.endswith(("k_proj", "v_proj")):
             continue
         ours = name
-        for theirs, other in names.items():
+        for theirs, other in INTERNLM2.items():
             ours = ours.replace(theirs, other)
         if layer.endswith("q_proj"):
             parts = [tensors[f"{layer[: -len('q_proj')]}{part}_proj.{kind}"] for part in "qkv"]
-            heads = [part.view(2, -1, 8, *part.shape[1:]) for part in parts]  # two key/value heads of 8 channels
+            heads = [part.view(KV_HEADS, -1, HEAD_DIM, *part.shape[1:]) for part in parts]
             ours = f"{layer.replace('self_attn.q_proj', 'attention.wqkv')}.{kind}"
             renamed[ours] = torch.cat(heads, 1).flatten(0, 2)
         else:
             renamed[ours] = tensor
-    return rewritten(like, renamed, model_type="internlm2", bias=bias)
+    return renamed
+
+
+def as_llama(tensors):
+    """The inverse of `as_internlm2`."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        theirs = name
+        for llama, other in INTERNLM2.items():
+            theirs = theirs.replace(other, llama)
+        if "attention.wqkv" not in theirs:
+            renamed[theirs] = tensor
+            continue
+        groups = tensor.view(KV_HEADS, -1, HEAD_DIM, *tensor.shape[1:])
+        for part, heads in zip("qkv", groups.split((groups.shape[1] - 2, 1, 1), 1), strict=True):
+            renamed[theirs.replace("attention.wqkv", f"self_attn.{part}_proj")] = heads.flatten(0, 2)
+    return renamed
+
+
+def internlm2(*, bias=False):
+    like = pair(LlamaConfig(**SIZES, attention_bias=bias))
+    return rewritten(like, as_internlm2(stored(like)), model_type="internlm2", bias=bias)
 
 
 def internlm3():
@@ -180,3 +207,50 @@ def test_what_is_saved_is_what_was_stored(name):
 @pytest.mark.parametrize("name", ["internlm3", "minicpm"])
 def test_stand_ins_whose_weights_have_the_same_names_have_the_same_gradients_and_adapters(name, check):
     CHECKS[check](STAND_INS[name]())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_internlm2_has_its_stand_ins_gradients(bias):
+    made = internlm2(bias=bias)
+    ids, theirs = made.tokens(2, 24), made.theirs
+    theirs.zero_grad()
+    for logits in (theirs(ids, use_cache=False).logits, made.ours.logits(made.ours(ids))):
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten()).backward()
+    expected = as_internlm2({name: parameter.grad for name, parameter in theirs.named_parameters()})
+    with torch.no_grad():
+        for parameter in made.ours.parameters():
+            parameter.copy_(parameter.grad)
+    found = dict(native.hf_tensors(made.ours, made.spec))
+    theirs.zero_grad()
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= made.tolerance * max(1.0, gradient.abs().max()), name
+
+
+def test_internlm2_in_bf16():
+    CHECKS["bf16"](internlm2())
+
+
+def test_an_adapter_of_internlm2_is_read_back_and_merges_into_what_its_stand_in_computes(tmp_path):
+    made = internlm2()
+    model = made.fresh()
+    add_lora(model, rank=2, alpha=4)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    adapter.save(model, tmp_path, base_name=str(made.folder))
+    names = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / "adapter_model.safetensors")}
+    assert {f"model.layers.0.attention.{part}.lora_A.weight" for part in ("wqkv", "wo")} <= names
+    assert {f"model.layers.1.feed_forward.w{part}.lora_B.weight" for part in (1, 2, 3)} <= names
+    ids, again = made.tokens(2, 16), made.fresh()
+    adapter.load(again, tmp_path)
+    theirs = copy.deepcopy(made.theirs)
+    with torch.no_grad():
+        found = model.logits(model(ids))
+        assert_close(again.logits(again(ids)), found)
+        merge_into(model)
+        theirs.load_state_dict(as_llama(dict(native.hf_tensors(model, made.spec))))
+        assert_close(found, theirs(ids, use_cache=False).logits)
+        assert (found - made.theirs(ids, use_cache=False).logits).abs().max() > 1e-3

@@ -4,7 +4,7 @@ import difflib
 import re
 
 from stoker.arch.borrowed import AnySpec
-from stoker.arch.families import state_space
+from stoker.arch.families import mixtures, state_space
 from stoker.config.schema import Adapter
 from stoker.errors import Problem
 from stoker.plan import facts
@@ -50,12 +50,31 @@ def targets_problem(spec: AnySpec, targets: str | list[str]) -> Problem | None:
 
 def loading_notice(spec: AnySpec, targets: str | list[str]) -> str:
     """Returns the sentence that says what PEFT will not load of the adapter, or ""."""
-    refused = sorted(set(targeted(spec, targets)) & facts.linears_by_name_only(spec))
-    if not refused or state_space.peft_loads_out_proj(spec.model_type):
-        return ""
-    return (
-        f"PEFT loads no adapter on {refused[0]} and its like ({len(refused)} layers) of a {spec.model_type} model. "
-        "Stoker does; to use this one elsewhere, merge it into its base (stoker merge)."
+    adapted = targeted(spec, targets)
+    refused = sorted(set(adapted) & facts.linears_by_name_only(spec))
+    if refused and not state_space.peft_loads_out_proj(spec.model_type):
+        return (
+            f"PEFT loads no adapter on {refused[0]} and its like ({len(refused)} layers) of a {spec.model_type} model. "
+            "Stoker does; to use this one elsewhere, merge it into its base (stoker merge)."
+        )
+    mistaken = mixtures.peft_mistakes_for_experts(spec.model_type, adapted, facts.expert_counts(spec))
+    if mistaken:
+        return (
+            f"PEFT does not load this adapter: in a {spec.model_type} model it takes targets in dense layers or shared "
+            f"experts ({mistaken[0]} and {len(mistaken) - 1} more) for those of experts in old checkpoints. Stoker "
+            "does; to use it elsewhere, merge it into its base (stoker merge), or leave them out: targets: "
+            f"[{', '.join(_without(adapted, mistaken))}]."
+        )
+    return ""
+
+
+def _without(adapted: list[str], mistaken: list[str]) -> list[str]:
+    """Returns the shortest names of what is adapted but for those that PEFT mistakes."""
+    left_out = {name.rpartition(".")[2] for name in mistaken}
+    kept = [name for name in adapted if name not in mistaken]
+    short = {name: name.rpartition(".")[2] for name in kept}
+    return list(
+        dict.fromkeys(".".join(name.split(".")[-2:]) if last in left_out else last for name, last in short.items())
     )
 
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from stoker.arch.families import read
 from stoker.errors import ModelError
-from stoker.models import native
+from stoker.models import native, weight_names
 from stoker.nn.frozen_linear import FrozenLinear
 from stoker.nn.linear import FusedLinear
 from stoker.quant import nf4
@@ -168,3 +168,7 @@ def test_a_weight_that_is_not_finite_is_not_put_in_fp8(folder, config, change_te
     weight[0, 0] = float("nan")
     change_tensors(folder, {name: weight})
     assert not_in_fp8(load(folder, config, quantization="fp8")) == ["model.layers.0.mlp.down_proj"]
+
+
+def test_names_alone_tell_packed_weights():
+    assert f".{nf4.STATE_KEY}" == weight_names.PACKED

@@ -5,7 +5,7 @@ compute is refused. Checked against transformers 5.24: `configuration_*.py` and 
 `conversion_mapping.py` for the names of experts on disk and in memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from stoker.arch.families.common import layer_kinds, read_heads, refuse_dropout
@@ -24,6 +24,9 @@ from stoker.arch.spec import (
     WeightEntry,
 )
 
+# Whose conversion of old checkpoints PEFT follows for adapters too (peft 0.21, `transformers_weight_conversion.py`).
+_PEFT_CONVERTS = frozenset({"qwen3_moe", "deepseek_v2", "deepseek_v3"})
+_OF_OLD_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 _COUNTS = ("num_local_experts", "num_experts")
 _QWEN = {
     "vocab_size": 151936,
@@ -140,6 +143,14 @@ _NAMES: dict[str, Names] = {
         }
     ),
 }
+
+
+def peft_mistakes_for_experts(model_type: str, adapted: Sequence[str], experts: Collection[str]) -> list[str]:
+    """Returns those of the `adapted` layers that PEFT takes for experts as old checkpoints name them; `experts`: the
+    names of layers of experts. They are mistaken where an adapter has both."""
+    if model_type not in _PEFT_CONVERTS or not any(name in experts for name in adapted):
+        return []
+    return [name for name in adapted if name not in experts and name.rpartition(".")[2] in _OF_OLD_EXPERTS]
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
