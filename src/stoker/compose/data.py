@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from stoker.compose.counted import remember
 from stoker.compose.prepare import prepare_sources
 from stoker.compose.streams import is_windowed, preparation_of, sample
 from stoker.config.schema import RunConfig
@@ -46,6 +47,12 @@ def prepare_data(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", *, con
     Raises:
         DataError: a source or a row is wrong; faults that the audit finds are for `refuse_faults`.
     """
+    data = _prepared(config, tokenizer, console=console)
+    remember(config, data)
+    return data
+
+
+def _prepared(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", *, console: Console) -> Data:
     held_out = config.data.validation
     if is_windowed(config):
         return _windowed(config, tokenizer, console=console)

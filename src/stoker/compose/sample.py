@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker import builtin
+from stoker.compose.counted import counted
 from stoker.config.schema import RunConfig
 from stoker.plan.workload import Documents, from_audit, from_sample
 
@@ -21,7 +22,10 @@ _ANSWERS = {"assistant", "gpt", "model", "bot", "output", "completion", "respons
 
 
 def known_documents(config: RunConfig) -> Documents | None:
-    """Returns what is known of the rows: by the audit of an earlier run in output.folder, or a look at local files."""
+    """Returns what is known of the rows: counted when they were prepared, or by an earlier run in output.folder, or by
+    a look at local files."""
+    if (prepared := counted(config)) is not None:
+        return prepared
     audit = Path(config.output.folder).expanduser() / "audit.json"
     if audit.is_file():
         facts = json.loads(audit.read_text(encoding="utf-8")).get("train", {})

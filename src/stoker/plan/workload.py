@@ -7,7 +7,7 @@ within documents costs what their lengths cost.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stoker.config.schema import RunConfig
 from stoker.errors import ConfigError
@@ -24,13 +24,15 @@ class Documents:
     """What data holds: `lengths` of documents in tokens, each with how many have it (a histogram or a sample).
 
     `count`: of all documents, which may be more than the sample has. `trained_share`: of tokens. `source` says where
-    all this is from.
+    all this is from. `is_train_part`: what is held out is not among them. `sequences`: rows that they fill when packed.
     """
 
     lengths: Mapping[int, float]
     count: int
     trained_share: float
     source: str
+    is_train_part: bool = False
+    sequences: int | None = None
 
     @property
     def mean(self) -> float:
@@ -43,7 +45,7 @@ class Documents:
         lengths: dict[int, float] = {}
         for length, count in self.lengths.items():
             lengths[min(length, limit)] = lengths.get(min(length, limit), 0.0) + count
-        return Documents(lengths, self.count, self.trained_share, self.source)
+        return replace(self, lengths=lengths)
 
     @property
     def felt(self) -> float:
@@ -100,23 +102,35 @@ def workload(config: RunConfig, documents: Documents | None, *, micro_rows: int 
         return Workload(config.train.steps, None, rows, 1.0, "full rows, all trained: nothing is known of the data")
     cut = documents.cut(capacity)
     if config.data.packing:
-        fill = packed_fill(cut, capacity)
-        sequences = max(1, math.ceil(cut.mean * cut.count / (capacity * fill)))
+        if cut.sequences is not None:
+            sequences, fill = cut.sequences, cut.mean * cut.count / (capacity * cut.sequences)
+        else:
+            fill = packed_fill(cut, capacity)
+            sequences = max(1, math.ceil(cut.mean * cut.count / (capacity * fill)))
         tokens = float(capacity)
     else:
         sequences, tokens = cut.count, longest_of(cut, micro_rows)
         fill = cut.mean / tokens
     rows = Rows(tokens, min(cut.felt, tokens), cut.trained_share * fill)
+    if not documents.is_train_part:
+        sequences = max(1, round(sequences * (1.0 - _held_out(config, documents))))
     return Workload(_steps(config, sequences), sequences, rows, fill, documents.source)
+
+
+def _held_out(config: RunConfig, documents: Documents) -> float:
+    """Returns the share of the documents that data.validation takes away."""
+    held_out = config.data.validation
+    if isinstance(held_out, int):
+        return min(1.0, held_out / max(1, documents.count))
+    return held_out if isinstance(held_out, float) else 0.0
 
 
 def _steps(config: RunConfig, sequences: int) -> int:
     if config.train.steps is not None:
         return config.train.steps
-    held_out = config.data.validation
-    if isinstance(held_out, float):
-        sequences = max(1, round(sequences * (1.0 - held_out)))
-    return max(1, math.ceil((config.train.epochs or 1.0) * sequences / config.train.batch_size))
+    # As the loader counts: an epoch's last step may have fewer rows.
+    an_epoch = math.ceil(sequences / config.train.batch_size)
+    return max(1, math.ceil(round((config.train.epochs or 1.0) * an_epoch, 6)))
 
 
 def packed_fill(documents: Documents, capacity: int) -> float:
@@ -180,7 +194,14 @@ def given(
         count = rows if rows is not None else known.count if known else 1
         return log_normal(count, tokens_per_row, share, "--rows and --tokens-per-row, spread as real lengths are")
     assert known is not None
-    return Documents(known.lengths, rows or known.count, share, f"{known.source}, changed by flags")
+    same = rows is None or rows == known.count
+    return replace(
+        known,
+        count=rows or known.count,
+        trained_share=share,
+        source=f"{known.source}, changed by flags",
+        sequences=known.sequences if same else None,
+    )
 
 
 def from_audit(facts: Mapping[str, object], source: str) -> Documents | None:
