@@ -117,7 +117,15 @@ def make_strategy(kind, ranks, model, *, precision="fp32", device="cpu"):
         return SingleDevice(device, precision=precision)
     if kind == "ddp":
         return DataParallel(ranks, device, precision=precision)
-    return Sharded(ranks, device, precision=precision, model=model, layers=list(model.blocks))
+    parts = {"precision": precision, "model": model, "layers": list(model.blocks)}
+    if kind == "fsdp2":
+        return Sharded(ranks, device, **parts)
+    from stoker.distributed.deepspeed import Zero
+
+    stage, _, offloads = kind.removeprefix("zero").partition("-")
+    zero = {"stage": int(stage), **{name: {"device": "cpu"} for name in offloads.split("+") if name}}
+    zero["stage3_param_persistence_threshold"] = 0  # or all of these small weights would stay gathered
+    return Zero(ranks, device, settings={"zero_optimization": zero}, **parts)
 
 
 def loader(case, strategy):

@@ -1,6 +1,7 @@
 """Which processes a run has, what the plan of one of them becomes, and the strategy over them."""
 
 import hashlib
+import importlib.util
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stoker.arch.spec import ArchSpec
 from stoker.compose.run_folder import RunFolder, versions
+from stoker.config import deepspeed
 from stoker.config.schema import RunConfig
 from stoker.errors import ConfigError, PlanError
 from stoker.plan.plan import Plan
@@ -68,8 +70,19 @@ def join(config: RunConfig) -> "Ranks":
         record_collectives(RunFolder.of(config.output.folder).path / "nccl-rank-")
     # The watchdog comes first: it says who hangs, which a collective that gives up does not.
     timeout = max(ranks.TIMEOUT, 2 * timedelta(seconds=engine.hang_timeout))
-    group = engine.strategy in ("ddp", "fsdp2")
+    if engine.strategy == "deepspeed":
+        require_deepspeed()
+    group = engine.strategy in ("ddp", "fsdp2", "deepspeed")
     return ranks.join(place, kind="cuda" if uses_gpu else "cpu", group=group, timeout=timeout)
+
+
+def require_deepspeed() -> None:
+    """Raises PlanError, with how to install it, where DeepSpeed is not there."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise PlanError(
+            "engine.strategy = deepspeed needs DeepSpeed, which is not installed.",
+            fix="Install it with: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed, or use fsdp2.",
+        )
 
 
 def require_same(ranks: "Ranks", config: RunConfig) -> None:
@@ -134,13 +147,23 @@ def spread(plan: Plan, config: RunConfig, world_size: int) -> Plan:
         return plan
     if config.engine.cuda_graphs is True:
         raise PlanError(f"engine.cuda_graphs = true is for one process; the strategy is {strategy}.", fix="Use auto.")
+    steps = deepspeed.accumulation_steps(config.engine.deepspeed) if strategy == "deepspeed" else None
+    if steps not in (None, plan.accumulation_steps):
+        raise PlanError(
+            f"engine.deepspeed.config: gradient_accumulation_steps says {steps}, but {plan.accumulation_steps} "
+            f"micro-batches of {plan.micro_batch_size} are what each of {world_size} processes has of "
+            "train.batch_size.",
+            fix="Write auto there.",
+        )
     if strategy == "fsdp2" and world_size % config.engine.fsdp2.replicas:
         raise PlanError(
             f"engine.fsdp2.replicas = {config.engine.fsdp2.replicas} does not divide the {world_size} processes.",
             fix="Use as many groups as machines.",
         )
     holds = "a part of each weight" if plan.spread.weight_shards > 1 or strategy == "fsdp2" else "the whole model"
-    reason = f"{world_size} processes, each with {holds}"
+    if strategy == "deepspeed":
+        holds = f"{holds} (ZeRO-{plan.stage})"
+    reason = f"{_processes(world_size)}, each with {holds}"
     if config.engine.context_parallel > 1:
         reason += f"; {config.engine.context_parallel} share each row, and memory is that of a part"
     reasons = {"strategy": reason if asked == "auto" else f"set in the configuration: {reason}"}
@@ -178,7 +201,7 @@ def make_strategy(
     on_discard: Sequence[Callable[[], None]] = (),
     fill: "Callable[[Hold], None] | None" = None,
 ) -> "Strategy":
-    """Returns the plan's strategy over `ranks`; `fill` gives a model on the meta device its weights, under fsdp2."""
+    """Returns the plan's strategy over `ranks`; `fill` gives a model on the meta device its weights."""
     import torch
 
     from stoker.distributed.ddp import DataParallel
@@ -203,16 +226,14 @@ def make_strategy(
         return DataParallel(
             ranks, device, precision=plan.precision, on_discard=on_discard, splits_alone=not shares_rows
         )
-    return Sharded(
-        ranks,
-        device,
-        model=decoder,
-        layers=list(decoder.blocks),
-        precision=plan.precision,
-        on_discard=on_discard,
-        sharding=_sharding(config),
-        fill=fill,
-    )
+    options: dict[str, Any] = {"precision": plan.precision, "on_discard": on_discard, "fill": fill}
+    options |= {"model": decoder, "layers": list(decoder.blocks)}
+    if plan.strategy == "deepspeed":
+        from stoker.distributed.deepspeed import Zero
+
+        width = None if decoder.head_weight is None else decoder.head_weight.shape[1]
+        return Zero(ranks, device, settings=deepspeed.settings(config.engine.deepspeed, hidden_size=width), **options)
+    return Sharded(ranks, device, sharding=_sharding(config), **options)
 
 
 def _sharding(config: RunConfig) -> "Sharding":
@@ -229,6 +250,11 @@ def _sharding(config: RunConfig) -> "Sharding":
         param_dtype=dtypes[chosen.param_dtype],
         reduce_dtype=dtypes[chosen.reduce_dtype] or torch.float32,
     )
+
+
+def shares_weights(plan: Plan) -> bool:
+    """Whether each process keeps a part of every weight."""
+    return plan.strategy == "fsdp2" or plan.stage == 3
 
 
 def why_not_streamed(config: RunConfig, base: "Base", num_tokens: int) -> str:

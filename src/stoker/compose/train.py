@@ -23,7 +23,7 @@ from stoker.compose.trained import embedding_noise, keep_only
 from stoker.compose.trainer import Engine, add_adapter, compute_dtype, describe, make_engine, make_trainer, weight_dtype
 from stoker.compose.upload import upload
 from stoker.compose.vocabulary import Tokens, grow
-from stoker.config import show
+from stoker.config import deepspeed, show
 from stoker.config.load import Loaded
 from stoker.config.schema import RunConfig
 from stoker.errors import PlanError
@@ -230,7 +230,9 @@ def _choose(
     if problems := limits.problems(config, base.spec):
         raise PlanError([problem for _, problem in problems])
     config = parallel.share_of_one(config, world_size)
-    spread = {"num_processes": world_size, "per_node": parallel.processes_here(world_size)}
+    spread: dict[str, Any] = {"num_processes": world_size, "per_node": parallel.processes_here(world_size)}
+    if config.engine.strategy == "deepspeed":
+        spread["stages"] = (deepspeed.stage(config.engine.deepspeed),)
     plan = _choose_for_one(config, base, data, hardware, resumed=resumed, asked={**spread, "force": force})
     return parallel.spread(plan, config, world_size)
 
@@ -358,7 +360,8 @@ def _load(config: RunConfig, plan: Plan, model: Model, console: Console, ranks: 
     """Gives `model` its decoder, with a new adapter; returns what still streams the weights into each process's part,
     where weights are shared."""
     dtype, streamed, awaited = weight_dtype(config, plan), None, None
-    whole = parallel.why_not_streamed(config, model.base, len(model.tokenizer)) if plan.strategy == "fsdp2" else "alone"
+    shares = parallel.shares_weights(plan)
+    whole = parallel.why_not_streamed(config, model.base, len(model.tokenizer)) if shares else "alone"
     from stoker.adapters.lora import Awaited
 
     with console.status("loading weights"):
@@ -370,7 +373,7 @@ def _load(config: RunConfig, plan: Plan, model: Model, console: Console, ranks: 
             streamed = parallel.stream(config, plan, model.base, ranks, dtype=dtype)
             model.decoder = streamed.decoder
             awaited = Awaited(plan.device, streamed.weight_of)
-    if plan.strategy == "fsdp2" and whole:
+    if shares and whole:
         _say(console, f"Each process reads the whole model, then keeps its part: {whole}.", style="yellow")
     if len(model.tokenizer) > model.base.spec.vocab_size:
         grow(model.decoder, len(model.tokenizer))

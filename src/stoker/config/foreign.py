@@ -86,14 +86,14 @@ SAME_THING: dict[str, str] = {
 }
 """Another trainer's name -> our path."""
 
-_SEVERAL = "Set engine.strategy (ddp or fsdp2) and engine.num_processes, or --gpus N; remove it."
+_SEVERAL = "Set engine.strategy (ddp, fsdp2 or deepspeed) and engine.num_processes, or --gpus N; remove it."
 _FOLLOWS = "It follows from train.batch_size and the micro-batch; set train.batch_size and remove it."
 NOT_A_SETTING: dict[str, str] = {
     "gradient_accumulation_steps": _FOLLOWS,
     "gradient_accumulation": _FOLLOWS,
     "flash_attention": "The plan chooses how attention runs; remove it.",
     "attn_implementation": "The plan chooses how attention runs; remove it.",
-    "deepspeed": "This version has no DeepSpeed: set engine.strategy: fsdp2 and engine.num_processes; remove it.",
+    "deepspeed": "Set engine.strategy: deepspeed, and engine.deepspeed.config to the JSON; remove it.",
     "fsdp": _SEVERAL,
     "fsdp_config": _SEVERAL,
     "num_gpus": _SEVERAL,
@@ -102,11 +102,14 @@ NOT_A_SETTING: dict[str, str] = {
 }
 """A name that has no counterpart -> what to do."""
 
-_STRATEGIES = ("deepspeed", "zero1", "zero2", "zero3")
+_STRATEGIES = ("zero1", "zero2", "zero3")
 _TASKS = ("dpo", "orpo", "kto", "grpo", "ppo", "reward", "preference")
 NOT_YET: dict[tuple[Path, str], str] = {
     (("engine", "strategy"), "fsdp"): "Use fsdp2.",
-    **{(("engine", "strategy"), name): "This version has no DeepSpeed; use fsdp2." for name in _STRATEGIES},
+    **{
+        (("engine", "strategy"), name): f"Use deepspeed, and engine.deepspeed.stage: {name[-1]}."
+        for name in _STRATEGIES
+    },
     **{(("task", "kind"), name): "This version does not do that task yet." for name in _TASKS},
     **{(("engine", "precision"), name): "Use fp16." for name in ("float16", "half", "16")},
     **{(("engine", "precision"), name): "Use bf16." for name in ("bfloat16", "mixed", "amp")},

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stoker.config import describe, document, messages, rules
+from stoker.config import deepspeed, describe, document, messages, rules
 from stoker.config.axolotl.report import TranslationError
 from stoker.config.axolotl.translate import Translation, is_axolotl, translate
 from stoker.config.document import Path
@@ -146,7 +146,7 @@ def _resolve(
     problems += [Problem(item.what, _place(item.path, origins, where), item.fix or None) for item in found]
     if problems or config is None:
         raise ConfigError(sorted(problems, key=_line))
-    return Loaded(config, origins)
+    return Loaded(deepspeed.applied(config), origins)
 
 
 def _line(problem: Problem) -> tuple[bool, int]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path as FilePath
 
-from stoker.config import row_formats
+from stoker.config import deepspeed, row_formats
 from stoker.config.document import Path, dotted
 from stoker.config.messages import Finding
 from stoker.config.schema import RunConfig, Source, WarmupStableDecay
@@ -307,6 +307,7 @@ RULES = (
     only_a_frozen_base_is_quantized,
     bf16_weights_are_trained_whole,
     fsdp2_settings_fit,
+    deepspeed.findings,
     offloading_needs_a_gpu,
     remote_code_is_pinned,
     adapters_have_their_own_settings,

@@ -532,12 +532,30 @@ class Fsdp2(Section):
     """In which gradients are summed over processes."""
 
 
+class DeepSpeed(Section):
+    """What `engine.strategy: deepspeed` shares, and what waits outside of the GPU."""
+
+    stage: Literal["auto", 1, 2, 3] = "auto"
+    """Of ZeRO: 1 shares the optimiser's state, 2 gradients too, 3 also weights. `auto`: that of `config`, or 2."""
+    offload_optimizer: Literal["auto", "none", "cpu", "nvme"] = "auto"
+    """Where the optimiser's state waits and steps: on the GPU (`none`), on the host, or, in stage 3, on an NVMe disk
+    between steps. `auto`: as `config` has it, or `none`."""
+    offload_parameters: Literal["auto", "none", "cpu", "nvme"] = "auto"
+    """The same for the parts of weights, in stage 3."""
+    nvme_path: Text | None = None
+    """Folder on an NVMe disk, for what is offloaded there."""
+    config: Text | dict[str, Any] | None = None
+    """DeepSpeed's own JSON, as a path or written here; values left `auto` come from the plan, and what contradicts this
+    YAML is refused. Optimiser, schedule, clipping and batch sizes are those of `train`."""
+
+
 class Engine(Section):
     """How to run it. What is `auto` the plan decides, and says why."""
 
-    strategy: Literal["auto", "single", "ddp", "fsdp2"] = "auto"
+    strategy: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
     """How work is spread over processes, one for each device: `single` is one of them; with `ddp` each holds the whole
-    model, with `fsdp2` a part of every weight. `auto`: `ddp` where there are several."""
+    model, with `fsdp2` a part of every weight, with `deepspeed` (an extra) what its stage says. `auto`: `ddp` or
+    `fsdp2` where there are several, never DeepSpeed."""
     num_processes: Count | None = None
     """Processes on this machine, one for each GPU; `--gpus` sets it. One unless set, or as many as an outer launcher
     (torchrun, Slurm, accelerate) has started."""
@@ -546,6 +564,8 @@ class Engine(Section):
     exchanges heads for attention. The rows of a step are dealt out to groups of so many."""
     fsdp2: Fsdp2 = Fsdp2()
     """Settings of `strategy: fsdp2`."""
+    deepspeed: DeepSpeed = DeepSpeed()
+    """Settings of `strategy: deepspeed`."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train."""
     micro_batch_size: Literal["auto"] | Count = "auto"

@@ -91,7 +91,7 @@ class Sharded(SingleDevice):
 
     def _place(self, task: nn.Module) -> nn.Module:
         for layer in self._layers:
-            _buffers_to_parameters(layer)
+            buffers_to_parameters(layer)
             fully_shard(layer, reshard_after_forward=self._sharding.reshard_after_forward, **self._options)
             if hasattr(layer, "recomputed"):
                 # The decoder calls it in place of the layer where that is run again in the backward.
@@ -173,7 +173,7 @@ class Sharded(SingleDevice):
                 module._parameters[name] = parameter
 
 
-def _buffers_to_parameters(layer: nn.Module) -> None:
+def buffers_to_parameters(layer: nn.Module) -> None:
     """Makes parameters of the stored forms of frozen weights: of buffers every rank would keep the whole.
 
     Only those of modules with a `num_bytes` (the quant room's): other buffers are tables that a forward reads whole.

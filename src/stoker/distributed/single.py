@@ -120,7 +120,7 @@ class SingleDevice:
             ran = self._graphs.run(cast("Any", batch.to(self.device)), factor)
             if self._flat is not None and ran.gradient is not None:
                 self._flat.add(ran.gradient, is_last=is_last, is_reused=ran.is_reused)
-            return _detached(ran.result)
+            return detached(ran.result)
         with self._reducing(is_last=is_last):
             with self._autocast():
                 result = self._forward(batch.to(self.device))
@@ -128,7 +128,7 @@ class SingleDevice:
             self._scaler.scale(result.loss_sum / (divisor / self.world_size)).backward()
         if self._flat is not None:
             self._flat.add(self._flat.gather(), is_last=is_last)
-        return _detached(result)
+        return detached(result)
 
     def _rehearse(self, batch: Batch) -> None:
         """Runs forward and backward of `batch` and forgets everything about it, random numbers drawn included."""
@@ -204,7 +204,7 @@ class SingleDevice:
         with torch.no_grad(), self._autocast():
             result = self._task(batch.to(self.device))
         self._task.train(was_training)
-        return _detached(result)
+        return detached(result)
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Returns the element-wise sum of `values` over ranks."""
@@ -231,7 +231,7 @@ class SingleDevice:
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Takes back the weights of a state alone, for example the best ones."""
-        _check(weights, self._trained)
+        check_weights(weights, {name: parameter.shape for name, parameter in self._trained.items()})
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(self._like(parameter, weights[name]))
@@ -308,15 +308,17 @@ def _class_of(optimizer: torch.optim.Optimizer) -> str:
     return getattr(optimizer, "state_of", type(optimizer).__name__)
 
 
-def _detached(result: Result) -> _Detached:
+def detached(result: Result) -> _Detached:
+    """Returns `result` without its graph."""
     metrics = {name: value.detach() for name, value in result.metrics.items()}
     return _Detached(result.loss_sum.detach(), result.num_trained_tokens, metrics)
 
 
-def _check(saved: Mapping[str, Tensor], trained: Mapping[str, nn.Parameter]) -> None:
-    missing = sorted(set(trained) - set(saved))
-    unexpected = sorted(set(saved) - set(trained))
-    misshapen = sorted(name for name in set(trained) & set(saved) if trained[name].shape != saved[name].shape)
+def check_weights(saved: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raises CheckpointError unless `saved` holds the weights that are trained here, of these `shapes`."""
+    missing = sorted(set(shapes) - set(saved))
+    unexpected = sorted(set(saved) - set(shapes))
+    misshapen = sorted(name for name in set(shapes) & set(saved) if shapes[name] != saved[name].shape)
     found = {"missing": missing, "not trained here": unexpected, "of another shape": misshapen}
     faults = [f"{len(names)} {fault} (first {names[0]})" for fault, names in found.items() if names]
     if faults:

@@ -12,7 +12,7 @@ from stoker.config.document import dotted
         ("data.packing=on", "data.packing = 'on': must be true or false. Write true."),
         ("data.packing=1", "data.packing = 1: must be true or false."),
         ("model.revision=1234567", 'model.revision = 1234567: must be text or null. Quote it: "1234567".'),
-        ("engine.strategy=zero3", "engine.strategy = 'zero3': must be auto, single, ddp or fsdp2. This version has no DeepSpeed; use fsdp2."),
+        ("engine.strategy=zero3", "engine.strategy = 'zero3': must be auto, single, ddp, fsdp2 or deepspeed. Use deepspeed, and engine.deepspeed.stage: 3."),
         ("engine.micro_batch_size=0", "engine.micro_batch_size = 0: must be auto, or a whole number of at least 1."),
         ("engine.precision=float16", "engine.precision = 'float16': must be auto, fp32, bf16 or fp16. Use fp16."),
         ("output.trackers=[wandbb]", "output.trackers[0] = 'wandbb': must be tensorboard, wandb or mlflow. Did you mean wandb?"),
