@@ -39,7 +39,9 @@ class Batch:
     def can_split(self) -> bool:
         """Whether `split` can make two smaller batches: rows of several examples, or one row of several."""
         return self.num_rows > self._rows_per_example or (
-            self.document_lengths is not None and len(self.document_lengths[0]) > self.documents_per_example
+            self.document_lengths is not None
+            and len(self.document_lengths[0]) > self.documents_per_example
+            and sum(self.document_lengths[0]) == self.input_ids.shape[1]  # not a part of a row
         )
 
     @property
@@ -75,7 +77,7 @@ class Batch:
         """Returns part `index` of `count` of every row, for ranks that share rows; `document_lengths` stay whole rows'.
 
         Rows whose length `count` does not divide are padded on the right first. Together the parts hold the same
-        targets. A part cannot be split.
+        targets. A part of one row cannot be split.
         """
         rows, width = self.input_ids.shape
         length = -(-width // count)

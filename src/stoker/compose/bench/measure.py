@@ -1,8 +1,9 @@
 """Trains a few steps the way `stoker train` does, and looks at the clock."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -11,13 +12,15 @@ from stoker.compose.bench.result import Measured, fault, speed
 from stoker.compose.data import Data
 from stoker.compose.execution import fp8_notice
 from stoker.compose.model import Base, load_decoder
-from stoker.compose.trainer import add_adapter, make_engine, weight_dtype
+from stoker.compose.trainer import Engine, add_adapter, make_engine, weight_dtype
 from stoker.config.schema import RunConfig
 from stoker.data.batch import Batch
 from stoker.errors import TrainingError
 from stoker.plan.plan import Plan
 from stoker.train.guard import MemoryGuard
 from stoker.train.step import StepOutcome, take_step
+
+_Found = TypeVar("_Found")
 
 WARMUP_STEPS = 3
 """Steps before the timed ones: kernels compile, caches and the allocator settle."""
@@ -68,10 +71,33 @@ def measure(
     engine = make_engine(config, plan, decoder, data, pad_id=0)
     wait(device)
     load_seconds = time.perf_counter() - start
+    notices = [sentence] if (sentence := fp8_notice(decoder, plan)) else []
+    measured, batches, kernels = timed(config, engine, steps=steps, look=profiled if profile else None)
+    return replace(
+        measured, load_seconds=load_seconds, notices=(*notices, *measured.notices), kernels=kernels or ()
+    ), batches
+
+
+def timed(
+    config: RunConfig,
+    engine: Engine,
+    *,
+    steps: int,
+    look: Callable[[Callable[[], object], torch.device], _Found] | None = None,
+) -> tuple[Measured, Steps, _Found | None]:
+    """Takes warm-up steps and `steps` timed ones, over all ranks of the engine's strategy, which all call it.
+
+    Speed and losses are those of all ranks together, memory is that of the one that has most in use. `look` is given
+    the last step to take once more, and the device; what it returns comes last.
+
+    Raises:
+        TrainingError: the loss is not finite, or the gradient's norm is not above zero.
+    """
+    device = engine.strategy.device
     batches = Steps(tuple(tuple(engine.train.step(index)) for index in range(WARMUP_STEPS + steps)))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    notices = [sentence] if (sentence := fp8_notice(decoder, plan)) else []
+    notices: list[str] = []
     guard = MemoryGuard(engine.strategy, notices.append)
 
     def take(number: int, micro_batches: Sequence[Batch]) -> StepOutcome:
@@ -85,7 +111,7 @@ def measure(
             notify=notices.append,
         )
 
-    seconds, losses, norms = [], [], []
+    seconds, losses, norms, tokens = [], [], [], []
     for number, micro_batches in enumerate(batches.batches, start=1):
         wait(device)
         start = time.perf_counter()
@@ -94,24 +120,23 @@ def measure(
         seconds.append(time.perf_counter() - start)
         losses.append(outcome.loss)
         norms.append(outcome.gradient_norm)
-    peak_bytes = engine.strategy.peak_memory_bytes()
-    kernels = profiled(lambda: take(len(seconds) + 1, batches.batches[-1]), device) if profile else ()
+        tokens.append(outcome.num_trained_tokens if batches.is_packed else outcome.num_tokens)
+    peak_bytes = max(engine.strategy.gather_over_ranks(engine.strategy.peak_memory_bytes()))
+    found = None if look is None else look(lambda: take(len(seconds) + 1, batches.batches[-1]), device)
     if wrong := fault(losses, min(norms)):
         raise TrainingError(f"No number is worth printing: {wrong}.")
-    rate, step_seconds = speed(batches.tokens[WARMUP_STEPS:], seconds[WARMUP_STEPS:])
+    rate, step_seconds = speed(tokens[WARMUP_STEPS:], seconds[WARMUP_STEPS:])
     measured = Measured(
         "stoker",
         tokens_per_second=rate,
         step_seconds=step_seconds,
         first_step_seconds=seconds[0],
-        load_seconds=load_seconds,
         peak_bytes=peak_bytes,
         losses=tuple(losses),
         gradient_norm=min(norms),
         notices=tuple(notices),
-        kernels=kernels,
     )
-    return measured, batches
+    return measured, batches, found
 
 
 def wait(device: torch.device) -> None:

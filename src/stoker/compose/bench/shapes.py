@@ -4,12 +4,14 @@ Written once as a Hugging Face folder, drawn on the device, so that every traine
 """
 
 import gc
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stoker.arch import families
+from stoker.arch import shapes as published
 from stoker.errors import ModelError, OutputError
 
 if TYPE_CHECKING:
@@ -149,6 +151,25 @@ def is_shape(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
+def config_of(name: str) -> dict[str, Any]:
+    """Returns the config.json of the shape `name`: of those here, else of a published model.
+
+    `NAME-4-layers` is one with so many of its layers.
+
+    Raises:
+        ModelError: there is no such shape.
+    """
+    if name in SHAPES:
+        return SHAPES[name]
+    cut = re.fullmatch(r"(.+)-(\d+)-layers", name)
+    if cut is not None:
+        return config_of(cut[1]) | {"num_hidden_layers": int(cut[2])}
+    if name not in published.names():
+        known = ", ".join(PREFIX + shape for shape in dict.fromkeys((*SHAPES, *published.names())))
+        raise ModelError(f"There is no shape {PREFIX + name!r}.", fix=f"Known: {known}; -N-layers cuts one.")
+    return published.config(name) | _SPECIAL
+
+
 def resolve(name: str, *, device: "torch.device | str", folder: Path | None = None) -> Path:
     """Returns the folder of the model `shape:...`, in `folder` (by default the user's cache), made unless it is there.
 
@@ -156,9 +177,7 @@ def resolve(name: str, *, device: "torch.device | str", folder: Path | None = No
         ModelError: there is no such shape, or its folder cannot be written.
     """
     short = name.removeprefix(PREFIX)
-    if short not in SHAPES:
-        known = ", ".join(PREFIX + shape for shape in SHAPES)
-        raise ModelError(f"There is no shape {name!r}.", fix=f"Known: {known}.")
+    config = config_of(short)
     parent = Path.home() / ".cache" / "stoker" / "shapes" if folder is None else folder
     target = parent / f"{short}-{_FORMAT}"
     if (target / "config.json").is_file():
@@ -167,7 +186,7 @@ def resolve(name: str, *, device: "torch.device | str", folder: Path | None = No
         parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{short}-", dir=parent))
         try:
-            write(SHAPES[short], aside, device=device)
+            write(config, aside, device=device)
             aside.rename(target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)

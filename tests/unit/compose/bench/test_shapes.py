@@ -47,6 +47,14 @@ def test_shapes_have_the_published_sizes():
     assert arithmetic.num_parameters(whole["mixtral-8x7b-4-layers"]) == 46_702_792_704
 
 
+def test_a_published_model_is_a_shape_and_so_are_its_first_layers():
+    whole = arithmetic.num_parameters(families.read(shapes.config_of("llama-3.1-70b"), "whole"))
+    assert whole == 70_553_706_496
+    cut = shapes.config_of("llama-3.1-70b-2-layers")
+    assert cut["num_hidden_layers"] == 2
+    assert arithmetic.num_parameters(families.read(cut, "cut")) < whole / 15
+
+
 def test_an_unknown_shape_is_refused_with_those_that_exist():
     with pytest.raises(ModelError, match=r"There is no shape 'shape:gpt-5'.*shape:llama-3\.2-1b"):
         shapes.resolve("shape:gpt-5", device="cpu")

@@ -1,0 +1,1 @@
+"""Training on 1, 2, ... GPUs of one host, measured: `python -m benchmarks.scaling --help`."""
