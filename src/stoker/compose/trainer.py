@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stoker.compose import trained
 from stoker.compose.data import Data, loader
+from stoker.compose.relief import Layers, relief
 from stoker.compose.run_folder import RunFolder
 from stoker.compose.streams import stream_loader
 from stoker.config.schema import Adapter, Optimizer, RunConfig, WarmupStableDecay
@@ -47,6 +48,8 @@ class Engine:
     total_steps: int
     num_groups: int = 1
     """Processes, or groups of them that share rows, that a step's rows are dealt out to."""
+    relieve: Callable[[], str] = lambda: ""
+    """Lets layers keep less when a single document is too much, and says so; "" where nothing is left to try."""
 
     def close(self) -> None:
         """Ends what prepares rows beside the training."""
@@ -151,7 +154,7 @@ def make_engine(
 
     `streamed` gives a decoder on the meta device its weights.
     """
-    from stoker.compose.execution import limit_memory, set_up_layers, set_up_weights
+    from stoker.compose.execution import limit_memory, set_up_weights
     from stoker.compose.parallel import make_strategy, share_rows
 
     limit_memory(plan, config.engine.memory_limit_gib)
@@ -159,10 +162,9 @@ def make_engine(
     if config.adapter is None:
         widen_vectors(decoder)
     sharing = share_rows(config, decoder, ranks)
-    offload = set_up_layers(decoder, plan)
-    on_discard = () if offload is None else (offload.clear,)
+    layers = Layers(decoder, plan)
     fill = None if streamed is None else streamed.fill
-    strategy = make_strategy(config, plan, decoder, ranks, on_discard=on_discard, fill=fill)
+    strategy = make_strategy(config, plan, decoder, ranks, on_discard=(layers.clear,), fill=fill)
     strategy.prepare(
         SupervisedTask(decoder, kernels=plan.kernels),
         lambda named: make_optimizer(
@@ -193,7 +195,8 @@ def make_engine(
             config, data.windows, micro_batch_size=plan.micro_batch_size, pad_id=pad_id, first=list(train.all())
         )
     validation = batches(data.validation) if data.validation is not None else None
-    return Engine(strategy, train, validation, total_steps(config, train.steps_per_epoch), sharing.num_groups)
+    steps = total_steps(config, train.steps_per_epoch)
+    return Engine(strategy, train, validation, steps, sharing.num_groups, relief(config, layers))
 
 
 def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
@@ -304,6 +307,7 @@ def make_trainer(
         ),
         observers=observers,
         description=description,
+        relieve=engine.relieve,
         at=at,
     )
 

@@ -161,6 +161,23 @@ def _mixtures(
                 yield Ladder(keep, offload, how)
 
 
+def lower(ladder: Ladder, *, can_offload: bool) -> Ladder | None:
+    """Returns the ladder with every layer on the rung below its lowest, or what waits on the host; None below that.
+
+    For a run whose memory was not what the plan thought. Layers that run op by op keep their input alone at once.
+    """
+    lowest = max(LADDER.index(rung) for rung in ladder.keep) if ladder.keep else len(LADDER)
+    is_fused = ladder.layers == "fused"
+    if lowest + 1 < len(LADDER):
+        rung = LADDER[lowest + 1] if is_fused else "input"
+        return replace(ladder, keep=(rung,) * len(ladder.keep), tile_tokens=TILE_TOKENS if is_fused else None)
+    if any(rung != "input" for rung in ladder.keep):
+        return replace(ladder, keep=("input",) * len(ladder.keep), tile_tokens=TILE_TOKENS if is_fused else None)
+    if is_fused and can_offload and not ladder.offload:
+        return replace(ladder, offload=True)
+    return None
+
+
 def words(keep: Sequence[Keep]) -> str:
     """Returns the ladder for people: "keep all", or "keep all in 30 layers, mixer in 2"."""
     counts = {rung: list(keep).count(rung) for rung in LADDER if rung in keep}

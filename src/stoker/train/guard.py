@@ -81,16 +81,23 @@ class MemoryGuard:
     waiting in. So a step with a micro-batch larger than any before (`fitted_positions`, the same on all ranks) is taken
     carefully: all micro-batches without a reduction, then a word of all on whether they fitted, then the reduction.
     Other steps reduce while the backward runs; there, and where a micro-batch needs the other ranks
-    (`Strategy.splits_alone` is false), memory that runs out on one ends the run. `at` is told what begins.
+    (`Strategy.splits_alone` is false), memory that runs out on one ends the run. `at` is told what begins. On one
+    device `relieve` is asked where nothing is left to split: it lets layers keep less and says so, or returns "".
     """
 
     def __init__(
-        self, strategy: Strategy, notify: Callable[[str], None], *, at: Callable[[str], None] = lambda phase: None
+        self,
+        strategy: Strategy,
+        notify: Callable[[str], None],
+        *,
+        relieve: Callable[[], str] = lambda: "",
+        at: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.max_positions = 0
         self.fitted_positions = 0
         self._strategy = strategy
         self._notify = notify
+        self._relieve = relieve
         self._at = at
 
     def is_unproven(self, batches: Sequence[Batch]) -> bool:
@@ -179,6 +186,9 @@ class MemoryGuard:
             )
         limit, sentence = _lowered(batches)
         if limit is None:
+            if self._strategy.world_size == 1 and (relieved := self._relieve()):
+                self._notify(relieved)
+                return
             raise TrainingError(sentence, fix=_SINGLE_REMEDY)
         self.max_positions = limit
         self._notify(_split_notice(sentence, limit))

@@ -61,6 +61,7 @@ class Trainer:
         checkpoints: Checkpoints | None = None,
         observers: Sequence[Observer] = (),
         description: Mapping[str, str] | None = None,
+        relieve: Callable[[], str] = lambda: "",
         at: Callable[[str, int], None] = lambda phase, finished: None,
     ) -> None:
         if settings.early_stopping is not None and validation is None:
@@ -74,7 +75,7 @@ class Trainer:
         self._observers = tuple(observers)
         self._description = dict(description or {})
         self._tell = at
-        self._guard = MemoryGuard(strategy, self._warn, at=self._at)
+        self._guard = MemoryGuard(strategy, self._warn, relieve=relieve, at=self._at)
         self._loss_guard = LossGuard(settings.loss_limit)
         self._interrupt = self._listen()
         self._saved: tuple[int, int] | None = None
