@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from stoker.kernels.head_exchange import HeadExchange
-from stoker.kernels.scored_attention import Scores, capped, flex, last_positions, normalized
+from stoker.kernels.scored_attention import FLEX_CHANNELS, Scores, capped, flex, last_positions, normalized
 from stoker.kernels.triton_support import check_implementation
 
 DocumentLengths = Sequence[Sequence[int]]
@@ -93,7 +93,7 @@ def attention(
     is_fast = check_implementation(implementation)
     rows = _checked(document_lengths, q)
     scores = Scores(window, scale, softcap, sinks)
-    if not scores.are_plain and is_fast and q.is_cuda:
+    if not scores.are_plain and is_fast and q.is_cuda and min(q.shape[-1], v.shape[-1]) >= FLEX_CHANNELS:
         return flex(q, k, v, rows, scores)
     with _fastest_kernels(q) if is_fast else nullcontext():
         return _attention(q, k, v, rows, scores)

@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 _QUERY_BLOCK = 512
 _FLEX_BLOCK = 128
+FLEX_CHANNELS = 16
+"""The fewest channels of a head that FlexAttention's kernel takes."""
 
 
 class Scores(NamedTuple):
@@ -90,6 +92,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, rows: Sequence[Sequence[int]], scores:
         scale=scores.scale,
         enable_gqa=q.shape[2] != k.shape[2],
         return_aux=AuxRequest(lse=scores.sinks is not None),
+        # Short rows would have a kernel of their own, made for decoding.
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
     if scores.sinks is not None:
         share = torch.sigmoid(kept.lse - scores.sinks.float()[None, :, None])
