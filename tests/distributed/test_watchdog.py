@@ -8,14 +8,16 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
+from stoker.distributed.ranks import Place, Ranks
 from stoker.distributed.rounds import agree
-from stoker.distributed.watchdog import Judge, Place, Watchdog
+from stoker.distributed.watchdog import Judge, Watchdog, Whereabouts
 from stoker.errors import HangError, TrainingError
 
 
 def places(*orders):
     return {
-        rank: Place(finished, number, phase, f"host{rank}") for rank, (finished, number, phase) in enumerate(orders)
+        rank: Whereabouts(finished, number, phase, f"host{rank}")
+        for rank, (finished, number, phase) in enumerate(orders)
     }
 
 
@@ -115,6 +117,23 @@ def test_a_start_takes_no_word_of_an_earlier_one_for_its_own(store):
         assert len(set(found)) == 1
         names += found
     assert len(set(names)) == 3
+
+
+def test_all_may_take_as_long_as_they_like_before_they_meet(store):
+    """A process that tokenises for an hour keeps the others waiting, and no timeout ends that."""
+    store.set_timeout(timedelta(seconds=0.05))
+    went_on = []
+
+    def run(rank):
+        ranks = Ranks(Place(rank, 3, rank), store=store.clone())
+        time.sleep(0.3 * rank)
+        went_on.append((rank, "came"))
+        ranks.wait_for_all("prepared")
+        went_on.append((rank, "left"))
+
+    on_threads(3, run)
+    assert {what for _, what in went_on[:3]} == {"came"}
+    assert sorted(went_on[3:]) == [(0, "left"), (1, "left"), (2, "left")]
 
 
 def test_who_does_not_come_is_named(store):

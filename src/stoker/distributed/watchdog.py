@@ -29,7 +29,7 @@ _DUMP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Place:
+class Whereabouts:
     """Where a process is: `finished` steps, and the `number`-th phase since then, by its name."""
 
     finished: int
@@ -45,7 +45,7 @@ class Place:
 
 @dataclass(frozen=True)
 class _Seen:
-    place: Place
+    place: Whereabouts
     since: float
 
 
@@ -56,7 +56,7 @@ class Judge:
         self._timeout = timeout
         self._seen: dict[int, _Seen] = {}
 
-    def look(self, places: dict[int, Place], now: float) -> tuple[int, str] | None:
+    def look(self, places: dict[int, Whereabouts], now: float) -> tuple[int, str] | None:
         """Takes in where every rank is at the time `now`; returns the rank that hangs, and the sentence on it."""
         for rank, place in places.items():
             if rank not in self._seen or self._seen[rank].place.order != place.order:
@@ -68,7 +68,7 @@ class Judge:
         return last, _sentence(last, places, seconds)
 
 
-def _sentence(last: int, places: dict[int, Place], seconds: float) -> str:
+def _sentence(last: int, places: dict[int, Whereabouts], seconds: float) -> str:
     place = places[last]
     together = [rank for rank, other in places.items() if other.order == place.order]
     if len(together) == len(places):
@@ -108,7 +108,7 @@ class Watchdog:
         self._interval = interval_seconds or min(5.0, timeout_seconds / 8)
         self._folder, self._fail = folder, fail
         self._judge = Judge(timeout_seconds)
-        self._place = Place(0, 0, "starting", socket.gethostname())
+        self._place = Whereabouts(0, 0, "starting", socket.gethostname())
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._stacks: Any = None
@@ -117,7 +117,7 @@ class Watchdog:
         """Says that this process has finished so many steps and begins `phase`: a few words, as "reading data"."""
         before = self._place
         number = before.number + 1 if finished == before.finished else 0
-        self._place = Place(finished, number, phase, before.host)
+        self._place = Whereabouts(finished, number, phase, before.host)
 
     def __enter__(self) -> "Watchdog":
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ class Watchdog:
         keys = [_key(rank) for rank in range(self._world_size)]
         if not self._store.check(keys):
             return None  # Not all have begun to train: loading and preparing take what they take.
-        places = {rank: Place(**json.loads(value)) for rank, value in enumerate(self._store.multi_get(keys))}
+        places = {rank: Whereabouts(**json.loads(value)) for rank, value in enumerate(self._store.multi_get(keys))}
         found = self._judge.look(places, now)
         if found is None:
             return None
