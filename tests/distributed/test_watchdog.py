@@ -70,8 +70,8 @@ def test_every_process_ends_with_the_same_verdict_and_writes_where_it_stood(stor
     def run(rank):
         told, errors = threading.Event(), []
 
-        def fail(error):
-            errors.append(error)
+        def fail(error, speaks):
+            errors.append((error, speaks))
             told.set()
 
         options = {"rank": rank, "world_size": 3, "folder": tmp_path / "hang", "fail": fail}
@@ -87,9 +87,10 @@ def test_every_process_ends_with_the_same_verdict_and_writes_where_it_stood(stor
         return errors
 
     errors = [one for found in on_threads(3, run) for one in found]
-    assert [type(one) for one in errors] == [HangError] * 3
-    assert len({str(one) for one in errors}) == 1
-    message = str(errors[0])
+    assert [type(one) for one, _ in errors] == [HangError] * 3
+    assert [rank for rank, (_, speaks) in enumerate(errors) if speaks] == [1 if hanging == 0 else 0]
+    assert len({str(one) for one, _ in errors}) == 1
+    message = str(errors[0][0])
     assert f"rank {hanging} (" in message
     assert "has not finished step 4" in message
     assert "its last phase has been: reading data" in message
@@ -99,7 +100,7 @@ def test_every_process_ends_with_the_same_verdict_and_writes_where_it_stood(stor
 
 def test_a_run_that_goes_well_leaves_no_trace(store, tmp_path):
     def run(rank):
-        options = {"rank": rank, "world_size": 2, "folder": tmp_path / "hang", "fail": lambda error: 1 / 0}
+        options = {"rank": rank, "world_size": 2, "folder": tmp_path / "hang", "fail": lambda error, speaks: 1 / 0}
         with Watchdog(store, timeout_seconds=0.3, interval_seconds=0.02, **options) as watchdog:
             for step in range(8):
                 watchdog.at("reading data", step)

@@ -52,12 +52,12 @@ def recorded() -> Iterator[None]:
         sys.exit(error.exit_code if isinstance(error, StokerError) else 1)
 
 
-def fail(error: StokerError) -> None:
-    """Ends this process with `error`, from any thread and wherever the main one hangs."""
+def fail(error: StokerError, speaks: bool) -> None:
+    """Ends this process with `error`, from any thread and wherever the main one hangs; one of them `speaks`."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     get_error_handler().record_exception(error)
-    if not is_worker():  # Nobody else tells it.
+    if speaks and not is_worker():  # Nobody else tells it.
         os.write(2, f"error: {error}\n".encode())
     os._exit(error.exit_code)
 

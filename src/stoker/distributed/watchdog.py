@@ -86,9 +86,10 @@ def _sentence(last: int, places: dict[int, Whereabouts], seconds: float) -> str:
 class Watchdog:
     """Watches one of `world_size` processes within its `with` block, by what they say in `store`.
 
-    `fail` ends this process with the error, from a thread. `folder` receives `rank-N.txt`, where the Python threads
-    stood, and NCCL's record of the last collectives where there is one. A process that holds the interpreter's lock
-    while it hangs cannot say anything: its threads are written by `faulthandler`, which needs no lock.
+    `fail` ends this process with the error, from a thread, and is told whether this is the one that speaks. `folder`
+    receives `rank-N.txt`, where the Python threads stood, and NCCL's record of the last collectives where there is one.
+    A process that holds the interpreter's lock while it hangs cannot say anything: its threads are written by
+    `faulthandler`, which needs no lock.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Watchdog:
         world_size: int,
         timeout_seconds: float,
         folder: Path,
-        fail: Callable[[StokerError], None],
+        fail: Callable[[StokerError, bool], None],
         interval_seconds: float | None = None,
     ) -> None:
         self._store = store
@@ -187,7 +188,7 @@ class Watchdog:
             verdict,
             fix="--resume goes on from the last checkpoint. If a step may take so long, raise engine.hang_timeout.",
         )
-        self._fail(error)
+        self._fail(error, self._rank == _JUDGES[rank == _JUDGES[0]])
 
     def _await_stacks_of(self, rank: int) -> None:
         """Lets the process that hangs write where it stands before the end of this one has it killed."""
