@@ -123,7 +123,8 @@ def findings(config: RunConfig) -> Iterator[Finding]:
     """Settings of DeepSpeed that it does not know, that contradict ours, or that cannot be."""
     engine = config.engine
     if engine.strategy != "deepspeed":
-        if engine.deepspeed.model_fields_set:
+        # Compared, not asked for what was set: a run's own config.yaml sets everything.
+        if engine.deepspeed != type(engine.deepspeed)():
             what = f"engine.deepspeed has no effect: engine.strategy is {engine.strategy}."
             yield Finding(("engine", "deepspeed"), what, "Remove it, or use strategy: deepspeed.")
         return

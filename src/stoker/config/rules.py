@@ -230,7 +230,8 @@ def bf16_weights_are_trained_whole(config: RunConfig) -> Iterator[Finding]:
 def fsdp2_settings_fit(config: RunConfig) -> Iterator[Finding]:
     """Settings of a strategy do something, and processes form equal groups."""
     engine, shared = config.engine, config.engine.fsdp2
-    if engine.strategy not in ("fsdp2", "auto") and shared.model_fields_set:
+    # Compared, not asked for what was set: a run's own config.yaml sets everything.
+    if engine.strategy not in ("fsdp2", "auto") and shared != type(shared)():
         what = f"engine.fsdp2 has no effect: engine.strategy is {engine.strategy}."
         yield Finding(("engine", "fsdp2"), what, "Remove it, or use strategy: fsdp2.")
     if engine.num_processes and engine.num_processes % shared.replicas:

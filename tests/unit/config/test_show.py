@@ -14,6 +14,10 @@ from stoker.config.show import inline, to_yaml
         ["data.validation=0.1", "train.early_stopping={patience: 3}", "train.optimizer={kind: muon}"],
         ["output.questions=['007', 'what: is #this?', \"it's\", 'true', '']".replace(", ''", "")],
         ["data.train.0.fields={messages: 'a b', role: '1'}", "train.learning_rate=1e-12"],
+        ["engine.strategy=single"],
+        ["engine.strategy=ddp"],
+        ["engine.strategy=fsdp2"],
+        ["engine.strategy=deepspeed"],
     ],
 )
 def test_the_resolved_file_loads_to_the_same(minimal, tmp_path, overrides):
