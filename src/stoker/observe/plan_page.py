@@ -1,4 +1,4 @@
-"""A survey's page: memory by category of each candidate, time against cost, and what is recommended. Opens offline.
+"""A survey's page: memory by category and through a step, time against cost, what is recommended. Opens offline.
 
 It reads what `stoker plan --json` prints.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 _GIB = 2**30
 _INK = "#1f2933"
+_LIMIT = "#d9480f"
 # Colour-blind safe (Okabe and Ito), what is always there first.
 _COLOURS = {
     "weights": "#0072b2",
@@ -25,6 +26,8 @@ _COLOURS = {
 }
 _MARKS = {"full": "square", "lora": "circle", "nf4": "diamond", "int8": "triangle-up", "fp8": "star"}
 _ROW_PIXELS = 26
+# Candidates with a bar of their own: more cannot be told apart.
+_BARS = 40
 
 
 def render(survey: Mapping[str, Any]) -> str:
@@ -33,16 +36,64 @@ def render(survey: Mapping[str, Any]) -> str:
 
     template = resources.files("stoker.observe").joinpath("plan_page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=select_autoescape(default_for_string=True), trim_blocks=True)
-    fitting = [offer for offer in survey["offers"] if offer["fits"]]
+    fitting = [offer for offer in survey["offers"] if offer["fits"] and offer["simplest"]]
+    found = [offer for offer in survey["offers"] if not offer["fits"]]
     return environment.from_string(template).render(
         survey=survey,
         fitting=fitting,
-        misfits=[offer for offer in survey["offers"] if not offer["fits"]],
+        misfits=found,
         best=next((offer for offer in fitting if offer["name"] == survey["recommended"]), None),
-        memory=_memory(fitting) if fitting else "",
+        memory=_memory(_bars(fitting, survey["recommended"])) if fitting else "",
+        timelines=[_timeline(one) for one in survey["timelines"]],
         cost=_time_and_cost(fitting, survey["recommended"]),
         gib=_GIB,
     )
+
+
+def _bars(offers: Sequence[Mapping[str, Any]], recommended: str | None) -> Sequence[Mapping[str, Any]]:
+    """The fastest, with the recommended one and those that none beats."""
+    always = [offer for offer in offers if offer["pareto"] or offer["name"] == recommended]
+    rest = [offer for offer in offers if offer not in always][: max(0, _BARS - len(always))]
+    return [offer for offer in offers if offer in always or offer in rest]
+
+
+def _timeline(one: Mapping[str, Any]) -> str:
+    """The bytes of a candidate through a step, stacked by category, below what its device has."""
+    import plotly.graph_objects as go
+
+    moments = one["moments"]
+    labels = [f"{moment['phase']}: {moment['label']}" for moment in moments]
+    places = list(range(len(moments)))
+    figure = go.Figure()
+    for category, colour in _COLOURS.items():
+        values = [moment["bytes"][category] / _GIB for moment in moments]
+        if any(values):
+            figure.add_scatter(
+                x=places,
+                y=values,
+                name=category,
+                mode="lines",
+                stackgroup="held",
+                line={"width": 0.5, "color": colour},
+                fillcolor=colour,
+                text=labels,
+                hovertemplate="%{text}<br>" + category + " %{y:.2f} GiB<extra></extra>",
+            )
+    figure.add_scatter(
+        x=places,
+        y=[one["available_bytes"] / _GIB] * len(places),
+        name="the device has",
+        mode="lines",
+        line={"color": _LIMIT, "width": 2, "dash": "dash"},
+        hovertemplate="the device has %{y:.1f} GiB<extra></extra>",
+    )
+    starts = {phase: index for index, phase in reversed(list(enumerate(moment["phase"] for moment in moments)))}
+    figure.update_layout(height=300, title={"text": one["name"], "font": {"size": 14}}, **_layout(top=40))
+    figure.update_layout(showlegend=False)  # the colours are those of the chart above
+    ends = [-0.5, len(moments) - 0.5]
+    figure.update_xaxes(tickvals=list(starts.values()), ticktext=list(starts), tickangle=0, range=ends)
+    figure.update_yaxes(title_text="GiB", rangemode="tozero")
+    return figure.to_html(full_html=False, include_plotlyjs=False, config=_config())
 
 
 def _memory(offers: Sequence[Mapping[str, Any]]) -> str:
@@ -67,7 +118,7 @@ def _memory(offers: Sequence[Mapping[str, Any]]) -> str:
         x=[offer["available_bytes"] / _GIB for offer in offers],
         name="the device has",
         mode="markers",
-        marker={"symbol": "line-ns-open", "size": 18, "color": _INK, "line": {"width": 2}},
+        marker={"symbol": "line-ns-open", "size": 18, "color": _LIMIT, "line": {"width": 2}},
         hovertemplate="%{y}<br>has %{x:.1f} GiB<extra></extra>",
     )
     figure.update_layout(barmode="stack", height=150 + _ROW_PIXELS * len(offers), **_layout())
@@ -108,7 +159,7 @@ def _time_and_cost(offers: Sequence[Mapping[str, Any]], recommended: str | None)
                 y=[place(offer)[1] for offer in some],
                 name=method,
                 mode="markers+text",
-                text=[offer["device"]["key"] if offer["pareto"] else "" for offer in some],
+                text=[_short(offer) if offer["pareto"] else "" for offer in some],
                 textposition="top center",
                 customdata=[offer["name"] for offer in some],
                 marker={"symbol": mark, "size": [16 if offer["name"] == recommended else 9 for offer in some]},
@@ -121,10 +172,18 @@ def _time_and_cost(offers: Sequence[Mapping[str, Any]], recommended: str | None)
     return figure.to_html(full_html=False, include_plotlyjs=False, config=_config())
 
 
-def _layout() -> dict[str, Any]:
+def _short(offer: Mapping[str, Any]) -> str:
+    count, key = offer["num_devices"], offer["device"]["key"]
+    return key if count == 1 else f"{count} x {key}"
+
+
+def _layout(top: int = 30) -> dict[str, Any]:
+    # Colours of text and lines are the page's, which follows the reader's light or dark (plan_page.html).
     return {
         "template": "plotly_white",
-        "margin": {"l": 60, "r": 24, "t": 30, "b": 50},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "margin": {"l": 60, "r": 24, "t": top, "b": 50},
         "font": {"family": "system-ui, sans-serif", "color": _INK, "size": 13},
         "legend": {
             "orientation": "h",

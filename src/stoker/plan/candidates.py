@@ -28,6 +28,12 @@ class Machine:
     uses_triton: bool
 
 
+def product_values(config: RunConfig, spec: AnySpec) -> int:
+    """Returns what adapters keep beside a layer's tensors, values a token."""
+    adapter, layers = config.adapter, max(1, len(spec.layers))
+    return adapter.rank * len(targeted(spec, adapter.targets)) // layers if adapter else 0
+
+
 @dataclass(frozen=True)
 class Job:
     """What is to be run, on rows of so many tokens, and what follows from it; `given` is the only ladder to try.
@@ -49,12 +55,6 @@ class Job:
         total = facts.num_parameters(self.spec)
         adapter = self.config.adapter
         return (adapter_parameters(self.spec, adapter), total) if adapter else (total, 0)
-
-    @cached_property
-    def product_values(self) -> int:
-        """What adapters keep beside a layer's tensors, values a token."""
-        adapter, layers = self.config.adapter, max(1, len(self.spec.layers))
-        return adapter.rank * len(targeted(self.spec, adapter.targets)) // layers if adapter else 0
 
     @cached_property
     def settings(self) -> dict[str, object]:
@@ -109,7 +109,7 @@ class Size:
     def __init__(self, job: Job, rows: int) -> None:
         self.job, self.rows = job, rows
         tokens = rows * job.row_tokens
-        self.micro = Micro(tokens, VALUE_BYTES[job.machine.precision], job.product_values)
+        self.micro = Micro(tokens, VALUE_BYTES[job.machine.precision], product_values(job.config, job.spec))
         self._besides = {fused: job.memory(tokens, casts_by_layer=fused) for fused in (False, True)}
 
     def candidate(self, ladder: Ladder) -> "Candidate":

@@ -45,14 +45,15 @@ class Ladder:
     @remember(1)
     def device_bytes(self, spec: AnySpec, micro: Micro) -> int:
         """Returns the bytes of all layers on the device at the backward's peak."""
-        return activations.peak(self._held(spec, micro))
+        return activations.peak(self.held(spec, micro))
 
     @remember(1)
     def host_bytes(self, spec: AnySpec, micro: Micro) -> int:
         """Returns the bytes that wait in pinned host memory."""
-        return sum(held.host for held in self._held(spec, micro))
+        return sum(held.host for held in self.held(spec, micro))
 
-    def _held(self, spec: AnySpec, micro: Micro) -> list[Held]:
+    def held(self, spec: AnySpec, micro: Micro) -> list[Held]:
+        """Returns what each layer holds, in their order."""
         known: dict[tuple[int, Keep], Held] = {}  # layers are alike, most of them one and the same object
         result = []
         for layer, rung in zip(spec.layers, self.keep, strict=True):

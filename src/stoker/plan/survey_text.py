@@ -8,8 +8,11 @@ from stoker.plan.memory import GIB
 from stoker.plan.plan import size
 from stoker.plan.scaling import scaling
 from stoker.plan.survey import METHOD_NAMES, Offer, Request, simplest
+from stoker.plan.timeline import timeline
 from stoker.plan.verdict import Verdict, pareto
 
+# Candidates whose memory is told through a step.
+_TIMELINES = 6
 COLUMNS = ("device", "method", "batch", "memory", "host", "disk", "s/step", "tokens/s", "hours", "cost", "")
 
 
@@ -108,12 +111,14 @@ def notes(request: Request, offers: Sequence[Offer]) -> list[str]:
 
 def to_dict(request: Request, offers: Sequence[Offer], found: Verdict) -> dict[str, Any]:
     """Returns everything as JSON values."""
-    line = pareto(offers)
+    line = pareto(simplest(offers))
+    plain = simplest(offers)
     return {
         "model": {"base": request.config.model.base, "family": request.spec.family},
         "work": _work(offers[0]) if offers else {},
         "efficiencies": dict(vars(request.efficiencies)),
-        "offers": [_offer(one, one in line) for one in offers],
+        "offers": [_offer(one, is_pareto=one in line, is_simplest=one in plain) for one in offers],
+        "timelines": _timelines(found, line),
         "recommended": None if found.best is None else found.best.name,
         "because": found.because,
         "runner_up": None if found.second is None else found.second.name,
@@ -137,7 +142,22 @@ def _work(one: Offer) -> dict[str, Any]:
     }
 
 
-def _offer(one: Offer, is_pareto: bool) -> dict[str, Any]:
+def _timelines(found: Verdict, line: Sequence[Offer]) -> list[dict[str, Any]]:
+    """What a device holds through a step, for the candidates that matter: recommended, next, none better in both."""
+    chosen = [one for one in (found.best, found.second, *line) if one is not None]
+    distinct = list({id(one): one for one in chosen}.values())[:_TIMELINES]
+    return [
+        {
+            "name": one.name,
+            "available_bytes": one.plan.available_bytes,
+            "moments": [{"phase": m.phase, "label": m.label, "bytes": dict(m.bytes)} for m in timeline(one)],
+        }
+        for one in distinct
+        if one.plan is not None
+    ]
+
+
+def _offer(one: Offer, *, is_pareto: bool, is_simplest: bool) -> dict[str, Any]:
     values: dict[str, Any] = {
         "name": one.name,
         "device": catalogue.facts(one.device),
@@ -148,6 +168,7 @@ def _offer(one: Offer, is_pareto: bool) -> dict[str, Any]:
         "fits": one.fits,
         "why": one.why,
         "pareto": is_pareto,
+        "simplest": is_simplest,
     }
     if one.plan is None or one.step is None:
         return values

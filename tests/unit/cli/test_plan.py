@@ -95,6 +95,8 @@ def test_the_page_opens_offline(write_run, here):
     text = page.read_text()
     assert "GeForce RTX 4090, adapter on NF4" in text
     assert "none is better in both" in text
+    assert "Memory through a step" in text
+    assert "prefers-color-scheme: dark" in text
     assert 'src="http' not in text
 
 
