@@ -55,11 +55,6 @@ def join(config: RunConfig) -> "Ranks":
         )
     if engine.strategy == "single" and size > 1:
         raise ConfigError(f"engine.strategy = single, but {size} processes were started.", fix="Use auto, or one.")
-    if size > 1 and (config.data.streaming or config.data.prepare == "overlap"):
-        raise ConfigError(
-            "rows that are streamed, or prepared while training runs, are for one process in this version.",
-            fix="Use data.streaming: false and data.prepare: first.",
-        )
     uses_gpu = engine.device == "cuda" or (engine.device == "auto" and torch.cuda.is_available())
     if uses_gpu and place is not None and place.local_rank >= torch.cuda.device_count():
         raise ConfigError(

@@ -1,21 +1,29 @@
 """Training rows that come in windows: streamed, or prepared while training runs."""
 
+import socket
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from stoker.compose.prepare import cache_folder, row_options, source_options
 from stoker.config.schema import RunConfig
-from stoker.data import cache
+from stoker.data import cache, storage
 from stoker.data.batch import Batch
 from stoker.data.collate import Collator
 from stoker.data.growing import GrowingWindows
 from stoker.data.preparation import Preparation
 from stoker.data.prepare import Prepared, Progress, describe, pool_for, through_cache
+from stoker.data.shared_pool import SharedPool
 from stoker.data.stream_loader import StreamLoader
 from stoker.data.streaming import StreamedWindows
 from stoker.data.windows import RowStream, Windows
-from stoker.data.workers import InProcess
+from stoker.data.workers import Workers
 from stoker.data.writers import MemoryWriter
+
+if TYPE_CHECKING:
+    from stoker.distributed.ranks import Ranks
 
 _JOIN_SECONDS = 10.0
 
@@ -50,20 +58,38 @@ def sample(preparation: Preparation) -> Prepared:
 
 
 def stream_loader(
-    config: RunConfig, preparation: Preparation, *, micro_batch_size: int, pad_id: int, first: list[Batch]
+    config: RunConfig,
+    preparation: Preparation,
+    *,
+    micro_batch_size: int,
+    pad_id: int,
+    first: list[Batch],
+    ranks: "Ranks | None" = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> StreamLoader:
-    """Returns the batches of rows in windows; `first` are those to measure the loss on."""
+    """Returns the batches of rows in windows; `first` are those to measure the loss on.
+
+    `ranks` are the processes that read the same rows and share the work, None if there is one; this one gets share
+    `rank` of `world_size` of each step.
+    """
     data, together = config.data, preparation.documents_per_example
     collator = Collator(
         micro_batch_size=micro_batch_size,
         sequence_length=data.sequence_length,
         packing=data.packing,
+        rank=rank,
+        world_size=world_size,
         pad_id=pad_id,
         documents_per_example=together,
     )
     window_tokens = data.window_sequences * collator.row_tokens
     weights = [source.weight for source in data.train if source.weight is not None]
-    windows, ahead, close = (_streamed if data.streaming else _overlapped)(config, preparation, window_tokens)
+    opened = (
+        _streamed(config, preparation, window_tokens, ranks)
+        if data.streaming
+        else _overlapped(config, preparation, window_tokens)
+    )
     streams = [
         RowStream(
             one,
@@ -71,9 +97,9 @@ def stream_loader(
             salt=number,
             capacity=collator.row_tokens if data.packing else None,
             shuffle=data.shuffle,
-            ahead=ahead,
+            ahead=opened.ahead,
         )
-        for number, one in enumerate(windows)
+        for number, one in enumerate(opened.windows)
     ]
     assert config.train.steps is not None  # a rule of the configuration
     return StreamLoader(
@@ -84,23 +110,38 @@ def stream_loader(
         steps_per_epoch=config.train.steps,
         weights=weights or None,
         sample=first,
-        on_close=close,
+        on_close=opened.close,
     )
 
 
-_Opened = tuple[list[Windows], bool, Callable[[], None]]
-"""The windows, whether to fetch them in a thread, and what ends it all."""
+@dataclass(frozen=True)
+class _Opened:
+    """Windows, whether to fetch them in a thread, and what ends it all: called before the threads end, and after."""
+
+    windows: Sequence[Windows]
+    ahead: bool
+    close: tuple[Callable[[], None], Callable[[], None]]
 
 
-def _streamed(config: RunConfig, preparation: Preparation, window_tokens: int) -> _Opened:
-    pool = pool_for(preparation, config.data.num_workers)
+def _streamed(config: RunConfig, preparation: Preparation, window_tokens: int, ranks: "Ranks | None") -> _Opened:
+    is_shared = ranks is not None and ranks.world_size > 1
+    pool = pool_for(preparation, config.data.num_workers, num_cores=_cores(ranks) if is_shared else None)
+    if is_shared:
+        pool = SharedPool(pool, ranks.gather, rank=ranks.rank, world_size=ranks.world_size)
     pool.__enter__()
     numbers = range(len(preparation.sources))
     is_mixed = config.data.train[0].weight is not None
     parts = [(number,) for number in numbers] if is_mixed else [tuple(numbers)]
-    windows: list[Windows] = [StreamedWindows(preparation, part, pool, window_tokens=window_tokens) for part in parts]
-    # One maker in this process serves one thread at a time.
-    return windows, not isinstance(pool, InProcess), lambda: pool.__exit__(None, None, None)
+    windows = [StreamedWindows(preparation, part, pool, window_tokens=window_tokens) for part in parts]
+    # One maker in this process serves one thread at a time, and ranks speak to each other in one thread each.
+    return _Opened(windows, isinstance(pool, Workers), (lambda: None, lambda: pool.__exit__(None, None, None)))
+
+
+def _cores(ranks: "Ranks") -> int:
+    """Returns how many cores this process has to itself; those that several processes may use, they share."""
+    host, own = socket.gethostname(), storage.cores()
+    users = Counter(core for name, cores in ranks.gather((host, own)) if name == host for core in cores)
+    return max(1, int(sum(1 / users[core] for core in own)))
 
 
 class _EnoughError(Exception):
@@ -121,9 +162,5 @@ def _overlapped(config: RunConfig, preparation: Preparation, window_tokens: int)
     windows = GrowingWindows(
         prepare, folder, window_tokens=window_tokens, documents_per_example=preparation.documents_per_example
     )
-
-    def close() -> None:
-        stopped.set()
-        windows.join(_JOIN_SECONDS)
-
-    return [windows], True, close
+    # Whoever fetches a window may wait for a preparation that ends before it comes to it.
+    return _Opened([windows], True, (stopped.set, lambda: windows.join(_JOIN_SECONDS)))

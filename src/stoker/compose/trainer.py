@@ -192,7 +192,14 @@ def make_engine(
     train: StepLoader | StreamLoader = batches(data.train, mixed=data.windows is None)
     if data.windows is not None:
         train = stream_loader(
-            config, data.windows, micro_batch_size=plan.micro_batch_size, pad_id=pad_id, first=list(train.all())
+            config,
+            data.windows,
+            micro_batch_size=plan.micro_batch_size,
+            pad_id=pad_id,
+            first=list(train.all()),
+            ranks=ranks,
+            rank=strategy.rank,
+            world_size=strategy.world_size,
         )
     validation = batches(data.validation) if data.validation is not None else None
     steps = total_steps(config, train.steps_per_epoch)

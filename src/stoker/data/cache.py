@@ -25,7 +25,7 @@ from stoker.errors import OutputError
 
 ALWAYS_HASHED_BYTES = 64 << 20
 """Files up to this size are hashed each time they are opened; larger ones only if their time of writing has changed."""
-_POLL_SECONDS = 0.2
+_WAIT_SECONDS = 0.5
 _DIGESTS = "digests.json"
 _MEMO_BYTES = 1 << 20
 
@@ -89,18 +89,20 @@ def _check(path: Path, expected: Mapping[str, Any]) -> None:
 
 @contextmanager
 def locked(folder: Path, *, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Holds the lock of a folder that is to be made; `on_wait` is called once if another process holds it.
+    """Holds the lock of a folder that is to be made; `on_wait` is called again and again while another process holds it.
 
     Raises OutputError if the cache cannot be written to.
     """
     try:
         lock_of(folder).parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(lock_of(folder))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            on_wait()
-            lock.acquire(poll_interval=_POLL_SECONDS)
+        timeout = 0.0
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=timeout)
+            except Timeout:
+                on_wait()
+                timeout = _WAIT_SECONDS
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(

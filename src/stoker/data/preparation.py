@@ -269,13 +269,14 @@ class Preparation:
             every_end_wanted=wanted <= {"turn", "all"},
         )
 
-    def num_workers(self, wanted: str | int) -> int:
-        """Returns how many processes to use: as many as wanted; for "auto" none if there is little to do."""
+    def num_workers(self, wanted: str | int, *, num_cores: int | None = None) -> int:
+        """Returns how many processes to use: as many as wanted; for "auto" none if there is little to do, else one for
+        each of `num_cores` (all that this process may use for None), up to a limit."""
         if isinstance(wanted, int):
             return wanted
         if all(source.is_small for source in self.sources):
             return 0
-        return min(_MAX_WORKERS, storage.num_cores())
+        return min(_MAX_WORKERS, num_cores or len(storage.cores()))
 
     def _reading_of(self, options: SourceOptions) -> dict[str, Any]:
         return rows.identity(options.format, options.reading, self.tokenizer, self.template_choice)

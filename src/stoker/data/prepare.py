@@ -169,9 +169,9 @@ def run(preparation: Preparation, writer: Writer, *, num_workers: str | int, rep
         return writer.finish(preparation.audit(), documents_per_example=preparation.documents_per_example)
 
 
-def pool_for(preparation: Preparation, num_workers: str | int) -> Pool:
-    """Returns what runs the preparation's maker: processes, or none."""
-    maker, count = preparation.maker, preparation.num_workers(num_workers)
+def pool_for(preparation: Preparation, num_workers: str | int, *, num_cores: int | None = None) -> Pool:
+    """Returns what runs the preparation's maker: processes, or none; `num_cores` is how many there are for them."""
+    maker, count = preparation.maker, preparation.num_workers(num_workers, num_cores=num_cores)
     return Workers(maker, count, describe=lambda chunk: chunk.place) if count else InProcess(maker)
 
 

@@ -7,6 +7,7 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,9 +131,15 @@ def _hint(line: bytes) -> str:
 def _read_json(opened: BinaryIO, name: str) -> Iterator[Raw]:
     content = opened.read()
     try:
-        document = json.loads(content.decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")
+        if text.lstrip().startswith("["):
+            for number, (line, value) in enumerate(_entries(text), start=1):
+                yield _object(value, f"{name}:{line} (row {number})")
+            return
+        document = json.loads(text)
     except UnicodeDecodeError as error:
-        raise DataError(f"the file is not UTF-8 (byte {error.start + 1}).", where=name) from error
+        where = f"{name}:{_line(content, error.start)}"
+        raise DataError(f"the file is not UTF-8 (byte {error.start + 1}).", where=where) from error
     except RecursionError as error:
         raise DataError("the file is JSON nested too deeply.", where=name) from error
     except json.JSONDecodeError as error:
@@ -140,15 +147,46 @@ def _read_json(opened: BinaryIO, name: str) -> Iterator[Raw]:
             yield from _read_jsonl(io.BytesIO(content), name)
             return
         raise DataError(f"the file is not JSON: {error.msg}.", where=f"{name}:{error.lineno}") from error
-    if isinstance(document, dict) and isinstance(document.get("data"), list):
-        document = document["data"]
-    if not isinstance(document, list):
+    if not isinstance(document, dict) or not isinstance(document.get("data"), list):
         found = f"an object with: {', '.join(document)}" if isinstance(document, dict) else type(document).__name__
         raise DataError(
             f"the file holds {found}.", where=name, fix='Use a list of rows, or an object {"data": [rows]}, or JSONL.'
         )
-    for number, value in enumerate(document, start=1):
+    for number, value in enumerate(document["data"], start=1):
         yield _object(value, f"{name}:row {number}")
+
+
+def _entries(text: str) -> Iterator[tuple[int, Any]]:
+    """Yields the entries of a list, each with the line on which it begins. Raises JSONDecodeError where it breaks."""
+    decoder = json.JSONDecoder()
+    position = _after_blank(text, text.index("[") + 1)
+    line, counted = 1, 0
+    while text[position : position + 1] != "]":
+        value, end = decoder.raw_decode(text, position)
+        line, counted = line + text.count("\n", counted, position), position
+        yield line, value
+        position = _after_blank(text, end)
+        if text[position : position + 1] == ",":
+            position = _after_blank(text, position + 1)
+            if text[position : position + 1] == "]":
+                raise json.JSONDecodeError("Trailing comma before the end of the list", text, position)
+        elif text[position : position + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+    rest = _after_blank(text, position + 1)
+    if rest < len(text):
+        raise json.JSONDecodeError("Extra data", text, rest)
+
+
+def _after_blank(text: str, position: int) -> int:
+    return _BLANK.match(text, position).end()  # type: ignore[union-attr]
+
+
+_BLANK = re.compile(r"[ \t\n\r]*")
+
+
+def _line(content: bytes, position: int) -> int:
+    """Returns the number of the line that a byte stands on."""
+    return content.count(b"\n", 0, position) + 1
 
 
 def _read_csv(opened: BinaryIO, name: str, *, delimiter: str = ",") -> Iterator[Row]:
@@ -164,6 +202,8 @@ def _read_csv(opened: BinaryIO, name: str, *, delimiter: str = ",") -> Iterator[
         for values in reader:
             if values and len(values) != len(columns):
                 yield Row({}, f"{name}:{line}", f"the row has {len(values)} values for {len(columns)} columns.")
+            elif values and any("\0" in value for value in values):
+                yield Row({}, f"{name}:{line}", "the row holds a NUL byte: the file may be damaged, or not UTF-8.")
             elif values:
                 yield Row(dict(zip(columns, values, strict=True)), f"{name}:{line}")
             line = reader.line_num + 1
@@ -196,10 +236,18 @@ def _read_tsv(opened: BinaryIO, name: str) -> Iterator[Row]:
 
 def _read_text(opened: BinaryIO, name: str) -> Iterator[Row]:
     """A text file is one document."""
+    content = opened.read()
     try:
-        yield Row({"text": opened.read().decode("utf-8-sig")}, name)
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        yield Row({}, name, f"the file is not UTF-8 (byte {error.start + 1}).")
+        where = f"{name}:{_line(content, error.start)}"
+        yield Row({}, where, f"the file is not UTF-8 (byte {error.start + 1}).")
+        return
+    place = content.find(b"\0")
+    if place >= 0:
+        yield Row({}, f"{name}:{_line(content, place)}", f"the file holds a NUL byte (byte {place + 1}).")
+        return
+    yield Row({"text": text}, name)
 
 
 def _read_parquet(opened: BinaryIO, name: str, *, skip: int = 0) -> Iterator[Row]:

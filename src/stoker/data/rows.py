@@ -96,7 +96,7 @@ class RowReader:
             return converted
         if isinstance(converted, Texts):
             for text, _ in converted.parts:
-                _refuse_half_characters(text)
+                _refuse_what_is_no_character(text)
             learns_prompt = "all" in self.train_on and self.form.name in ("prompt", "prompt_completion")
             if learns_prompt:
                 return replace(converted, parts=tuple((text, True) for text, _ in converted.parts))
@@ -106,14 +106,14 @@ class RowReader:
     def _conversation(self, conversation: Conversation) -> Piece:
         chat_template = self._ready_template()
         for message in conversation.messages:
-            _refuse_half_characters(message.get("content") or "")
+            _refuse_what_is_no_character(message.get("content") or "")
         says_itself = conversation.trains is not None or conversation.details is not None
         ends_others = self.end_of_turn in ("all", "last") or self.reading.chat.train_on_eos in ("all", "last")
         by_tags = chat_template.has_generation_tags and self.train_on == ("assistant",)
         by_tags = by_tags and not says_itself and not ends_others
         roles = self._roles(conversation, everyone=ends_others)
         rendered = chat_template.render(conversation.messages, tools=conversation.tools, roles=roles, by_tags=by_tags)
-        _refuse_half_characters(rendered.text)
+        _refuse_what_is_no_character(rendered.text)
         self._count(conversation, rendered)
         if by_tags:
             spans = [Span(start, end, generated=True) for start, end in rendered.generated]
@@ -169,8 +169,14 @@ def _is_conversation(converted: Converted | None) -> bool:
     return isinstance(converted.chosen if isinstance(converted, Pair) else converted, Conversation)
 
 
-def _refuse_half_characters(text: str) -> None:
-    """Raises DataError for half of a surrogate pair, which JSON can write and no tokenizer can read."""
+def _refuse_what_is_no_character(text: str) -> None:
+    """Raises DataError for NUL, and for half of a surrogate pair: JSON can write both, and no text means them."""
+    place = text.find("\0")
+    if place >= 0:
+        raise DataError(
+            f"the text holds a NUL (\\u0000 at character {place}), which no text means: its file may be damaged.",
+            fix="Remove it from the rows.",
+        )
     if text.isascii():
         return
     try:

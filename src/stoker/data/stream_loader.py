@@ -14,8 +14,8 @@ from stoker.data.windows import RowStream
 class StreamLoader:
     """Cuts endless streams of rows into optimiser steps, and those into the micro-batches of one rank.
 
-    A step holds `batch_size` rows over all ranks; every rank reads the same rows and takes its share, so their order
-    does not depend on how many ranks there are. With several streams, `weights` says in which shares they take turns.
+    A step holds `batch_size` rows over all ranks; every rank has the same streams and takes its share, so the order of
+    rows does not depend on how many ranks there are. With several streams, `weights` says in which shares they take turns.
     `steps_per_epoch` is what the run counts as an epoch: all of it, since nobody knows how many rows there are.
     """
 
@@ -29,7 +29,7 @@ class StreamLoader:
         steps_per_epoch: int,
         weights: Sequence[float] | None = None,
         sample: Sequence[Batch] = (),
-        on_close: Callable[[], None] = lambda: None,
+        on_close: tuple[Callable[[], None], Callable[[], None]] = (lambda: None, lambda: None),
     ) -> None:
         if (1 if weights is None else len(weights)) != len(streams):
             raise ValueError(f"{len(streams)} streams and weights {weights}")
@@ -80,10 +80,12 @@ class StreamLoader:
         yield from self._sample
 
     def close(self) -> None:
-        """Stops reading, and calls `on_close`."""
+        """Stops reading; calls the first of `on_close` before and the second afterwards."""
+        before, afterwards = self._on_close
+        before()
         for stream in self._streams:
             stream.close()
-        self._on_close()
+        afterwards()
 
     def _take(self) -> list[list[Example]]:
         first = self._next * self.batch_size

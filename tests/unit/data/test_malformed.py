@@ -3,7 +3,9 @@
 import gzip
 import json
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from stoker.data.options import PromptTexts
 from stoker.data.prepare import SourceOptions, prepare
@@ -78,6 +80,9 @@ CHATS = {
     "content has a bare text": (said(["a"]), "has a part that is not text (text)"),
     "content has a part without text": (said([{"type": "text"}]), "has a part that is not text (text)"),
     "content has a null part": (said([None]), "has a part that is not text (null)"),
+    "NUL in an answer": (said("a\0b"), "the text holds a NUL (\\u0000 at character 1)"),
+    "NUL in a question": (chat({"role": "user", "content": "\0"}, ANSWER), "the text holds a NUL"),
+    "NUL in a part": (said([{"type": "text", "text": "\0"}]), "the text holds a NUL"),
     "half of a surrogate pair": (said("a\ud83d"), "the text holds half of a surrogate pair (\\ud83d at character 1)"),
     "ShareGPT's unknown speaker": (
         {"conversations": [{"from": "alien", "value": "a"}]},
@@ -154,6 +159,7 @@ OTHERS = {
             ({"text": 3}, "field 'text' is int, not text."),
             ({"text": ["a"]}, "field 'text' is a list, not text."),
             ({"text": "\udc00"}, "half of a surrogate pair"),
+            ({"text": "\0" * 1000}, "the text holds a NUL (\\u0000 at character 0)"),
             ({"body": "a"}, "field 'text' is missing or null; the row has: body."),
         ],
     ),
@@ -275,10 +281,6 @@ def test_malformed_rows_of_other_formats_are_named(form, number, tmp_path, chatm
     check(tmp_path, chatml, form, good, *rows[number])
 
 
-def test_a_hundred_inputs_are_tried():
-    assert len(LINES) + len(CHATS) + len(CASES) >= 100
-
-
 # Files that cannot be read as a whole: nothing in them can be told from nothing.
 FILES = {
     "empty.jsonl": (b"", "empty.jsonl: the source holds no rows."),
@@ -293,7 +295,13 @@ FILES = {
     "twice.csv": (b"text,text\na,b\n", "twice.csv:1: the column 'text' is named twice. Rename one of them."),
     "no.parquet": (b"PAR1 is not enough", "no.parquet: the file is not Parquet"),
     "no.arrow": (b"ARROW1 is not enough", "no.arrow: the file is not Arrow"),
-    "latin.txt": ("Straße".encode("latin-1"), "latin.txt: the first 1 rows are all malformed: the file is not UTF-8"),
+    "latin.txt": ("a\nStraße".encode("latin-1"), "latin.txt:2: the first 1 rows are all malformed: the file is not UTF-8"),
+    "latin.json": ('[{"text": "a"},\n{"text": "Straße"}]'.encode("latin-1"), "latin.json:2: the file is not UTF-8 (byte"),
+    "nul.txt": (b"a\n\nb\0", "nul.txt:3: the first 1 rows are all malformed: the file holds a NUL byte (byte 5)"),
+    "nul.json": (b'[{"text": "a"},\n{"text": "\0"}]', "nul.json:2: the file is not JSON: Invalid control character"),
+    "comma.json": (b'[\n{"text": "a"},\n]', "comma.json:3: the file is not JSON: Trailing comma"),
+    "two.json": (b'[{"text": "a"}]\n[{"text": "a"}]', "two.json:2: the file is not JSON: Extra data"),
+    "deep.json": (b"[" * 100_000, "deep.json: the file is JSON nested too deeply."),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "hot"}\n' * 100)[:-9], "cut.jsonl.gz: the file cannot be read"),
     "no.jsonl.gz": (b'{"text": "a"}', "no.jsonl.gz: the file cannot be read"),
 }
@@ -307,6 +315,62 @@ def test_files_that_cannot_be_read_are_named(name, tmp_path, chatml):
     with pytest.raises(DataError) as raised:
         prepare([source], tokenizer=chatml, sequence_length=64)
     assert message in str(raised.value)
+
+
+def table(bad):
+    return b"".join(line + b"\n" for line in [b"text\tn", b"hot\t1", b"warm\t2", bad, b"ice\t4"])
+
+
+# Files of four rows, the third of them malformed -> its content, the place of that row, and what is said of it.
+TABLES = {
+    "nul.tsv": (table(b"co\0ld\t3"), ":4", "the row holds a NUL byte"),
+    "few.tsv": (table(b"cold"), ":4", "the row has 1 values for 2 columns."),
+    "many.tsv": (table(b"cold\t3\t4"), ":4", "the row has 3 values for 2 columns."),
+    "nul.csv": (b"text,n\nhot,1\n\"wa\nrm\",2\n\0,3\nice,4\n", ":5", "the row holds a NUL byte"),
+    "nul.json": (
+        b'[{"text": "hot"},\n {"text": "warm"},\n {"text": "\\u0000"},\n {"text": "ice"}]',
+        ":3 (row 3)",
+        "the text holds a NUL",
+    ),
+    "line.json": (b'[{"text": "hot"}, {"text": "warm"}, 3, {"text": "ice"}]', ":1 (row 3)", "the row is a number"),
+    "lines.json": (b'{"text": "hot"}\n\n{"text": "warm"}\nnull\n{"text": "ice"}\n', ":4", "the row is null"),
+    "nul.parquet": (["hot", "warm", "\0", "ice"], ":row 3", "the text holds a NUL"),
+    "null.parquet": (["hot", "warm", None, "ice"], ":row 3", "field 'text' is missing or null"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_malformed_rows_of_other_files_are_named(name, tmp_path, chatml):
+    content, place, message = TABLES[name]
+    file = tmp_path / name
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        parquet.write_table(pyarrow.table({"text": content}), file)
+    source, options = SourceOptions(path=str(file)), {"tokenizer": chatml, "sequence_length": 64}
+    with pytest.raises(DataError) as raised:
+        prepare([source], **options)
+    assert str(raised.value).startswith(f"{file}{place}: ")
+    assert message in str(raised.value)
+    audit = prepare([source], on_bad_row="skip", **options).audit
+    assert (audit.rows, audit.bad_rows) == (3, 1)
+    assert audit.bad_row_examples[0].startswith(f"{file}{place}: ")
+
+
+def test_one_file_of_all_of_them_loses_no_good_row(tmp_path, chatml, monkeypatch):
+    """Every malformed line and chat at once, a good row after each, in chunks that part them anywhere."""
+    monkeypatch.setattr("stoker.data.preparation.CHUNK_ROWS", 10)
+    monkeypatch.setattr("stoker.data.audit.MAX_EXAMPLES", 1000)
+    bad = [as_line(row) for row, _ in (*LINES.values(), *CHATS.values())]
+    bad = [line for line in bad if b"weight" not in line]  # where fields.train names a flag, nobody asks for a weight
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"".join(line + b"\n" + as_line(GOOD) + b"\n" for line in bad))
+    numbers = range(1, 2 * len(bad), 2)
+    fields = {"train": "learn", "train_detail": "detail"}
+    source = SourceOptions(path=str(file), format="chat", fields=fields)
+    audit = prepare([source], tokenizer=chatml, sequence_length=512, on_bad_row="skip").audit
+    assert (audit.rows, audit.bad_rows) == (len(numbers), len(numbers))
+    assert [example.split(": ")[0] for example in audit.bad_row_examples] == [f"{file}:{number}" for number in numbers]
 
 
 def test_rows_of_mixed_schemas_are_told_apart_or_named(tmp_path, chatml):
@@ -325,3 +389,7 @@ def test_a_huge_row_is_read(tmp_path, chatml):
     file.write_text(json.dumps(said("hot " * 100_000)) + "\n" + json.dumps(GOOD) + "\n")
     audit = prepare([SourceOptions(path=str(file))], tokenizer=chatml, sequence_length=64).audit
     assert (audit.rows, audit.truncated) == (2, 1)
+
+
+def test_a_hundred_inputs_are_tried():
+    assert len(LINES) + len(CHATS) + len(CASES) + len(FILES) + len(TABLES) >= 150
