@@ -1,7 +1,7 @@
 """Marks that follow contents through a chat template's render (`stoker.data.template` says why and how).
 
 A content's core stands between two private-use characters that carry its number: U+F0000 + n before, U+100000 + n
-behind. Runs of two rare white-space characters stand for the white space around it.
+behind; U+F8000 + n stands where templates that cut thoughts out may begin with it. Runs of two rare white-space characters stand for the white space around it.
 """
 
 import json
@@ -15,12 +15,14 @@ from stoker.data.template_engine import GENERATED_CLOSE, GENERATED_OPEN
 THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
 _MARKED_KEYS = (*THOUGHT_KEYS, "instruction", "input", "content")
 _MARKED = frozenset(_MARKED_KEYS)
-_OPEN, _CLOSE, _MAX_SLOTS = 0xF0000, 0x100000, 0xFF00
+_OPEN, _WITHIN, _CLOSE, _MAX_SLOTS = 0xF0000, 0xF8000, 0x100000, 0x8000
 # Rare white space that stands for what surrounds a core: one for before, one for after, so that neighbours stay apart.
 _LEAD, _TRAIL = "\u205f", "\u2007"
 # Templates cut thoughts out of contents or print them anew, so what follows such a tag is marked as a beginning too,
 # and so is a closing tag, which may be all that is left of what stood before it.
 _THOUGHT = re.compile(r"\s*<(/?)think>\s*")
+_ENOUGH = 64
+"""Characters that tell one place in a content from another."""
 MARK = re.compile("([\U000f0000-\U0010ffff])")
 
 
@@ -119,9 +121,9 @@ def mark(
                 thinks = "think>" in core or key in THOUGHT_KEYS
                 slot = Slot(index, text[:start], core, text[start + len(core) :], thinks)
                 number = len(slots)
-                opening, closing = chr(_OPEN + number), chr(_CLOSE + number)
+                opening, within, closing = (chr(first + number) for first in (_OPEN, _WITHIN, _CLOSE))
                 if "think>" in core:
-                    core = _THOUGHT.sub(lambda tag, o=opening: f"{o if tag[1] else ''}{tag[0]}{o}", core)
+                    core = _THOUGHT.sub(lambda tag, o=within: f"{o if tag[1] else ''}{tag[0]}{o}", core)
                 copy[key] = f"{_LEAD * len(slot.lead)}{opening}{core}{closing}{_TRAIL * len(slot.trail)}"
                 slots.append(slot)
         marked.append(copy)
@@ -143,10 +145,16 @@ def unmark(marked: str, slots: list[Slot], messages: list[dict[str, Any]]) -> Re
             generation_start = length
         elif mark == GENERATED_CLOSE:
             generated.append((generation_start, length))
-        elif ord(mark) < _CLOSE:
+        elif ord(mark) < _WITHIN:
             number = ord(mark) - _OPEN
             if number not in opened:
                 opened[number] = length - _kept_lead(pieces, slots[number].lead)
+        elif ord(mark) < _CLOSE:
+            number = ord(mark) - _WITHIN
+            if number not in opened:
+                opened[number] = length
+                if _may_begin_before("".join(pieces[-4:])[-_ENOUGH:], piece, slots[number].core):
+                    torn.add(number)
         else:
             number = ord(mark) - _CLOSE
             trail = min(len(piece) - len(piece.lstrip(_TRAIL)), len(slots[number].trail))
@@ -169,6 +177,28 @@ def _kept_lead(pieces: list[str], lead: str) -> int:
     if kept:
         pieces[-1] = last[:-kept] + lead[-kept:]
     return kept
+
+
+def _may_begin_before(before: str, behind: str, core: str) -> bool:
+    """Whether more of a content may stand before the first of its marks, which stands at a thought's tag.
+
+    `before` and `behind` are the rendered text around that mark. A template that cuts a thought out leaves none of it;
+    one that cuts elsewhere leaves what stands before the mark in the content too.
+    """
+    before, known = before.rstrip(), behind.strip()[:_ENOUGH]
+    for tag in _THOUGHT.finditer(core):
+        for place in (tag.start(), tag.end()) if tag[1] else (tag.end(),):
+            if not core[place:].lstrip().startswith(known):
+                continue
+            in_content, in_text = core[:place].rstrip(), before
+            for name in ("<think>", "</think>"):
+                if in_content.endswith(name):
+                    in_content = in_content.removesuffix(name).rstrip()
+                    in_text = in_text.removesuffix(name).rstrip() if in_text.endswith(name) else ""
+                    break
+            if in_content and in_text and in_content[-1] == in_text[-1]:
+                return True
+    return False
 
 
 def _turns(

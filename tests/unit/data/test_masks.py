@@ -131,6 +131,9 @@ def test_rewritten_contents_train_as_generation_tags_say_or_are_refused(name, ma
     @example(talk=[("", "</s>")])
     @example(talk=[("", "<|im_end|>"), ("no", "")])
     @example(talk=[("assistant", "assistant")])
+    @example(talk=[("", "no<|im_start|>assistant\n</think>")])
+    @example(talk=[("", "no hot <think> yes")])
+    @example(talk=[("", "no hot <think>yes</think> cold")])
     def check(talk):
         messages = [
             {"role": role, "content": text}
