@@ -1,5 +1,6 @@
 """What can be said of a run before anything is loaded: whether its names lead somewhere, and what it will do."""
 
+import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -128,25 +129,44 @@ def _files(config: RunConfig) -> Iterator[tuple[ConfigPath, Problem]]:
         problem = _source(source, dotted(path))
         if problem:
             yield (*path, "path"), problem
+        problem = _split(source, config, dotted(path))
+        if problem:
+            yield (*path, "split"), problem
+        problem = _template(source.chat.chat_template, f"{dotted(path)}.chat.chat_template")
+        if problem:
+            yield (*path, "chat", "chat_template"), problem
     tokenizer, template = config.model.tokenizer, config.model.chat_template
     if tokenizer and not places.exists(tokenizer) and not places.may_be_model_id(tokenizer):
         what, fix = places.missing(tokenizer)
         yield ("model", "tokenizer"), Problem(f"model.tokenizer: {what}.", fix=fix)
-    if template and not _is_template(template):
-        known = ", ".join(shipped_templates())
-        what = f"model.chat_template = {template} is neither a template that comes with Stoker nor a file."
-        yield ("model", "chat_template"), Problem(what, fix=f"Use one of {known}, or name a Jinja file.")
+    problem = _template(template, "model.chat_template")
+    if problem:
+        yield ("model", "chat_template"), problem
 
 
-def _is_template(choice: str) -> bool:
-    """Whether a choice is a shipped template's name, the tokenizer's own, Jinja itself, or a file."""
-    is_jinja = "{{" in choice or "{%" in choice
-    if is_jinja or choice == "tokenizer_default" or places.exists(choice):
-        return True
+def _template(choice: str | None, key: str) -> Problem | None:
+    """What is wrong with a choice that is no shipped template's name, the tokenizer's own, Jinja itself, or a file."""
+    if choice is None or "{{" in choice or "{%" in choice or choice == "tokenizer_default" or places.exists(choice):
+        return None
     name = choice.removeprefix("tokenizer_default_fallback_")
-    return name in shipped_templates() or name in tomllib.loads(
-        (_TEMPLATES / "aliases.toml").read_text(encoding="utf-8")
+    shipped = shipped_templates()
+    known = [*shipped, *tomllib.loads((_TEMPLATES / "aliases.toml").read_text(encoding="utf-8"))]
+    if name in known:
+        return None
+    close = difflib.get_close_matches(name, [*known, "tokenizer_default"], 1, 0.6)
+    hint = f"Did you mean {choice.removesuffix(name)}{close[0]}? " if close else ""
+    return Problem(
+        f"{key} = {choice} is neither a template that comes with Stoker nor a file.",
+        fix=f"{hint}Use one of {', '.join(shipped)}, or name a Jinja file.",
     )
+
+
+def _split(source: Source, config: RunConfig, where: str) -> Problem | None:
+    """What is wrong with a split that Stoker reads itself; the datasets library reads those of Hub datasets."""
+    from stoker.compose import splits
+
+    is_here = places.exists(source.path) or places.is_url(source.path) or source.path.startswith(BUILTIN)
+    return splits.problem(source.split, where) if is_here or config.data.streaming else None
 
 
 def shipped_templates() -> tuple[str, ...]:

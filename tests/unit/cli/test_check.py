@@ -52,9 +52,22 @@ def test_what_is_not_there_is_reported_with_its_line(write_run, changes, line, w
 def test_names_of_template_and_tokenizer_are_looked_at(write_run):
     path = write_run()
     template, tokenizer = problems(path, "model.chat_template=chatmll", "model.tokenizer=./tok")[::-1]
-    assert "Use one of alpaca, chatml" in template
+    assert "Did you mean chatml? Use one of alpaca, chatml" in template
     assert "./tok does not exist" in tokenizer
     check.command(path, ["model.chat_template=chatml"])
+
+
+def test_the_template_and_the_split_of_a_source_are_looked_at(write_run):
+    path = write_run()
+    source = "{path: rows.jsonl, split: train+test, chat: {chat_template: lama3}}"
+    split, template = problems(path, f"data.train=[{source}]")
+    assert "data.train[0].split = 'train+test' is not a split." in split
+    assert "data.train[0].chat.chat_template = lama3 is neither" in template
+    assert "Did you mean llama3?" in template
+    good = "{path: rows.jsonl, split: 'train[:20%]', chat: {chat_template: tokenizer_default_fallback_llama3}}"
+    check.command(path, [f"data.train=[{good}]"])
+    # The datasets library adds splits of a Hub dataset up; files that Stoker reads itself have none to add.
+    check.command(path, ["data.train=[{path: owner/name, split: train+test}]"])
 
 
 def test_an_architecture_that_no_path_takes_is_named(write_run):
