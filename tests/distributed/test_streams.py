@@ -29,7 +29,12 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, count in (("a", 40), ("b", 20)):
         rows = [
-            {"messages": [{"role": "user", "content": f"{name} {n}?"}, {"role": "assistant", "content": str(n) * (n % 9)}]}
+            {
+                "messages": [
+                    {"role": "user", "content": f"{name} {n}?"},
+                    {"role": "assistant", "content": str(n) * (n % 9)},
+                ]
+            }
             for n in range(1, count)
         ]
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -59,14 +64,24 @@ def run(mode, output, *, steps=STEPS, resume=False):
     assert result.step == steps
 
 
-def in_each_process(rank, port, modes):
+def in_each_process(rank, ports, modes):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-    for number, mode in enumerate(modes):
-        os.environ["MASTER_PORT"] = str(port + number)
-        run(mode, f"two {mode}")
-        # Steps 4 to 8 on two processes, from where one process stood.
-        run(mode, f"one then two {mode}", resume=True)
+    for mode in modes:
+        # Steps 4 to 8 of the second on two processes, from where one process stood.
+        for output, resume in ((f"two {mode}", False), (f"one then two {mode}", True)):
+            os.environ["MASTER_PORT"] = str(ports.pop())
+            run(mode, output, resume=resume)
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
 
 
 def losses(folder, output):
@@ -83,10 +98,7 @@ def test_two_processes_give_the_losses_of_one_also_from_its_checkpoint(folder):
             for file in (folder / f"one then two {mode}/checkpoints/step-{step:06d}").rglob("*"):
                 file.unlink()
             (folder / f"one then two {mode}/checkpoints/step-{step:06d}").rmdir()
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    mp.spawn(in_each_process, args=(port, list(MODES)), nprocs=2)
+    mp.spawn(in_each_process, args=(free_ports(2 * len(MODES)), list(MODES)), nprocs=2)
     for mode in MODES:
         alone = losses(folder, f"one {mode}")
         assert len(alone) == STEPS

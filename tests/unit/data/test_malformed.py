@@ -295,8 +295,14 @@ FILES = {
     "twice.csv": (b"text,text\na,b\n", "twice.csv:1: the column 'text' is named twice. Rename one of them."),
     "no.parquet": (b"PAR1 is not enough", "no.parquet: the file is not Parquet"),
     "no.arrow": (b"ARROW1 is not enough", "no.arrow: the file is not Arrow"),
-    "latin.txt": ("a\nStraße".encode("latin-1"), "latin.txt:2: the first 1 rows are all malformed: the file is not UTF-8"),
-    "latin.json": ('[{"text": "a"},\n{"text": "Straße"}]'.encode("latin-1"), "latin.json:2: the file is not UTF-8 (byte"),
+    "latin.txt": (
+        "a\nStraße".encode("latin-1"),
+        "latin.txt:2: the first 1 rows are all malformed: the file is not UTF-8",
+    ),
+    "latin.json": (
+        '[{"text": "a"},\n{"text": "Straße"}]'.encode("latin-1"),
+        "latin.json:2: the file is not UTF-8 (byte",
+    ),
     "nul.txt": (b"a\n\nb\0", "nul.txt:3: the first 1 rows are all malformed: the file holds a NUL byte (byte 5)"),
     "nul.json": (b'[{"text": "a"},\n{"text": "\0"}]', "nul.json:2: the file is not JSON: Invalid control character"),
     "comma.json": (b'[\n{"text": "a"},\n]', "comma.json:3: the file is not JSON: Trailing comma"),
@@ -326,7 +332,7 @@ TABLES = {
     "nul.tsv": (table(b"co\0ld\t3"), ":4", "the row holds a NUL byte"),
     "few.tsv": (table(b"cold"), ":4", "the row has 1 values for 2 columns."),
     "many.tsv": (table(b"cold\t3\t4"), ":4", "the row has 3 values for 2 columns."),
-    "nul.csv": (b"text,n\nhot,1\n\"wa\nrm\",2\n\0,3\nice,4\n", ":5", "the row holds a NUL byte"),
+    "nul.csv": (b'text,n\nhot,1\n"wa\nrm",2\n\0,3\nice,4\n', ":5", "the row holds a NUL byte"),
     "nul.json": (
         b'[{"text": "hot"},\n {"text": "warm"},\n {"text": "\\u0000"},\n {"text": "ice"}]',
         ":3 (row 3)",

@@ -148,7 +148,9 @@ def steps(sources, chatml, monkeypatch):
             parts = [(0, 1)] if weights is None else [(0,), (1,)]
             capacity = LENGTH if packing else None
             streams = [
-                RowStream(StreamedWindows(preparation, part, pool, window_tokens=300), seed=5, salt=n, capacity=capacity)
+                RowStream(
+                    StreamedWindows(preparation, part, pool, window_tokens=300), seed=5, salt=n, capacity=capacity
+                )
                 for n, part in enumerate(parts)
             ]
             collator = Collator(2, LENGTH, packing, rank, world_size, pad_id=0)
