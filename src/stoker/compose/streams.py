@@ -67,11 +67,13 @@ def stream_loader(
     ranks: "Ranks | None" = None,
     rank: int = 0,
     world_size: int = 1,
+    part: int = 0,
+    num_parts: int = 1,
 ) -> StreamLoader:
     """Returns the batches of rows in windows; `first` are those to measure the loss on.
 
     `ranks` are the processes that read the same rows and share the work, None if there is one; this one gets share
-    `rank` of `world_size` of each step.
+    `rank` of `world_size` of each step, and of its rows part `part` of `num_parts`.
     """
     data, together = config.data, preparation.documents_per_example
     collator = Collator(
@@ -82,6 +84,8 @@ def stream_loader(
         world_size=world_size,
         pad_id=pad_id,
         documents_per_example=together,
+        part=part,
+        num_parts=num_parts,
     )
     window_tokens = data.window_sequences * collator.row_tokens
     weights = [source.weight for source in data.train if source.weight is not None]

@@ -198,8 +198,10 @@ def make_engine(
             pad_id=pad_id,
             first=list(train.all()),
             ranks=ranks,
-            rank=strategy.rank,
-            world_size=strategy.world_size,
+            rank=sharing.number,
+            world_size=sharing.num_groups,
+            part=sharing.index,
+            num_parts=sharing.size,
         )
     validation = batches(data.validation) if data.validation is not None else None
     steps = total_steps(config, train.steps_per_epoch)

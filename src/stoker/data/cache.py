@@ -89,7 +89,8 @@ def _check(path: Path, expected: Mapping[str, Any]) -> None:
 
 @contextmanager
 def locked(folder: Path, *, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Holds the lock of a folder that is to be made; `on_wait` is called again and again while another process holds it.
+    """Holds the lock of a folder that is to be made; `on_wait` is called every half second while another process
+    holds it.
 
     Raises OutputError if the cache cannot be written to.
     """

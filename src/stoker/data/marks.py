@@ -1,7 +1,8 @@
 """Marks that follow contents through a chat template's render (`stoker.data.template` says why and how).
 
 A content's core stands between two private-use characters that carry its number: U+F0000 + n before, U+100000 + n
-behind; U+F8000 + n stands where templates that cut thoughts out may begin with it. Runs of two rare white-space characters stand for the white space around it.
+behind; U+F8000 + n stands where templates that cut thoughts out may begin with it. Runs of two rare white-space
+characters stand for the white space around it.
 """
 
 import json

@@ -15,8 +15,8 @@ class StreamLoader:
     """Cuts endless streams of rows into optimiser steps, and those into the micro-batches of one rank.
 
     A step holds `batch_size` rows over all ranks; every rank has the same streams and takes its share, so the order of
-    rows does not depend on how many ranks there are. With several streams, `weights` says in which shares they take turns.
-    `steps_per_epoch` is what the run counts as an epoch: all of it, since nobody knows how many rows there are.
+    rows does not depend on how many ranks there are. With several streams, `weights` says in which shares they take
+    turns. `steps_per_epoch` is what the run counts as an epoch: all of it, since nobody knows how many rows there are.
     """
 
     def __init__(
