@@ -160,10 +160,11 @@ def agents(folder, count=2):
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     job = Job("run.yaml", "test", nodes=count, gpus_per_node=1, output="run", cache="cache")
-    command = shlex.split(torchrun_line(job, "localhost").replace("\\\n", "").replace(":29500", f":{port}"))
-    options = command[1 : command.index("stoker.cli.main") - 1]
+    line = torchrun_line(job, "localhost").replace("\\\n", "").replace(":29500", f":{port}")
+    setting, _, *command = shlex.split(line)
+    options = command[: command.index("-m")]
     after = command[command.index("run.yaml") + 1 :]
-    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = dict([setting.split("=")])
     return lambda: folder.start(*after, module=("-m", "torch.distributed.run", *options), **environment)
 
 

@@ -12,6 +12,9 @@ PORT = 29500
 _SHARED = "/workspace"
 _JOIN_SECONDS = 1800
 _SHUTDOWN_SECONDS = 300
+# The first process hosts a store for each round. That of the agents is told to those alone who came to the first: one
+# that comes later, for a machine that was lost, would wait for it in vain (torch 2.13).
+_OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 _LONGEST_NAME = 50  # of 63 that a host's name may have, of which "-12.<name>" takes some
 
 
@@ -49,7 +52,8 @@ def torchrun_line(job: Job, host: str = "HOST") -> str:
     if job.nodes == 1:
         count = ["--gpus", str(job.gpus_per_node), "--max-restarts", str(job.max_restarts)]
         return shlex.join(["stoker", *job.train, *count])
-    return f"{_torchrun(job, host)} \\\n    {shlex.join(['-m', 'stoker.cli.main', *job.train])}"
+    own_store = " ".join(f"{name}={value}" for name, value in _OWN_STORE.items())
+    return f"{own_store} {_torchrun(job, host)} \\\n    {shlex.join(['-m', 'stoker.cli.main', *job.train])}"
 
 
 def _torchrun(job: Job, host: str, extra: str = "") -> str:
@@ -226,8 +230,7 @@ def _kubernetes_job(job: Job, *, image: str, claim: str) -> dict[str, Any]:
 
 _ENVIRONMENT = {
     "NCCL_DEBUG": "WARN",
-    # The first process hosts a store for each round: an agent that comes back finds that of the others by no other way.
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    **_OWN_STORE,
     # How long torchrun lets processes finish their step and save once the pod is told to go.
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS - 60),
 }

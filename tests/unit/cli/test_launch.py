@@ -30,7 +30,7 @@ def launch(tmp_path, monkeypatch):
 
 def test_the_line_alone_is_on_stdout_and_the_advice_beside_it(launch):
     result = launch("--nodes", "2", "--gpus-per-node", "8", "--set", "train.seed=7")
-    assert result.stdout.startswith("torchrun --nnodes 2 --nproc-per-node 8")
+    assert "torchrun --nnodes 2 --nproc-per-node 8" in result.stdout.splitlines()[0]
     assert "--set train.seed=7" in result.stdout
     assert "All must see run.yaml and runs/mine in one file system" in result.stderr
 

@@ -25,7 +25,9 @@ def test_names_are_what_dns_allows(text, name):
 
 def test_the_line_of_torchrun_names_its_parts_and_quotes_paths():
     line = torchrun_line(JOB, "gpu01")
-    assert line.startswith("torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 2 ")
+    assert line.startswith(
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 2 "
+    )
     assert "--rdzv-backend c10d --rdzv-endpoint gpu01:29500 --rdzv-id my-run" in line
     assert line.endswith("-m stoker.cli.main train 'runs/my run.yaml' --set train.seed=7 --set output.resume=true")
 
@@ -42,7 +44,7 @@ def test_torchrun_takes_every_option_of_the_line():
     from torch.distributed.run import get_args_parser
 
     command = shlex.split(torchrun_line(JOB, "gpu01").replace("\\\n", ""))
-    found = get_args_parser().parse_args(command[1:])
+    found = get_args_parser().parse_args(command[2:])
     assert (found.nnodes, found.nproc_per_node, found.max_restarts) == ("2", "8", 2)
     assert (found.rdzv_backend, found.rdzv_endpoint, found.rdzv_id) == ("c10d", "gpu01:29500", "my-run")
     assert found.module
