@@ -67,10 +67,18 @@ CELLS: dict[str, Cell] = {
     "context_131k": Cell("llama-3.1-8b", rows=1, length=131072, context=True, min_gpus=2, strategy="fsdp2"),
     "full_8b_16_layers": Cell("llama-3.1-8b-16-layers", strategy="fsdp2", adapter=False, rows=1, min_gpus=2, peer=True),
     "full_8b": Cell("llama-3.1-8b", strategy="fsdp2", adapter=False, rows=1, min_gpus=4, peer=True),
-    "nf4_70b": Cell("llama-3.1-70b", strategy="fsdp2", quantization="nf4", rows=1, min_gpus=2),
+    "nf4_70b": Cell(
+        "llama-3.1-70b-nf4",
+        strategy="fsdp2",
+        quantization="nf4",
+        rows=1,
+        min_gpus=2,
+        changes={"engine.memory_limit_gib": 80.0},
+    ),
     "lora_70b": Cell("llama-3.1-70b", strategy="fsdp2", rows=1, min_gpus=4, peer=True),
     "tiny": Cell("llama-tiny", rows=1, length=64, peer=True),
     "tiny_full": Cell("llama-tiny", rows=1, length=64, strategy="fsdp2", adapter=False, peer=True),
+    "tiny_nf4": Cell("llama-tiny-nf4", rows=1, length=64, strategy="fsdp2", quantization="nf4"),
     "tiny_context": Cell("llama-tiny", rows=1, length=64, context=True),
 }
-"""The most important first. `nf4_70b` and `lora_70b` need 141 GB of disk (`--models`); the tiny ones need no GPU."""
+"""The most important first. `lora_70b` needs 141 GB of disk (`--models`), `nf4_70b` 40; the tiny ones need no GPU."""

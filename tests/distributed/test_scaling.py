@@ -26,7 +26,7 @@ def test_every_count_takes_the_same_steps(name):
     assert [configs[count].engine.context_parallel for count in (1, 2, 4)] == ([1, 2, 4] if cell.context else [1] * 3)
     assert configs[1].engine.strategy == "single"
     assert configs[4].engine.strategy in ("ddp", "fsdp2")
-    shapes.config_of(cell.model)
+    shapes.config_of(cell.model.removesuffix("-nf4"))
 
 
 def test_time_in_collectives_is_counted_once_and_what_hides_behind_work_is_not_exposed():
@@ -73,14 +73,14 @@ def test_a_run_that_takes_too_long_is_ended_with_all_that_it_started():
 
 @pytest.mark.skipif(os.environ.get("STOKER_TEST_ALL") != "1", reason="make test-distributed runs it")
 def test_it_measures_two_processes_on_a_cpu(tmp_path):
-    cells = ["tiny", "tiny_full", "tiny_context", "collectives", "resume", "kill"]
+    cells = ["tiny", "tiny_full", "tiny_nf4", "tiny_context", "collectives", "resume", "kill"]
     options = ["--gpus", "1,2", "--steps", "1", "--results", str(tmp_path), "--models", str(tmp_path / "models")]
     command = [sys.executable, "-m", "benchmarks.scaling", *cells, *options, "--timeout", "400"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = json.loads((tmp_path / "scaling.json").read_text())["runs"]
     trained = [run for run in runs if run["kind"] == "training"]
-    assert [run["num_gpus"] for run in trained] == [1, 2] * 3
+    assert [run["num_gpus"] for run in trained] == [1, 2] * 4
     assert all(run["loss_difference"] < 1e-5 for run in trained)
     assert [run["cell"] for run in runs if run["kind"] == "peer"] == ["tiny", "tiny_full"]
     assert all("error" not in run for run in runs if run["kind"] == "peer")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from stoker.arch import families
 from stoker.arch import shapes as published
+from stoker.compose.bench import nf4_shapes
 from stoker.errors import ModelError, OutputError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ PREFIX = "shape:"
 _FORMAT = 2
 """Raised when the code below changes what it writes, so that folders made before are made again."""
 _DEVIATION = 0.02
+_NF4 = "-nf4"
 
 _SPECIAL: dict[str, Any] = {
     "bos_token_id": 0,
@@ -154,7 +156,7 @@ def is_shape(name: str) -> bool:
 def config_of(name: str) -> dict[str, Any]:
     """Returns the config.json of the shape `name`: of those here, else of a published model.
 
-    `NAME-4-layers` is one with so many of its layers.
+    `NAME-4-layers` is one with so many of its layers, and `NAME-nf4` one that is stored in NF4.
 
     Raises:
         ModelError: there is no such shape.
@@ -166,7 +168,9 @@ def config_of(name: str) -> dict[str, Any]:
         return config_of(cut[1]) | {"num_hidden_layers": int(cut[2])}
     if name not in published.names():
         known = ", ".join(PREFIX + shape for shape in dict.fromkeys((*SHAPES, *published.names())))
-        raise ModelError(f"There is no shape {PREFIX + name!r}.", fix=f"Known: {known}; -N-layers cuts one.")
+        raise ModelError(
+            f"There is no shape {PREFIX + name!r}.", fix=f"Known: {known}; -N-layers cuts one, -nf4 stores it so."
+        )
     return published.config(name) | _SPECIAL
 
 
@@ -177,7 +181,7 @@ def resolve(name: str, *, device: "torch.device | str", folder: Path | None = No
         ModelError: there is no such shape, or its folder cannot be written.
     """
     short = name.removeprefix(PREFIX)
-    config = config_of(short)
+    config = config_of(short.removesuffix(_NF4))
     parent = Path.home() / ".cache" / "stoker" / "shapes" if folder is None else folder
     target = parent / f"{short}-{_FORMAT}"
     if (target / "config.json").is_file():
@@ -186,7 +190,7 @@ def resolve(name: str, *, device: "torch.device | str", folder: Path | None = No
         parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{short}-", dir=parent))
         try:
-            write(config, aside, device=device)
+            write(config, aside, device=device, in_nf4=short.endswith(_NF4))
             aside.rename(target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -200,9 +204,14 @@ def resolve(name: str, *, device: "torch.device | str", folder: Path | None = No
 
 
 def write(
-    config: dict[str, Any], folder: Path, *, device: "torch.device | str", max_shard_bytes: int = 2 * 2**30
+    config: dict[str, Any],
+    folder: Path,
+    *,
+    device: "torch.device | str",
+    max_shard_bytes: int = 2 * 2**30,
+    in_nf4: bool = False,
 ) -> None:
-    """Writes a model of `config` in bf16, and a byte-level tokenizer.
+    """Writes a model of `config` in bf16, or its layers' linear weights in NF4, and a byte-level tokenizer.
 
     Norms are one and biases zero, a state space's rates and step sizes are those that it begins with, and all else is
     normal, drawn on `device`, whose memory holds the model meanwhile.
@@ -212,11 +221,14 @@ def write(
     from stoker.models import native
     from stoker.models.build import on_meta
 
+    _write_tokenizer(folder)
+    if in_nf4:
+        nf4_shapes.write(config, folder, device=device, deviation=_DEVIATION, max_shard_bytes=max_shard_bytes)
+        return
     spec = families.read(config, "shape")
     generator = torch.Generator(device=device).manual_seed(0)
     decoder = on_meta(spec, dtype=torch.bfloat16, kernels="reference").to_empty(device=device)
     native.fill(decoder, generator=generator, initializer_range=_DEVIATION)
-    _write_tokenizer(folder)
     native.save(decoder, spec, folder, config={**config, "dtype": "bfloat16"}, max_shard_bytes=max_shard_bytes)
     del decoder  # what is measured next must not find its memory taken
     gc.collect()

@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stoker.arch import arithmetic, families
 from stoker.compose.bench import shapes
-from stoker.compose.model import load_decoder, load_tokenizer
+from stoker.compose.model import load_decoder, load_tokenizer, open_base
 from stoker.errors import ModelError
 
 
@@ -53,6 +53,19 @@ def test_a_published_model_is_a_shape_and_so_are_its_first_layers():
     cut = shapes.config_of("llama-3.1-70b-2-layers")
     assert cut["num_hidden_layers"] == 2
     assert arithmetic.num_parameters(families.read(cut, "cut")) < whole / 15
+
+
+def test_a_shape_stored_in_nf4_is_read_as_one(tmp_path):
+    folder = shapes.resolve("shape:llama-tiny-nf4", device="cpu", folder=tmp_path)
+    opened = open_base(str(folder))
+    assert opened.stored_quantization == "nf4"
+    model = load_decoder(opened, device="cpu", dtype=torch.float32, kernels="reference")
+    qkv = model.blocks[0].attention.qkv.matrix
+    assert qkv.dequantize(dtype=torch.float32).std().item() == pytest.approx(0.02, rel=0.05)
+    assert torch.equal(model.final_norm.weight, torch.ones(64))
+    assert model(torch.arange(8)[None]).std() > 0.1
+    with pytest.raises(ModelError, match="mixtral are not made in NF4"):
+        shapes.resolve("shape:mixtral-8x7b-4-layers-nf4", device="cpu", folder=tmp_path)
 
 
 def test_an_unknown_shape_is_refused_with_those_that_exist():
