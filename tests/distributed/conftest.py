@@ -5,8 +5,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory, worker_id):
+    """What two processes found of sharding and checkpoints (`sharding_jobs`), begun once for all workers of pytest."""
+    import jobs
+    import sharding_jobs
+
+    base = tmp_path_factory.getbasetemp()
+    base = (base if worker_id == "master" else base.parent) / "shared"
+    with FileLock(f"{base}.lock"):
+        if not (base / "result.pt").exists():
+            base.mkdir()
+            sharding_jobs.save(base / "model")
+            for kind in ("fsdp2", "ddp"):
+                sharding_jobs.all_of(None, "single", sharding_jobs.CHECKPOINTED, base / kind)
+            jobs.on_ranks(2, base, sharding_jobs.everything, base / "model", base)
+    found = torch.load(base / "result.pt", weights_only=False)
+    return {**found, "folder": base / "model", "checkpoints at": base}
 
 
 @pytest.fixture(autouse=True)

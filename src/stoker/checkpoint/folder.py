@@ -1,5 +1,7 @@
 """Names inside a folder of checkpoints: `step-000123/{weights,optimizer,rng}.safetensors, state.json, manifest.json`.
 
+What n ranks wrote together is in files of their own each, `weights-00001-of-0000n.safetensors` and so on.
+
 Hidden names are unfinished work: `.step-000123.part` is being written, `.step-000123.deleted` is being removed.
 `step-000123.replaced` is whole: it stands in while a new checkpoint of the same step takes its name.
 `step-000123.damaged` was found not to be whole, and is left for a person to look at.
@@ -14,7 +16,7 @@ from stoker.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-FORMAT = 1
+FORMAT = 2
 
 _NAME = re.compile(r"step-(\d+)(\.replaced)?")
 _UNFINISHED = re.compile(r"\.step-\d+\.(part|deleted)")

@@ -1,17 +1,21 @@
 """Loads checkpoints; one that is not whole is recognised by its hashes, and the one before it is used."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import Tensor
-
 from stoker.checkpoint import folder as names
 from stoker.checkpoint.manifest import fault_of
+from stoker.checkpoint.stored import StoredTensors
 from stoker.errors import CheckpointError
+
+FindFault = Callable[[Path, int], str | None]
+"""From a checkpoint's folder and step to what is wrong with it; None when it is whole."""
+
+_OF_RANKS = re.compile(r"-\d+-of-\d+$")
 
 
 @dataclass(frozen=True)
@@ -27,26 +31,27 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The state after `step` steps: tensors by file and name, on the CPU, and plain values."""
+    """The state after `step` steps: tensors by group and name, read to the CPU when asked for, and plain values."""
 
     step: int
     path: Path
-    tensors: Mapping[str, Mapping[str, Tensor]]
+    tensors: Mapping[str, StoredTensors]
     values: Mapping[str, Any]
     rejected: tuple[Rejected, ...] = ()
 
 
-def load_latest(folder: Path) -> Loaded | None:
+def load_latest(folder: Path, *, find_fault: FindFault = fault_of) -> Loaded | None:
     """Returns the latest whole checkpoint of `folder`, or None when there is none at all.
 
-    Those that were passed over are in `rejected`, with the reason.
+    Those that were passed over are in `rejected`, with the reason. `find_fault` looks at one: ranks that read it
+    together may share the work.
 
     Raises:
         CheckpointError: there are checkpoints, but none of them is whole.
     """
     rejected: list[Rejected] = []
     for entry in names.entries(folder):
-        fault = fault_of(entry.path, entry.step)
+        fault = find_fault(entry.path, entry.step)
         if fault is None:
             return _load(entry.path, entry.step, tuple(rejected))
         rejected.append(Rejected(entry.path, fault))
@@ -74,7 +79,9 @@ def load(path: Path) -> Loaded:
 
 
 def _load(path: Path, step: int, rejected: tuple[Rejected, ...]) -> Loaded:
-    files = sorted(path.glob("*.safetensors"))
-    tensors = {file.stem: load_file(file) for file in files}
+    groups: dict[str, list[Path]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        groups.setdefault(_OF_RANKS.sub("", file.stem), []).append(file)
+    tensors = {group: StoredTensors(files) for group, files in groups.items()}
     values = json.loads((path / names.STATE).read_bytes())
     return Loaded(step, path, tensors, values, rejected)

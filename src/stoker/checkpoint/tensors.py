@@ -7,7 +7,7 @@ host memory is one tensor, and the file is hashed as it is written. Reading is t
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,15 +30,23 @@ _NAMES = {
 }
 
 
-def write(file: DurableFile, tensors: Mapping[str, Tensor]) -> None:
-    """Writes `tensors` to `file`, moving one at a time to host memory.
+PARTS = "parts"
+"""Key of a file's metadata: of tensors in parts, by name, the part's offsets and the whole's shape, as JSON."""
+
+
+def write(
+    file: DurableFile,
+    tensors: Mapping[str, Tensor],
+    parts: Mapping[str, tuple[Sequence[int], Sequence[int]]] | None = None,
+) -> None:
+    """Writes `tensors` to `file`, moving one at a time to host memory; `parts` says which are in parts (`PARTS`).
 
     Raises:
         OSError: the disk is full, or the file cannot be written for another reason.
     """
     # Widest elements first, so that every tensor starts at a multiple of its element's size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header, end = {"__metadata__": {"format": "pt"} | ({PARTS: json.dumps(parts)} if parts else {})}, 0
     for name, tensor in ordered:
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}  # type: ignore[dict-item]

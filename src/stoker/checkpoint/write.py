@@ -3,7 +3,8 @@
 import errno
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor
 from stoker.checkpoint import folder as names
 from stoker.checkpoint import tensors as safetensors_file
 from stoker.checkpoint.durable import DurableFile, sync_folder
-from stoker.checkpoint.manifest import Manifest
+from stoker.checkpoint.folder import path_of
+from stoker.checkpoint.manifest import facts_of, to_bytes
+from stoker.checkpoint.pieces import Piece, whole
 from stoker.errors import CheckpointError
 
 
@@ -28,36 +31,70 @@ def save(
     Raises:
         CheckpointError: the disk is full or cannot be written; what was there before still stands.
     """
-    final = names.path_of(folder, step)
-    aside = folder / f".{final.name}.part"
-    try:
+    prepare(folder, step)
+    files = {}
+    for name, group in whole(tensors).items():
+        files[f"{name}.safetensors"] = write_group(folder, step, f"{name}.safetensors", group)
+    return commit(folder, step, files, values)
+
+
+def prepare(folder: Path, step: int) -> None:
+    """Makes the hidden folder that the files of a checkpoint go to, and removes what killed processes left.
+
+    Raises CheckpointError, as all functions here.
+    """
+    with _told(folder, step):
         folder.mkdir(parents=True, exist_ok=True)
         names.remove_unfinished(folder)
-        num_bytes = _write_files(aside, step, tensors, values)
+        _aside(folder, step).mkdir()
+
+
+def write_group(folder: Path, step: int, name: str, pieces: Mapping[str, Piece]) -> dict[str, Any]:
+    """Writes a file of a checkpoint that `prepare` has begun, and returns what its manifest says of it."""
+    tensors = {key: piece.tensor for key, piece in pieces.items()}
+    parts = {key: (piece.offsets, piece.whole) for key, piece in pieces.items() if not piece.is_whole}
+    with _told(folder, step):
+        with DurableFile(_aside(folder, step) / name) as file:
+            safetensors_file.write(file, tensors, parts)
+        return facts_of(file)
+
+
+def commit(
+    folder: Path, step: int, files: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]
+) -> tuple[Path, int]:
+    """Makes of written `files`, by name what `write_group` returned, and of `values` the checkpoint of `step`."""
+    final, aside = path_of(folder, step), _aside(folder, step)
+    with _told(folder, step):
+        with DurableFile(aside / names.STATE) as state:
+            state.write(json.dumps(values, allow_nan=False).encode())
+        listed = {**files, names.STATE: facts_of(state)}
+        with DurableFile(aside / names.MANIFEST) as file:
+            file.write(to_bytes(step, listed))
+        sync_folder(aside)
         _take_name(aside, final)
+    return final, sum(facts["bytes"] for facts in listed.values()) + file.num_bytes
+
+
+def abandon(folder: Path, step: int) -> None:
+    """Removes the files of a checkpoint that cannot be finished."""
+    shutil.rmtree(_aside(folder, step), ignore_errors=True)
+
+
+def _aside(folder: Path, step: int) -> Path:
+    return folder / f".{path_of(folder, step).name}.part"
+
+
+@contextmanager
+def _told(folder: Path, step: int) -> Iterator[None]:
+    """Within it a failing disk is told in words, and an unfinished checkpoint removed."""
+    try:
+        yield
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        abandon(folder, step)
         raise CheckpointError(
             f"The checkpoint of step {step} cannot be written to {folder}: {error.strerror or error}.",
             fix=_remedy(folder, error),
         ) from error
-    return final, num_bytes
-
-
-def _write_files(aside: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> int:
-    aside.mkdir()
-    manifest = Manifest(step)
-    for name, group in tensors.items():
-        with DurableFile(aside / f"{name}.safetensors") as file:
-            safetensors_file.write(file, group)
-        manifest.add(f"{name}.safetensors", file)
-    with DurableFile(aside / names.STATE) as file:
-        file.write(json.dumps(values, allow_nan=False).encode())
-    manifest.add(names.STATE, file)
-    with DurableFile(aside / names.MANIFEST) as file:
-        file.write(manifest.to_bytes())
-    sync_folder(aside)
-    return manifest.num_bytes + file.num_bytes
 
 
 def _take_name(aside: Path, final: Path) -> None:

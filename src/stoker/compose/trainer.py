@@ -313,6 +313,7 @@ def make_trainer(
             Every(output.save_every_steps, output.save_every_epochs),
             keep_last=output.keep_last,
             keep_best=output.keep_best,
+            background=None if output.save_in_background == "auto" else output.save_in_background,
         ),
         observers=observers,
         description=description,

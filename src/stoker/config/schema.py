@@ -621,6 +621,8 @@ class Output(Section):
     """The same in epochs; 1 unless this or `save_every_steps` is set. The end of the run is always saved."""
     keep_last: Count = 3
     """Checkpoints kept; older ones are removed."""
+    save_in_background: Literal["auto"] | bool = "auto"
+    """Let steps go on while a checkpoint is written from a copy in host memory; `auto`: where there is room for it."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest validation loss, when there are validation rows."""
     trackers: Literal["auto"] | list[Literal["tensorboard", "wandb", "mlflow"]] = "auto"

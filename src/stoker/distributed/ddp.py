@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stoker.distributed.ranks import Ranks
 from stoker.distributed.single import SingleDevice
+from stoker.distributed.strategy import StrategyState
 
 
 class DataParallel(SingleDevice):
@@ -62,6 +63,10 @@ class DataParallel(SingleDevice):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad.div_(self.world_size))
+
+    def shared_state(self) -> StrategyState:
+        """Returns the state, which every rank has: each writes some of it."""
+        return self.state()
 
     def _reducing(self, *, is_last: bool) -> AbstractContextManager[None]:
         return nullcontext() if is_last else self._replica.no_sync()

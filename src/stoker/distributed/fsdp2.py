@@ -5,7 +5,7 @@ reduced to the part that their rank holds, and the optimiser steps on parts. Fro
 gathered as the bytes that they are.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,10 +20,12 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from stoker.distributed import optimizer_state
 from stoker.distributed.ranks import Ranks
 from stoker.distributed.single import SingleDevice
+from stoker.distributed.strategy import Rows, StrategyState
 
 Hold = Callable[[nn.Module, str], tuple[Tensor, int]]
 """From a tensor of a module, by name, to the memory of the rows that this rank keeps and the number of the first."""
@@ -118,17 +120,9 @@ class Sharded(SingleDevice):
                 module._parameters[name] = nn.Parameter(memory, requires_grad=parameter.requires_grad)
             return memory, 0
         memory = torch.empty_like(parameter.to_local(), device="cpu" if self._sharding.cpu_offload else self.device)
-        part = DTensor.from_local(
-            memory,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
+        part = _part_of(parameter, memory)
         module._parameters[name] = nn.Parameter(part, requires_grad=parameter.requires_grad)
-        # As torch.chunk cuts: all parts but the last ones have as many rows as the first.
-        return memory, min(-(-parameter.shape[0] // self._num_parts) * self._part, parameter.shape[0])
+        return memory, self._first_row(parameter)
 
     def _whole(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -140,13 +134,25 @@ class Sharded(SingleDevice):
         whole = self._on_device(tensor).full_tensor()
         return whole.cpu() if self.rank == 0 else whole.new_empty(0, device="cpu")
 
-    def _like(self, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    def shared_state(self) -> StrategyState:
+        """Returns the state with the part of each tensor that this rank holds."""
+        tensors, numbers = optimizer_state.flatten(self._optimizer, self._trained)
+        weights = {name: parameter.detach() for name, parameter in self._trained.items()}
+        return StrategyState(weights, tensors, self._values(numbers))
+
+    def _taken(self, tensors: Mapping[str, Tensor], name: str, parameter: nn.Parameter) -> Tensor:
         if not isinstance(parameter, DTensor):
-            return tensor
-        whole = tensor.to(parameter.device_mesh.device_type, parameter.dtype)
-        # Every rank has the whole tensor: each takes its part, and nothing is sent.
-        part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        return part.to(parameter.device)
+            return tensors[name]
+        local = parameter.to_local()
+        first = self._first_row(parameter)
+        stop = first + (local.shape[0] if local.numel() else 0)
+        rows = tensors.rows(name, first, stop) if isinstance(tensors, Rows) else tensors[name][first:stop]
+        return _part_of(parameter, rows.to(local.device, local.dtype).view_as(local))
+
+    def _first_row(self, parameter: DTensor) -> int:
+        """The first row of a parameter that this rank holds: torch.chunk's parts are as long as the first but the last
+        ones."""
+        return min(-(-parameter.shape[0] // self._num_parts) * self._part, parameter.shape[0])
 
     def _on_device(self, tensor: DTensor) -> DTensor:
         return cast("DTensor", tensor.to(self.device)) if tensor.device.type != self.device.type else tensor
@@ -171,6 +177,13 @@ class Sharded(SingleDevice):
         finally:
             for module, name, parameter in held:
                 module._parameters[name] = parameter
+
+
+def _part_of(whole: DTensor, local: Tensor) -> DTensor:
+    """Returns a tensor that is shared as `whole` is, of which this rank holds `local`."""
+    return DTensor.from_local(
+        local, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def buffers_to_parameters(layer: nn.Module) -> None:

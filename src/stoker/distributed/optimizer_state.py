@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stoker.distributed.strategy import Rows
 from stoker.errors import CheckpointError
 
 Numbers = dict[str, dict[str, float | int | bool]]
@@ -35,23 +36,29 @@ def restore(
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, Mapping[str, Any]],
     *,
-    place: Callable[[nn.Parameter, Tensor], Tensor] = lambda parameter, tensor: tensor,
+    take: Callable[[Mapping[str, Tensor], str, nn.Parameter], Tensor] = lambda tensors, name, parameter: tensors[name],
 ) -> None:
     """Puts back what `flatten` returned, copied to each parameter's device.
 
-    `place` makes of an entry with a parameter's shape what its rank keeps of it.
+    `take` returns of an entry with a parameter's shape, by its name, what its rank keeps of it.
 
     Raises:
         CheckpointError: the state speaks of a parameter that is not trained here.
     """
     optimizer.state.clear()
-    for key, value in tensors.items():
+    for key in tensors:
         entry, _, name = key.partition(":")
         parameter = _parameter(named_parameters, name)
-        held = place(parameter, value) if value.shape == parameter.shape else value
+        is_alike = shape_of(tensors, key) == tuple(parameter.shape)
+        held = take(tensors, key, parameter) if is_alike else tensors[key]
         optimizer.state[parameter][entry] = held.to(_device(optimizer, parameter, entry), copy=True)
     for name, entries in numbers.items():
         optimizer.state[_parameter(named_parameters, name)].update(entries)
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """Returns the shape of the tensor `name`, which need not be read for it."""
+    return tensors.shape(name) if isinstance(tensors, Rows) else tuple(tensors[name].shape)
 
 
 def _parameter(named_parameters: Mapping[str, nn.Parameter], name: str) -> nn.Parameter:

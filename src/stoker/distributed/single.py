@@ -224,17 +224,25 @@ class SingleDevice:
         tensors, numbers = optimizer_state.flatten(self._optimizer, self._trained)
         tensors = {name: self._kept(tensor) for name, tensor in tensors.items()}
         weights = {name: self._kept(parameter.detach()) for name, parameter in self._trained.items()}
+        return StrategyState(weights, tensors, self._values(numbers))
+
+    def _values(self, numbers: optimizer_state.Numbers) -> dict[str, Any]:
         values: dict[str, Any] = {"optimizer": numbers, "optimizer_class": _class_of(self._optimizer)}
         if self._scaler.is_enabled():
             values["loss_scale"] = self._scaler.state_dict()
-        return StrategyState(weights, tensors, values)
+        return values
+
+    def shared_state(self) -> StrategyState:
+        """Returns the state as ranks write it together: here the first one has all of it."""
+        state = self.state()
+        return state if self.rank == 0 else StrategyState({}, {}, state.values)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Takes back the weights of a state alone, for example the best ones."""
         check_weights(weights, {name: parameter.shape for name, parameter in self._trained.items()})
         with torch.no_grad():
             for name, parameter in self._trained.items():
-                parameter.copy_(self._like(parameter, weights[name]))
+                parameter.copy_(self._taken(weights, name, parameter))
 
     def load_state(self, state: StrategyState) -> None:
         """Takes back what `state` returned."""
@@ -246,7 +254,7 @@ class SingleDevice:
             )
         self.load_weights(state.weights)
         optimizer_state.restore(
-            self._optimizer, self._trained, state.optimizer, state.values["optimizer"], place=self._like
+            self._optimizer, self._trained, state.optimizer, state.values["optimizer"], take=self._taken
         )
         if self._scaler.is_enabled() and "loss_scale" in state.values:
             self._scaler.load_state_dict(state.values["loss_scale"])
@@ -259,10 +267,10 @@ class SingleDevice:
         """Returns a tensor of the state as it is handed out: whole where it is written."""
         return tensor
 
-    def _like(self, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
-        """Returns a whole tensor of a state as this rank holds it beside `parameter`."""
+    def _taken(self, tensors: Mapping[str, Tensor], name: str, parameter: nn.Parameter) -> Tensor:
+        """Returns a tensor of a state, of a parameter's shape, as this rank holds it beside `parameter`."""
         del parameter
-        return tensor
+        return tensors[name]
 
     def peak_memory_bytes(self) -> int:
         """Returns the device's peak of allocated memory, or the process's peak resident size on a CPU."""
@@ -318,7 +326,8 @@ def check_weights(saved: Mapping[str, Tensor], shapes: Mapping[str, torch.Size])
     """Raises CheckpointError unless `saved` holds the weights that are trained here, of these `shapes`."""
     missing = sorted(set(shapes) - set(saved))
     unexpected = sorted(set(saved) - set(shapes))
-    misshapen = sorted(name for name in set(shapes) & set(saved) if shapes[name] != saved[name].shape)
+    both = set(shapes) & set(saved)
+    misshapen = sorted(name for name in both if tuple(shapes[name]) != optimizer_state.shape_of(saved, name))
     found = {"missing": missing, "not trained here": unexpected, "of another shape": misshapen}
     faults = [f"{len(names)} {fault} (first {names[0]})" for fault, names in found.items() if names]
     if faults:

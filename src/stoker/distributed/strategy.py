@@ -13,7 +13,7 @@ The order of calls is: `prepare` once; then for each optimiser step `forward_bac
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,19 @@ class StrategyState:
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Tensors by name of which a rank may read the rows that it holds alone."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of the whole tensor."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Returns rows `start` to `stop - 1`."""
+        ...
 
 
 class Strategy(Protocol):
@@ -127,6 +140,11 @@ class Strategy(Protocol):
         """Returns the state, whole on the first rank; tensors may share memory with the live ones.
 
         Every rank must call it.
+        """
+
+    def shared_state(self) -> StrategyState:
+        """Returns the state for every rank to write its part of: DTensors of what ranks share, other tensors alike on
+        every rank that has them. Every rank must call it.
         """
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:

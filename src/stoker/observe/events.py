@@ -51,7 +51,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """A checkpoint of the state after `step` steps stands complete in `folder`."""
+    """A checkpoint of the state after `step` steps stands complete in `folder`; steps waited `seconds` for it."""
 
     step: int
     folder: Path

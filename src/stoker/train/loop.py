@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from stoker.checkpoint import rng
-from stoker.checkpoint.folder import path_of, set_aside
+from stoker.checkpoint.folder import set_aside
 from stoker.checkpoint.keep import keep
+from stoker.checkpoint.manifest import fault_of
 from stoker.checkpoint.read import Loaded, load_latest
-from stoker.checkpoint.write import save
+from stoker.checkpoint.saver import Saver
 from stoker.distributed.strategy import Strategy, StrategyState
+from stoker.errors import CheckpointError
 from stoker.observe.events import CheckpointSaved, Evaluated, Event, Notice, RunEnded, RunStarted, StepLogged
 from stoker.observe.observer import Observer
 from stoker.train.batches import Batches, StepSource, Streamed, rows_of
@@ -78,6 +81,15 @@ class Trainer:
         self._guard = MemoryGuard(strategy, self._warn, relieve=relieve, at=self._at)
         self._loss_guard = LossGuard(settings.loss_limit)
         self._interrupt = self._listen()
+        self._saver: Saver | None = None
+        if checkpoints is not None:
+            self._saver = Saver(
+                checkpoints.folder,
+                rank=strategy.rank,
+                world_size=strategy.world_size,
+                gather=strategy.gather_over_ranks,
+                background=checkpoints.background,
+            )
         self._saved: tuple[int, int] | None = None
         self._last_checkpoint: Path | None = None
         self._window_tokens, self._window_seconds = 0, 0.0
@@ -109,6 +121,9 @@ class Trainer:
         except KeyboardInterrupt:
             reason = "interrupted"
             raise
+        except Exception:
+            self._finish_alone()
+            raise
         finally:
             seconds = time.perf_counter() - started
             self._emit(RunEnded(self.state.step, reason, seconds))
@@ -118,9 +133,11 @@ class Trainer:
         while True:
             self._evaluate_if_due()
             reason = self._reason_to_end()
+            self._settle(wait=False)
             if reason or self._is_save_due():
                 self._save()
             if reason:
+                self._settle(wait=True)
                 return reason
             self._step()
 
@@ -222,38 +239,46 @@ class Trainer:
         return is_best or self._checkpoints.every.is_due(self.state.step, self._batches.steps_per_epoch)
 
     def _save(self) -> None:
+        """Begins to save, beside the steps that follow; what is still being saved is finished first."""
         position = (self.state.step, self.state.evaluated_step)
-        if self._checkpoints is None or self._saved == position:
+        if self._checkpoints is None or self._saver is None or self._saved == position:
             return
-        started = time.perf_counter()
-        self._at("gathering a checkpoint")
-        state = self._strategy.state()
-        num_bytes = 0
-        drawn = self._strategy.gather_over_ranks(rng.state())
-        self._at("writing a checkpoint")
-        if self._strategy.rank == 0:
-            num_bytes = self._write(state, drawn)
-        self._at("waiting until the checkpoint is written")
-        # The others go on once it stands: they may read it next.
-        num_bytes = int(self._strategy.sum_over_ranks([num_bytes])[0])
-        path = path_of(self._checkpoints.folder, self.state.step)
-        self._saved, self._last_checkpoint = position, path
-        self._emit(CheckpointSaved(self.state.step, path, time.perf_counter() - started, num_bytes))
-
-    def _write(self, state: StrategyState, drawn: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> int:
-        """Writes a checkpoint, with the state of each rank's random numbers; returns its bytes."""
-        assert self._checkpoints is not None
+        self._settle(wait=True)
+        state = self._strategy.shared_state()
         tensors: dict[str, Mapping[str, Tensor]] = {"weights": state.weights, "optimizer": state.optimizer}
         values = {"train": self.state.to_values(), "strategy": state.values} | self._position()
-        for rank, (rng_tensors, rng_values) in enumerate(drawn):
+        for rank, (rng_tensors, rng_values) in enumerate(self._strategy.gather_over_ranks(rng.state())):
             tensors[_rng_name(rank)], values[_rng_name(rank)] = rng_tensors, rng_values
-        _, num_bytes = save(self._checkpoints.folder, self.state.step, tensors=tensors, values=values)
-        best = [self.state.best_step] if self._checkpoints.keep_best and self.state.best_step else []
-        keep(self._checkpoints.folder, last=self._checkpoints.keep_last, steps=best)
-        return num_bytes
+        self._saver.begin(self.state.step, tensors=tensors, values=values)
+        self._saved = position
+        self._settle(wait=False)  # where steps had to wait for it, it is written
+
+    def _settle(self, *, wait: bool) -> None:
+        """Makes a checkpoint of what every rank has written, if it has; `wait`s for it where it must stand now.
+
+        Raises:
+            CheckpointError: a rank could not write; the checkpoints before stand.
+        """
+        saver, checkpoints = self._saver, self._checkpoints
+        if saver is None or checkpoints is None or saver.step is None:
+            return
+        if not wait and self._strategy.sum_over_ranks([float(not saver.is_written)])[0]:
+            return
+        saved = saver.commit()
+        self._last_checkpoint = saved.path
+        if self._strategy.rank == 0:
+            best = [self.state.best_step] if checkpoints.keep_best and self.state.best_step else []
+            keep(checkpoints.folder, last=checkpoints.keep_last, steps=best)
+        self._emit(CheckpointSaved(saved.step, saved.path, saved.seconds, saved.num_bytes))
+
+    def _finish_alone(self) -> None:
+        """Lets a checkpoint that was being written when the run failed stand, where no other rank is needed for it."""
+        if self._strategy.world_size == 1:
+            with suppress(CheckpointError):
+                self._settle(wait=True)
 
     def _resume(self) -> list[Notice]:
-        loaded = load_latest(self._checkpoints.folder) if self._checkpoints else None
+        loaded = load_latest(self._checkpoints.folder, find_fault=self._fault_of) if self._checkpoints else None
         if loaded is None:
             return [Notice("There is no checkpoint to resume from yet; starting at the beginning.")]
         notices = []
@@ -264,6 +289,12 @@ class Trainer:
         self._restore(loaded)
         return [*notices, Notice(f"Resuming from {loaded.path} after step {loaded.step}.")]
 
+    def _fault_of(self, path: Path, step: int) -> str | None:
+        """What is wrong with a checkpoint: each rank reads its share of the files."""
+        share = self._strategy.rank, self._strategy.world_size
+        faults = self._strategy.gather_over_ranks(fault_of(path, step, share=share))
+        return next((fault for fault in faults if fault), None)
+
     def _position(self) -> dict[str, Any]:
         """Where a stream of batches stands; other batches need only the step's number."""
         return {"batches": self._batches.position()} if isinstance(self._batches, Streamed) else {}
@@ -272,7 +303,7 @@ class Trainer:
         self.state = TrainState.from_values(loaded.values["train"])
         self._guard.max_positions, self._guard.fitted_positions = self.state.max_positions, self.state.fitted_positions
         self._strategy.load_state(
-            StrategyState(loaded.tensors["weights"], loaded.tensors["optimizer"], loaded.values["strategy"])
+            StrategyState(loaded.tensors["weights"], loaded.tensors.get("optimizer", {}), loaded.values["strategy"])
         )
         name = _rng_name(self._strategy.rank)
         if name in loaded.values:  # Not with more ranks than wrote it: theirs stay as they were seeded.

@@ -45,12 +45,16 @@ class LossLimit:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where checkpoints go, when, and how many stay: the last `keep_last`, and the best unless `keep_best` is off."""
+    """Where checkpoints go, when, and how many stay: the last `keep_last`, and the best unless `keep_best` is off.
+
+    `background`: whether steps go on while one is written; None: where host memory has room for a copy of the state.
+    """
 
     folder: Path
     every: Every = Every()
     keep_last: int = 3
     keep_best: bool = True
+    background: bool | None = None
 
 
 @dataclass(frozen=True)

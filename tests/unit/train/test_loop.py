@@ -247,7 +247,8 @@ class TestCheckpoints:
         from stoker.checkpoint import durable
 
         write, full_from = os.write, 4
-        trainer, _, recorder = make()
+        checkpoints = Checkpoints(tmp_path / "checkpoints", Every(steps=2), background=False)
+        trainer, _, recorder = make(checkpoints=checkpoints)
 
         def disk_is_full(descriptor, data):
             if trainer.state.step >= full_from:

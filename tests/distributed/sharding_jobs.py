@@ -1,0 +1,149 @@
+"""What each of two processes does for the tests of sharding and of checkpoints: all of it once, in one go."""
+
+from pathlib import Path
+
+import jobs
+import torch
+from torch.distributed.tensor import DTensor
+
+from stoker.adapters.fused_block import FusedBlock, fuse_blocks
+from stoker.adapters.lora import Awaited, add_lora
+from stoker.arch import families
+from stoker.checkpoint.read import load_latest
+from stoker.checkpoint.saver import Saver
+from stoker.distributed.ddp import DataParallel
+from stoker.distributed.fsdp2 import Sharded, Sharding
+from stoker.distributed.strategy import StrategyState
+from stoker.kernels.adamw import AdamWStep, adamw_
+from stoker.models import native
+from stoker.models.streamed import StreamedDecoder
+from stoker.optim.stochastic import StochasticAdamW
+from stoker.tasks.supervised import SupervisedTask
+
+STEPS = 3
+SPEC = families.read({**jobs.CASES["full"].config.to_dict(), "architectures": None}, "config.json")
+CHECKPOINTED = ("full", "nf4")
+KINDS = ("none", "nf4", "int8")
+SETTINGS = {
+    "kept": Sharding(reshard_after_forward=False),
+    "offload": Sharding(cpu_offload=True),
+    "gathered in bf16": Sharding(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16),
+}
+
+
+def save(folder):
+    native.save(
+        native.build(SPEC, seed=0, initializer_range=0.1), SPEC, folder, config=jobs.CASES["full"].config.to_dict()
+    )
+
+
+def lora(model, awaited=None):
+    """Adapters with a B that is not zero, and layers through the layer kernel."""
+    add_lora(model, rank=4, alpha=8, awaited=awaited)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.fill_(0.05)
+    fuse_blocks(model, keep="mixer", implementation="reference")
+    return model
+
+
+def streamed(ranks, folder, kind):
+    """Trains adapters on a base of which this rank reads its part alone; returns what it held, in bytes, as well."""
+    loaded = StreamedDecoder(
+        folder, SPEC, quantization=kind, rank=ranks.rank, world_size=ranks.world_size, gather=ranks.gather
+    )
+    model = lora(loaded.decoder, Awaited("cpu", loaded.weight_of))
+    strategy = Sharded(ranks, "cpu", model=model, layers=list(model.blocks), fill=loaded.fill)
+    result = jobs.train("lora", "fsdp2", model=model, strategy=strategy, steps=STEPS)
+    held = [
+        (parameter.to_local().nbytes, parameter.numel() * parameter.element_size())
+        for parameter in model.parameters()
+        if isinstance(parameter, DTensor)
+    ]
+    fused = all(isinstance(block, FusedBlock) for block in model.blocks)
+    return result["losses"], [sum(column) for column in zip(*held, strict=True)], fused
+
+
+def with_settings(ranks, sharding):
+    model = jobs.build(jobs.CASES["full"])
+    strategy = Sharded(ranks, "cpu", model=model, layers=list(model.blocks), sharding=sharding)
+    result = jobs.train("full", "fsdp2", model=model, strategy=strategy, steps=STEPS)
+    return result["losses"], result["norms"]
+
+
+def narrow(strategy_of):
+    """Trains every weight in bf16; returns the losses and each rank's own weights as bytes."""
+    model = jobs.build(jobs.CASES["full"]).to(torch.bfloat16)
+    strategy = strategy_of(model)
+
+    def update(weight, grad, average, square, *, number, betas, **values):
+        numbers = AdamWStep(first_beta=betas[0], second_beta=betas[1], **values)
+        adamw_(weight, grad, average, square, numbers, seed=1, number=number + (strategy.part << 20))
+
+    def optimizer(named):
+        group = {"params": [parameter for _, parameter in named]}
+        return StochasticAdamW([group], lr=1e-2, betas=(0.9, 0.99), eps=1e-8, update=update)
+
+    result = jobs.train("full", "", model=model, strategy=strategy, optimizer=optimizer, precision="bf16", steps=STEPS)
+    held = [one.to_local() if isinstance(one, DTensor) else one for one in model.parameters()]
+    return result["losses"], [one.detach().float().sum().item() for one in held]
+
+
+def overflow(ranks):
+    """One rank's gradients overflow; returns each rank's word on the step and its loss scale before and after."""
+    model = jobs.build(jobs.CASES["full"])
+    strategy = Sharded(ranks, "cpu", model=model, layers=list(model.blocks), precision="fp16")
+    strategy.prepare(SupervisedTask(model), jobs.adamw)
+    before = strategy._scaler.get_scale()
+    (batch, *_) = jobs.loader(jobs.CASES["full"], strategy).step(0)
+    strategy.forward_backward(batch, divisor=10.0, is_last=True)
+    weight = model.blocks[0].attention.out.weight
+    if ranks.rank == 1:
+        weight.grad.to_local()[0, 0] = float("inf")
+    result = strategy.step(1e-2, max_gradient_norm=1.0)
+    return ranks.gather((result.skipped, before, result.loss_scale))
+
+
+def everything(ranks, folder, checkpoints):
+    found = {kind: streamed(ranks, folder, kind) for kind in KINDS}
+    found |= {name: with_settings(ranks, sharding) for name, sharding in SETTINGS.items()}
+    found["overflow"] = overflow(ranks)
+    losses, sums = narrow(lambda model: DataParallel(ranks, "cpu", precision="bf16"))
+    found["bf16 ddp"] = losses, ranks.gather(sums)
+    found["bf16"] = narrow(
+        lambda model: Sharded(ranks, "cpu", model=model, layers=list(model.blocks), precision="bf16")
+    )
+    found["checkpoints"] = {
+        kind: all_of(ranks, kind, CHECKPOINTED, f"{checkpoints}/{kind}") for kind in ("fsdp2", "ddp")
+    }
+    return found
+
+
+def go_on(ranks, kind, name, folder, steps=STEPS):
+    """Takes `steps` steps from the last checkpoint of `folder`, if there is one, and saves; returns the losses."""
+    folder, made = Path(folder), []
+    loaded = load_latest(folder)
+    state, start = None, 0
+    if loaded is not None:
+        state, start = (
+            StrategyState(loaded.tensors["weights"], loaded.tensors["optimizer"], loaded.values["strategy"]),
+            loaded.step,
+        )
+    model = jobs.build(jobs.CASES[name])
+    made = jobs.make_strategy(kind, ranks, model)
+    result = jobs.train(name, kind, model=model, strategy=made, steps=steps, start=start, state=state)
+    options = {"rank": made.rank, "world_size": made.world_size, "gather": made.gather_over_ranks}
+    saver = Saver(folder, **options, background=True)
+    state = made.shared_state()
+    saver.begin(
+        start + steps,
+        tensors={"weights": state.weights, "optimizer": state.optimizer},
+        values={"strategy": state.values},
+    )
+    saved = saver.commit()
+    return result["losses"], saved.num_bytes, [path.name for path in saved.path.iterdir()]
+
+
+def all_of(ranks, kind, names, folder, steps=STEPS):
+    return {name: go_on(ranks, kind, name, f"{folder}/{name}", steps) for name in names}

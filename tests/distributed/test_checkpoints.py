@@ -1,0 +1,57 @@
+"""A run goes on over another number of ranks and under another strategy, from what all ranks wrote together."""
+
+import os
+
+import jobs
+import pytest
+from sharding_jobs import CHECKPOINTED, STEPS, all_of
+
+ALL = os.environ.get("STOKER_TEST_ALL") == "1"
+
+
+def expected(name, count):
+    return jobs.alone(name, count)["losses"]
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
+def test_a_run_of_one_process_goes_on_over_two_and_again_in_one(shared, kind):
+    last = all_of(None, "single", CHECKPOINTED, f"{shared['checkpoints at']}/{kind}")
+    for name in CHECKPOINTED:
+        losses, num_bytes, files = shared["checkpoints"][kind][name]
+        assert losses == pytest.approx(expected(name, 2 * STEPS)[STEPS:], abs=1e-5)
+        assert last[name][0] == pytest.approx(expected(name, 3 * STEPS)[2 * STEPS :], abs=1e-5)
+        assert {"weights-00001-of-00002.safetensors", "weights-00002-of-00002.safetensors"} <= set(files)
+    trained = sum(one.numel() for one in jobs.build(jobs.CASES["nf4"]).parameters() if one.requires_grad)
+    # Three numbers a trained parameter, and some KiB of names: the frozen base is not in it.
+    assert 12 * trained < num_bytes < 12 * trained + 40_000
+
+
+def chain(places, names, tmp_path):
+    """Trains over `places` (strategy, ranks) in turn; returns the losses of each case."""
+    losses = {name: [] for name in names}
+    for number, (kind, count) in enumerate(places):
+        work = tmp_path / f"ranks-{number}"
+        work.mkdir()
+        alone = kind == "single"
+        found = (
+            all_of(None, kind, names, tmp_path) if alone else jobs.on_ranks(count, work, all_of, kind, names, tmp_path)
+        )
+        for name, (more, *_) in found.items():
+            losses[name] += more
+    return losses
+
+
+@pytest.mark.skipif(not ALL, reason="make test-distributed runs it")
+@pytest.mark.parametrize(
+    "places",
+    [
+        [("fsdp2", 2), ("single", 1), ("fsdp2", 2)],
+        [("fsdp2", 4), ("fsdp2", 2), ("single", 1), ("fsdp2", 4)],
+        [("ddp", 4), ("fsdp2", 2), ("ddp", 2)],
+    ],
+)
+def test_a_run_goes_on_over_any_number_of_ranks(places, tmp_path):
+    names = tuple(jobs.CASES)
+    losses = chain(places, names, tmp_path)
+    for name in names:
+        assert losses[name] == pytest.approx(expected(name, len(places) * STEPS), abs=2e-5)
