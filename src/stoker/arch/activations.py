@@ -29,20 +29,30 @@ _IN_FLIGHT = 4
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of a layer: `kept` until its backward, `passing` during it, and what waits on the `host` meanwhile."""
+    """Bytes of a layer: `kept` until its backward, `passing` during it, and what waits on the `host` meanwhile.
+
+    `leaving`: what may still be on its way to the host when the forward has ended.
+    """
 
     kept: int
     passing: int
     host: int = 0
+    leaving: int = 0
 
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch: `tokens` tokens of `value_bytes` each value; `product_values` of adapters a token and layer."""
+    """A micro-batch: `tokens` tokens of `value_bytes` each value; `product_values` of adapters a token and layer.
+
+    `head_copies`: tensors as large as the queries that attention's backward makes where keys and values are shared by
+    several of them: none by cuDNN (Hopper and later), two by flash attention (gradients of keys and values for every
+    query head, summed afterwards), four where keys and values themselves are copied for every query head.
+    """
 
     tokens: int
     value_bytes: int
     product_values: int = 0
+    head_copies: int = 0
 
 
 def fused(
@@ -72,32 +82,43 @@ def fused(
     # Gradients of what comes in and goes out, the norm's output, the activation; then what is run again.
     passing = (4 * hidden_size + max(inner, query + 2 * heads)) * unit
     if keep != "all":
-        rows = 5 * hidden_size + heads if keep == "mixer" else 6 * hidden_size + 2 * heads
-        passing = _with_feed_forward(rows, layer, hidden_size, micro, tile_tokens)
+        passing = _again(layer, hidden_size, micro, keep, tile_tokens)
     if mixer.qk_norm is not None:  # q, k and v as the projection gave them, beside the turned ones
         passing += heads * unit
-    if offload:
-        passing += _IN_FLIGHT * max(hidden_size, query) * unit
+    in_flight = _IN_FLIGHT * max(hidden_size, query) * unit if offload else 0
+    passing += in_flight
     return Held(
         on_device * unit + (0 if offload else statistics * micro.tokens),
         passing,
         (away * unit + statistics * micro.tokens) if offload else 0,
+        in_flight,
     )
 
 
-def _with_feed_forward(rows: int, layer: LayerSpec, hidden_size: int, micro: Micro, tile_tokens: int | None) -> int:
-    """Bytes during a backward that makes gate, up and the activation again, beside `rows` values a token.
+def _again(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep, tile_tokens: int | None) -> int:
+    """Bytes during the backward of a layer that makes gate and up again, the more of two moments.
 
-    With tiles these three exist for one tile, and the tiles' results beside the tensor that they are joined to. What is
-    highest then may be attention's own backward, whose gradient of q is summed in fp32.
+    In the feed-forward's backward there are the gradients of what leaves the layer and of the sum after attention, that
+    sum itself, and for a tile's tokens (or all) the normed rows, their gradient, gate, up and the activation. In
+    attention's, these two gradients, those of what it gave and of q, k and v, and that of q once more, summed in fp32;
+    on the lowest rungs q, k and v too, which are made after the feed-forward's backward or, with what attention
+    gives, before it.
     """
     mixer, gated = _llama_parts(layer)
-    inner, query = gated.intermediate_size, mixer.num_heads * mixer.head_dim
-    if tile_tokens is None:
-        return (rows + 3 * inner) * micro.tokens * micro.value_bytes
-    tile = min(tile_tokens, micro.tokens)
-    feed_forward = ((rows + hidden_size) * micro.tokens + 3 * inner * tile) * micro.value_bytes
-    return max(feed_forward, (rows * micro.value_bytes + 4 * query) * micro.tokens)
+    query = mixer.num_heads * mixer.head_dim
+    heads = query + 2 * mixer.num_kv_heads * mixer.head_dim
+    from_start = heads + query if keep == "input" else 0
+    mid = 0 if keep == "mixer" else hidden_size
+    tile = micro.tokens if tile_tokens is None else min(tile_tokens, micro.tokens)
+    feed_forward = (2 * hidden_size + mid + from_start) * micro.tokens
+    feed_forward += (2 * hidden_size + 3 * gated.intermediate_size) * tile
+    copies = micro.head_copies * query if mixer.num_kv_heads < mixer.num_heads else 0
+    attention = 2 * hidden_size + query + heads + copies
+    attention += max(from_start, 0 if keep == "mixer" else heads)
+    return max(
+        feed_forward * micro.value_bytes,
+        (attention * micro.value_bytes + 4 * query) * micro.tokens,
+    )
 
 
 def _llama_parts(layer: LayerSpec) -> tuple[AttentionSpec, GatedSpec]:
@@ -164,6 +185,11 @@ def peak(layers: Sequence[Held]) -> int:
         total += held.kept
         highest = max(highest, total + held.passing)
     return highest
+
+
+def after_forward(layers: Sequence[Held]) -> int:
+    """Returns the bytes of all layers when the forward has ended and the head runs."""
+    return sum(held.kept for held in layers) + max((held.leaving for held in layers), default=0)
 
 
 def recomputed_flops_per_token(spec: AnySpec, sequence_length: int, keep: Sequence[Keep], *, is_fused: bool) -> float:

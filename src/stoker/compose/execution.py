@@ -3,7 +3,7 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-from stoker.plan.memory import GIB
+from stoker.plan.memory import BASE_BYTES, GIB
 from stoker.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -114,12 +114,16 @@ def _short(names: tuple[str, ...]) -> str:
 
 
 def limit_memory(plan: Plan, limit_gib: float | None) -> None:
-    """Lets PyTorch's allocator take no more of the GPU than the user allows; None lifts a limit set before."""
+    """Lets the run take no more of the GPU than the user allows; None lifts a limit set before.
+
+    PyTorch's allocator gets what the plan leaves for it: the limit less the room of the CUDA context.
+    """
     import torch
 
     if plan.device == "cuda":
         _, total = torch.cuda.mem_get_info()
-        torch.cuda.set_per_process_memory_fraction(1.0 if limit_gib is None else min(1.0, limit_gib * GIB / total))
+        allowed = total if limit_gib is None else min(total, limit_gib * GIB - BASE_BYTES["cuda"])
+        torch.cuda.set_per_process_memory_fraction(max(0.0, allowed / total))
 
 
 def warm_up_reason(plan: Plan) -> str:

@@ -7,8 +7,8 @@ Heads are grouped: query heads h of one group share one key and value head (arXi
 On a CPU, and wherever no variable-length kernel fits, documents run one after the other through PyTorch's
 `scaled_dot_product_attention`, whose memory is linear in their length. A sliding window shorter than the document runs
 in blocks of queries, each against the keys within reach: the only masks are [block, block + window]. On CUDA in half
-precision, packed rows and sliding windows take `torch.nn.attention.varlen`. Soft-capped scores and sinks have their own
-way (`kernels/scored_attention.py`).
+precision, from Ampere on, packed rows and sliding windows take `torch.nn.attention.varlen`. Soft-capped scores and
+sinks have their own way (`kernels/scored_attention.py`).
 """
 
 from __future__ import annotations
@@ -92,6 +92,9 @@ def attention(
         return exchange.collect(attended.flatten(2)).view(*q.shape[:3], v.shape[-1])
     is_fast = check_implementation(implementation)
     rows = _checked(document_lengths, q)
+    if q.is_cuda and not _has_flash(q.device) and q.shape[2] != k.shape[2]:
+        # What is left there knows no shared heads, and the plain formula would make a matrix T x T.
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     scores = Scores(window, scale, softcap, sinks)
     if not scores.are_plain and is_fast and q.is_cuda and min(q.shape[-1], v.shape[-1]) >= FLEX_CHANNELS:
         return flex(q, k, v, rows, scores)
@@ -105,6 +108,11 @@ def _checked(document_lengths: DocumentLengths | None, q: Tensor) -> DocumentLen
     if len(rows) != batch or any(sum(row) != length for row in rows):
         raise ValueError(f"document_lengths must hold {batch} rows that sum to {length}")
     return rows
+
+
+def _has_flash(device: torch.device) -> bool:
+    """Whether flash attention, the variable-length one among it, runs on the GPU: Ampere or later."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _fastest_kernels(q: Tensor) -> AbstractContextManager[Any]:
@@ -123,6 +131,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, rows: DocumentLengths, scores: S
     is_windowed = scores.window is not None and scores.window < max(lengths, default=0)
     # The kernel has one size for queries, keys and values.
     fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1]
+    fits = fits and _has_flash(q.device)
     if scores.are_plain and (is_packed or is_windowed) and fits:
         return _variable_length(q, k, v, lengths, window=scores.window, scale=scores.scale)
     if not is_packed:

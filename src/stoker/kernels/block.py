@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from stoker.kernels import glu, head_norm, rms_norm, rope
 from stoker.kernels.attention import DocumentLengths, attention
-from stoker.kernels.feed_forward import KEEP, BlockOptions, feed_forward, joined, tiles
+from stoker.kernels.feed_forward import KEEP, BlockOptions, feed_forward, tiles
 from stoker.kernels.kept_attention import Attend, KeptAttention
 from stoker.kernels.offload import HostOffload
 from stoker.kernels.projection import (
@@ -272,45 +272,40 @@ class _Backward:
         self.grads: list[Tensor | None] = [None] * len(tensors)
 
     def __call__(self, grad: Tensor, attended: KeptAttention | None, kept: _Kept) -> Tensor | None:
-        """Gradient of x (None where nothing needs it, as below the first layer), from that of the output [B, T, D]."""
+        """Gradient of x (None where nothing needs it, as below the first layer), from that of the output [B, T, D].
+
+        What attention's backward reads is made after the feed-forward's, where it was not kept: long rows leave no
+        memory for both.
+        """
         options, layout, rows = self.layout.options, self.layout, as_rows(self.x)
         qkv, out, _, _ = self.projections
-        rstd_x, rstd_mid = kept.rstds
-        runs_qkv = options.keep in ("attention", "input")
-        normed_x = self._norm(rows, 0)[0] if runs_qkv or self.needs[0] or qkv.rate > 0.0 else None
+        rstd_x = kept.rstds[0]
         heads: tuple[Tensor, ...] = ()
         before = kept.qkv
-        if runs_qkv and normed_x is not None:
-            before, _ = project(qkv, normed_x, Piece(options.implementation), product=kept.products[0])
-            before = before.view(*self.x.shape[:2], -1)
-        if before is not None:
-            heads = _to_heads(layout, self.turn(before))
-            before = before if self.turn.norms else None
         if attended is None:
+            heads, before = self._heads(kept)
             attended = KeptAttention(_attend(layout), heads)
-        if kept.mid is None:
+        mid = kept.mid
+        if mid is None:
             values = _to_rows(layout, attended.values())
             mid = project_onto(out, values, rows, kept.products[1], implementation=options.implementation)
             del values
-        else:
-            mid = kept.mid
-        needs_normed_mid = kept.gate_up is None or self.needs[8] or self.projections[2].rate > 0.0
-        normed_mid = self._norm(mid, 1)[0] if needs_normed_mid else None
-        grad_rows = as_rows(grad)
-        grad_normed = joined(
-            [self._feed_forward(grad_rows, mid, normed_mid, kept, tile) for tile in tiles(rows.shape[0], options)]
-        )
-        del normed_mid
-        grad_mid = self._norm_backward(1, grad_normed, mid, rstd_mid, grad_rows)
+        grad_mid = self._feed_forward(as_rows(grad), mid, kept)
+        del mid
+        if not heads and (before is not None or options.keep == "attention"):
+            heads, before = self._heads(kept)
         grad_attended = self._projection(1, grad_mid, _to_rows(layout, attended.values()), kept.products[1])
         grad_heads = self._grad_heads(attended, grad_attended.view(*self.x.shape[:2], -1), heads)
-        del heads, attended, mid
+        del heads, attended, grad_attended
         grad_qkv, *self.norm_grads[2:] = self.turn.backward(grad_heads, before, needs_weights=any(self.needs_norms[2:]))
-        del before
+        del before, grad_heads
         grad_qkv = grad_qkv.flatten(0, 1)
         grads = grad_product(qkv, grad_qkv, kept.products[0], implementation=options.implementation)
         piece = Piece(options.implementation)
+        # Only a weight that is trained, or dropout, reads the normed rows themselves.
+        normed_x = self._norm(rows, 0)[0] if self.needs[0] or qkv.rate > 0.0 else None
         self._grads_after_norm(0, grad_qkv, grads, _Normed(rows, rstd_x, normed_x), piece)
+        del normed_x
         if not self.needs_x and not self.needs_norms[0]:
             return None
         grad_normed = grad_input(qkv, grad_qkv, grads[0], piece)
@@ -324,12 +319,22 @@ class _Backward:
         grads = attended.backward(options.exchange.attended_to_heads(grad), heads)
         return options.exchange.queries_to_rows(grads, options.num_kv_heads)
 
+    def _heads(self, kept: _Kept) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """(q, k and v; the projection's output, which the backward of heads' norms reads, or else None)."""
+        before = kept.qkv
+        if before is None:
+            normed, _ = self._norm(as_rows(self.x), 0)
+            piece = Piece(self.layout.options.implementation)
+            before, _ = project(self.projections[0], normed, piece, product=kept.products[0])
+            before = before.view(*self.x.shape[:2], -1)
+        return _to_heads(self.layout, self.turn(before)), before if self.turn.norms else None
+
     def _norm(self, rows: Tensor, index: int) -> tuple[Tensor, Tensor]:
         options = self.layout.options
         return _norm(rows, self.norms[index], options.epsilons[index], options.implementation)
 
     def _norm_backward(self, index: int, grad: Tensor, rows: Tensor, rstd: Tensor, grad_residual: Tensor) -> Tensor:
-        grad_rows, self.norm_grads[index] = _norm_backward(
+        grad_rows, grad_weight = _norm_backward(
             grad,
             grad_residual,
             rows,
@@ -338,16 +343,29 @@ class _Backward:
             needs_weight=self.needs_norms[index],
             implementation=self.layout.options.implementation,
         )
+        before = self.norm_grads[index]
+        self.norm_grads[index] = grad_weight if before is None or grad_weight is None else before + grad_weight
         return grad_rows
 
-    def _feed_forward(self, grad: Tensor, mid: Tensor, normed: Tensor | None, kept: _Kept, tile: slice) -> Tensor:
-        """Gradient of the normed rows of a tile, and the gradients of `gate_up` and `down`."""
+    def _feed_forward(self, grad: Tensor, mid: Tensor, kept: _Kept) -> Tensor:
+        """Gradient of `mid` [N, D] from that of the output, the residual's share in it; a tile at a time."""
+        pieces = tiles(mid.shape[0], self.layout.options)
+        if len(pieces) == 1:
+            return self._feed_forward_tile(grad, mid, kept, pieces[0])
+        grad_mid = torch.empty_like(mid)
+        for tile in pieces:
+            grad_mid[tile] = self._feed_forward_tile(grad[tile], mid[tile], kept, tile)
+        return grad_mid
+
+    def _feed_forward_tile(self, grad: Tensor, mid: Tensor, kept: _Kept, tile: slice) -> Tensor:
+        """The same for the rows of a tile, and the gradients of `gate_up`, `down` and the norm."""
         _, _, gate_up, down = self.projections
-        grad, normed = grad[tile], None if normed is None else normed[tile]
-        implementation = self.layout.options.implementation
+        implementation, rstd = self.layout.options.implementation, kept.rstds[1][tile]
         piece = Piece(implementation, tile.start)
         product, product_down = (None if x is None else x[tile] for x in kept.products[2:])
         values = kept.gate_up
+        needs_normed = values is None or self.needs[8] or gate_up.rate > 0.0
+        normed = self._norm(mid, 1)[0] if needs_normed else None
         if values is None and normed is not None:
             values, _ = project(gate_up, normed, piece, product=product)
         if values is None:
@@ -355,15 +373,15 @@ class _Backward:
         grad_down, grad_b = grad_product(down, grad, product_down, implementation=implementation)
         self._add(4 * 3 + 3, grad_b)
         grad_activated = grad_input(down, grad, grad_down, piece)
-        source = _Normed(mid[tile], kept.rstds[1][tile], normed)
         grad_gate_up, activated = glu.gated_backward(
             values, grad_activated, activation=self.layout.options.activation, implementation=implementation
         )
         self._weight_grads(3, grad, activated, grad_down, piece)
         grads = grad_product(gate_up, grad_gate_up, product, implementation=implementation)
         del grad_activated, activated
-        self._grads_after_norm(2, grad_gate_up, grads, source, piece)
-        return grad_input(gate_up, grad_gate_up, grads[0], piece)
+        self._grads_after_norm(2, grad_gate_up, grads, _Normed(mid, rstd, normed), piece)
+        del normed
+        return self._norm_backward(1, grad_input(gate_up, grad_gate_up, grads[0], piece), mid, rstd, grad)
 
     def _grads_after_norm(
         self,

@@ -56,21 +56,28 @@ def feed_forward(
     projections: Sequence[Projection], normed: Tensor, mid: Tensor, options: BlockOptions
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(mid + output [N, D], gate_up if it is kept, the adapters' products of gate_up and of down)."""
-    outputs: list[Tensor] = []
+    pieces = tiles(normed.shape[0], options)
+    # Written tile by tile: results of all tiles beside the tensor that they become would be two.
+    output = torch.empty_like(mid) if len(pieces) > 1 else None
     products: tuple[list[Tensor], list[Tensor]] = ([], [])
     kept = None
-    for tile in tiles(normed.shape[0], options):
+    for tile in pieces:
         piece = Piece(options.implementation, tile.start)
-        output, gate_up, product_gate_up, product_down = _run_tile(
+        part, gate_up, product_gate_up, product_down = _run_tile(
             projections, normed[tile], mid[tile], options.activation, piece
         )
-        outputs.append(output)
+        if output is None:
+            output = part
+        else:
+            output[tile] = part
         products[0].extend([] if product_gate_up is None else [product_gate_up])
         products[1].extend([] if product_down is None else [product_down])
         kept = gate_up if options.keep == "all" else None
-        del gate_up
-    whole = [joined(pieces) if pieces else None for pieces in products]
-    return joined(outputs), kept, whole[0], whole[1]
+        del gate_up, part
+    whole = [_joined(parts) if parts else None for parts in products]
+    if output is None:  # no rows
+        output = torch.empty_like(mid)
+    return output, kept, whole[0], whole[1]
 
 
 def _run_tile(
@@ -91,6 +98,6 @@ def tiles(num_rows: int, options: BlockOptions) -> list[slice]:
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, max(1, size))]
 
 
-def joined(pieces: list[Tensor]) -> Tensor:
-    """The tiles' results as one tensor."""
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """The tiles' adapter products as one tensor."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -98,11 +98,16 @@ class KeptAttention:
         self._output = None
 
     def backward(self, grad: Tensor, heads: tuple[Tensor, ...] = ()) -> list[Tensor]:
-        """Gradients of q, k and v, from that of the output; `heads` are they, where they were forgotten."""
-        self._heads = heads
+        """Gradients of q, k and v, from that of the output; `heads` are they, where they were forgotten.
+
+        It lets go of the output, and of all that attention kept.
+        """
+        self._heads, self._output = heads, None
         torch.autograd.grad((self._edge,), (self._root,), (grad,))
         self._heads = ()
         if self._offload is not None:
             for handle, _ in self._handles.values():
                 self._offload.release(handle)
-        return self._sink
+        grads = list(self._sink)
+        self._sink.clear()  # the graph, which may live on, holds the same list
+        return grads

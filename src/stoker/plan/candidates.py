@@ -10,7 +10,7 @@ from stoker.config.schema import RunConfig
 from stoker.plan import execution, facts, ladder, rates, speed
 from stoker.plan.adapter import adapter_parameters, targeted
 from stoker.plan.hardware import Device
-from stoker.plan.ladder import Ladder
+from stoker.plan.ladder import Ladder, Weighed
 from stoker.plan.memory import VALUE_BYTES, Memory, estimate, transposed_bytes
 from stoker.plan.rates import Rates
 from stoker.plan.spread import SINGLE, Spread
@@ -103,13 +103,22 @@ class Job:
         )
 
 
+def _head_copies(device: Device) -> int:
+    """See `Micro`: which attention runs depends on the GPU (`kernels/attention.py`)."""
+    if device.kind != "cuda" or device.compute_capability is None or device.compute_capability >= (9, 0):
+        return 0
+    return 2 if device.compute_capability >= (8, 0) else 4
+
+
 class Size:
     """A micro-batch of so many rows of a job, to try ladders with."""
 
     def __init__(self, job: Job, rows: int) -> None:
         self.job, self.rows = job, rows
         tokens = rows * job.row_tokens
-        self.micro = Micro(tokens, VALUE_BYTES[job.machine.precision], product_values(job.config, job.spec))
+        value_bytes = VALUE_BYTES[job.machine.precision]
+        adapters = product_values(job.config, job.spec)
+        self.micro = Micro(tokens, value_bytes, adapters, _head_copies(job.machine.device))
         self._besides = {fused: job.memory(tokens, casts_by_layer=fused) for fused in (False, True)}
 
     def candidate(self, ladder: Ladder) -> "Candidate":
@@ -118,11 +127,17 @@ class Size:
             ladder = ladder.tiled(self.job.spec, self.micro)
         spec = self.job.spec
         host = ladder.host_bytes(spec, self.micro) if ladder.offload else 0
-        return self._made(ladder, ladder.device_bytes(spec, self.micro), host)
+        device, after = ladder.device_bytes(spec, self.micro), ladder.bytes_after_forward(spec, self.micro)
+        return self._made(Weighed(ladder, device, host, after))
 
-    def _made(self, ladder: Ladder, device_bytes: int, host_bytes: int) -> "Candidate":
-        memory = self._besides[ladder.layers == "fused"].with_activations(device_bytes)
-        return Candidate(self, ladder, memory, host_bytes)
+    def _made(self, held: Weighed) -> "Candidate":
+        besides = self._besides[held.ladder.layers == "fused"]
+        memory = besides.with_activations(held.device, beside_head=self._beside_head(held))
+        return Candidate(self, held.ladder, memory, held.host)
+
+    def _beside_head(self, held: Weighed) -> int | None:
+        """What `Memory.with_activations` is told: a frozen head leaves nothing behind."""
+        return None if self.job.config.adapter is None else held.after_forward
 
     def best(self) -> "Candidate":
         """Returns the candidate that computes least again of those that fit, or else the nearest to fitting."""
@@ -133,14 +148,15 @@ class Size:
         # No rung helps where all else alone does not fit.
         hopeless = min(one.total for one in self._besides.values()) > machine.device.memory_bytes
         for held in each.last() if hopeless else each:
-            total = self._besides[held.ladder.layers == "fused"].total_with(held.device)
+            besides = self._besides[held.ladder.layers == "fused"]
+            total = besides.total_with(held.device, beside_head=self._beside_head(held))
             too_much_on_host = held.host > machine.host_bytes
             if total <= machine.device.memory_bytes and not too_much_on_host:
-                return self._made(held.ladder, held.device, held.host)
+                return self._made(held)
             if nearest is None or (too_much_on_host, total) < nearest[0]:
                 nearest = (too_much_on_host, total), held
         assert nearest is not None
-        return self._made(*nearest[1])
+        return self._made(nearest[1])
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Ladder:
     def tiled(self, spec: AnySpec, micro: Micro) -> "Ladder":
         """Returns the same with the feed-forward in tiles if that lowers the peak, and without if not."""
         whole = self if self.tile_tokens is None else replace(self, tile_tokens=None)
-        if self.layers != "fused" or set(self.keep) <= {"all"} or micro.tokens <= TILE_TOKENS:
+        if self.layers != "fused" or set(self.keep) <= {"all"} or micro.tokens < TILE_TOKENS * 5 // 4:
             return whole
         tiles = replace(self, tile_tokens=TILE_TOKENS)
         return tiles if tiles.device_bytes(spec, micro) < whole.device_bytes(spec, micro) else whole
@@ -46,6 +46,11 @@ class Ladder:
     def device_bytes(self, spec: AnySpec, micro: Micro) -> int:
         """Returns the bytes of all layers on the device at the backward's peak."""
         return activations.peak(self.held(spec, micro))
+
+    @remember(1)
+    def bytes_after_forward(self, spec: AnySpec, micro: Micro) -> int:
+        """Returns the bytes of all layers on the device while the head runs."""
+        return activations.after_forward(self._held(spec, micro))
 
     @remember(1)
     def host_bytes(self, spec: AnySpec, micro: Micro) -> int:
@@ -76,11 +81,15 @@ def ladders_of(spec: AnySpec, **settings: Any) -> tuple[Ladder, ...]:
 
 
 class Weighed(NamedTuple):
-    """A ladder with the bytes of its layers at the backward's peak, on the device and on the host."""
+    """A ladder with the bytes of its layers at the backward's peak, on the device and on the host.
+
+    `after_forward`: those on the device while the head runs.
+    """
 
     ladder: Ladder
     device: int
     host: int
+    after_forward: int
 
 
 class Profile:
@@ -103,7 +112,8 @@ class Profile:
     def _weigh(self, ladder: Ladder) -> Weighed:
         tiled = ladder.tiled(self._spec, self._micro)
         host = tiled.host_bytes(self._spec, self._micro) if tiled.offload else 0
-        return Weighed(tiled, tiled.device_bytes(self._spec, self._micro), host)
+        device, after = (one(self._spec, self._micro) for one in (tiled.device_bytes, tiled.bytes_after_forward))
+        return Weighed(tiled, device, host, after)
 
 
 @remember(0)

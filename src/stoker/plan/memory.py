@@ -23,6 +23,8 @@ VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 BASE_BYTES = {"cpu": GIB // 2, "cuda": GIB, "mps": GIB}
 # The head's logits are made in chunks of at most this many bytes, with as much again for their gradient.
 _LOGITS_BYTES = 2 * 128 * 2**20
+# Tensors [N, D] about the head: its norm's input and output, the trained rows of those, and their gradient twice.
+_HEAD_TENSORS = 5
 # Freed blocks of odd sizes that the allocator cannot hand out again, as a share of everything else.
 _FRAGMENTATION = 0.05
 # NCCL's own, for a communicator over a node: rule of thumb.
@@ -61,14 +63,23 @@ class Memory:
     def _total(self) -> int:
         return sum(getattr(self, one) for one in CATEGORIES)
 
-    def with_activations(self, count: int) -> "Memory":
-        """Returns the same with `count` bytes more of activations, and what the allocator loses with them."""
-        lost = round(_FRAGMENTATION * count)
-        return replace(self, activations=self.activations + count, reserve=self.reserve + lost)
+    def with_activations(self, count: int, *, beside_head: int | None = None) -> "Memory":
+        """Returns the same with `count` bytes more of activations, and what the allocator loses with them.
 
-    def total_with(self, count: int) -> int:
+        `beside_head`: those of them that are there while the head runs, where what it needs is gone before the layers'
+        backward: then only what exceeds their peak is added for it. None: it stays, as a trained head's gradient does.
+        """
+        logits = self._logits_with(count, beside_head)
+        lost = round(_FRAGMENTATION * (count + logits - self.logits))
+        return replace(self, activations=self.activations + count, logits=logits, reserve=self.reserve + lost)
+
+    def total_with(self, count: int, *, beside_head: int | None = None) -> int:
         """Returns the total of what `with_activations` returns."""
-        return self._total + count + round(_FRAGMENTATION * count)
+        more = count + self._logits_with(count, beside_head) - self.logits
+        return self._total + more + round(_FRAGMENTATION * more)
+
+    def _logits_with(self, count: int, beside_head: int | None) -> int:
+        return self.logits if beside_head is None else max(0, beside_head + self.logits - count)
 
     def with_transposed(self, count: int) -> "Memory":
         """Returns the same with `count` bytes of transposed weights kept, which leaves nothing to do in `scratch`."""
@@ -124,7 +135,8 @@ def estimate(
     weights = (kept + base) // spread.weight_shards + copies
     gradients //= spread.gradient_shards
     state = round(state / spread.optimizer_shards)
-    logits = min(_LOGITS_BYTES, 2 * 4 * tokens * spec.vocab_size) + tokens * spec.hidden_size * 4
+    logits = min(_LOGITS_BYTES, 2 * 4 * tokens * spec.vocab_size)
+    logits += _HEAD_TENSORS * tokens * spec.hidden_size * value_bytes
     if is_narrow:
         # Beside the logits there is the head's gradient alone, in fp32 and then rounded: more than all of them or not.
         logits = max(0, logits + (4 + 2) * spec.vocab_size * spec.hidden_size - gradients)

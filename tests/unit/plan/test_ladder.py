@@ -24,7 +24,8 @@ def test_no_step_down_takes_more_memory(llama_8b, changes):
     steps = list(ladders(llama_8b.layers, **(settings | changes)))
     for upper, lower in itertools.pairwise(steps):
         # But for the last layer's: its backward comes first, when all that the others keep is still there.
-        if upper.keep[-1] == lower.keep[-1]:
+        # And but for attention made again where its result waited on the host: that spares the host's memory.
+        if upper.keep[-1] == lower.keep[-1] and not (lower.offload and "input" in lower.keep):
             assert lower.device_bytes(llama_8b, Micro(8192, 2)) <= upper.device_bytes(llama_8b, Micro(8192, 2))
     assert steps[-1].device_bytes(llama_8b, Micro(8192, 2)) < steps[0].device_bytes(llama_8b, Micro(8192, 2)) / 4
     assert len(set(steps)) == len(steps)
@@ -87,7 +88,7 @@ def test_tiles_are_not_taken_where_the_peak_is_elsewhere(llama_8b):
     # Autograd's own layers know no tiles.
     op_by_op = Ladder(("input",) * 32, False, "op by op")
     assert op_by_op.tiled(llama_8b, long) == op_by_op
-    # Two tiles barely: the tensor that the pieces are joined to takes more than they spare.
+    # Two tiles barely: a second pass over the weights for next to nothing.
     barely = Micro(TILE_TOKENS + 64, 2)
     assert Ladder(("mixer",) * 32, False, "fused").tiled(llama_8b, barely).tile_tokens is None
 

@@ -46,7 +46,14 @@ class Steps:
 
 
 def measure(
-    config: RunConfig, plan: Plan, base: Base, data: Data, *, steps: int, profile: bool = False
+    config: RunConfig,
+    plan: Plan,
+    base: Base,
+    data: Data,
+    *,
+    steps: int,
+    warmup_steps: int = WARMUP_STEPS,
+    profile: bool = False,
 ) -> tuple[Measured, Steps]:
     """Loads the model as the plan says, takes warm-up steps and `steps` timed ones; everything is freed on return.
 
@@ -72,7 +79,9 @@ def measure(
     wait(device)
     load_seconds = time.perf_counter() - start
     notices = [sentence] if (sentence := fp8_notice(decoder, plan)) else []
-    measured, batches, kernels = timed(config, engine, steps=steps, look=profiled if profile else None)
+    measured, batches, kernels = timed(
+        config, engine, steps=steps, warmup_steps=warmup_steps, look=profiled if profile else None
+    )
     return replace(
         measured, load_seconds=load_seconds, notices=(*notices, *measured.notices), kernels=kernels or ()
     ), batches
@@ -83,6 +92,7 @@ def timed(
     engine: Engine,
     *,
     steps: int,
+    warmup_steps: int = WARMUP_STEPS,
     look: Callable[[Callable[[], object], torch.device], _Found] | None = None,
 ) -> tuple[Measured, Steps, _Found | None]:
     """Takes warm-up steps and `steps` timed ones, over all ranks of the engine's strategy, which all call it.
@@ -94,7 +104,7 @@ def timed(
         TrainingError: the loss is not finite, or the gradient's norm is not above zero.
     """
     device = engine.strategy.device
-    batches = Steps(tuple(tuple(engine.train.step(index)) for index in range(WARMUP_STEPS + steps)))
+    batches = Steps(tuple(tuple(engine.train.step(index)) for index in range(warmup_steps + steps)))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     notices: list[str] = []
@@ -125,7 +135,7 @@ def timed(
     found = None if look is None else look(lambda: take(len(seconds) + 1, batches.batches[-1]), device)
     if wrong := fault(losses, min(norms)):
         raise TrainingError(f"No number is worth printing: {wrong}.")
-    rate, step_seconds = speed(tokens[WARMUP_STEPS:], seconds[WARMUP_STEPS:])
+    rate, step_seconds = speed(tokens[warmup_steps:], seconds[warmup_steps:])
     measured = Measured(
         "stoker",
         tokens_per_second=rate,

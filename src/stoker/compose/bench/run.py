@@ -48,7 +48,7 @@ def bench(config: RunConfig, options: Options, *, console: Console) -> report.Fa
         UserError: something the user can mend. TrainingError: loss or gradient make no sense, or memory ran out.
     """
     end = time.monotonic() + options.budget_seconds
-    base = _open(config, options)
+    base = open_model(config, options.models)
     config = fitted(config, base)
     data = rows.random_data(config, base.spec.vocab_size, steps=WARMUP_STEPS + options.steps)
     plan = choose(config, base.spec, probe(), statistics=Statistics(data.longest))
@@ -120,8 +120,8 @@ def _facts(
     }
 
 
-def _open(config: RunConfig, options: Options) -> Base:
-    """Returns the base, a model of a well-known shape made on the device if need be."""
+def open_model(config: RunConfig, models: Path | None) -> Base:
+    """Returns the base, a model of a well-known shape made on the device and kept in `models` if need be."""
     import torch
 
     name = config.model.base
@@ -130,7 +130,7 @@ def _open(config: RunConfig, options: Options) -> Base:
         return open_base(name, revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
     asked = config.engine.device
     device = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
-    opened = open_base(str(shapes.resolve(name, device=device, folder=options.models)))
+    opened = open_base(str(shapes.resolve(name, device=device, folder=models)))
     return Base(name, None, opened.folder, opened.config, opened.spec)
 
 
