@@ -50,7 +50,7 @@ class Ladder:
     @remember(1)
     def bytes_after_forward(self, spec: AnySpec, micro: Micro) -> int:
         """Returns the bytes of all layers on the device while the head runs."""
-        return activations.after_forward(self._held(spec, micro))
+        return activations.after_forward(self.held(spec, micro))
 
     @remember(1)
     def host_bytes(self, spec: AnySpec, micro: Micro) -> int:
