@@ -80,6 +80,8 @@ def command(
     if shape is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"base": f"shape:{shape}"})})
     known = catalogue.with_file(gpus) if gpus is not None else catalogue.shipped()
+    own = {key: one.model_dump(exclude_none=True) for key, one in config.plan.devices.items()}
+    known = catalogue.with_devices(own, f"{run_file}: plan.devices", known) if own else known
     host_bytes = int(host_memory * GIB)
     if here:
         devices, host_bytes = _this_machine(known)

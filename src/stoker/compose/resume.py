@@ -42,7 +42,7 @@ def changes(config: RunConfig, folder: RunFolder) -> list[str]:
     before = dict(_flat(load(folder.config).model_dump()))
     after = dict(_flat(config.model_dump()))
     different = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
-    different = [name for name in different if name not in _FREE and name != "output.folder"]
+    different = [name for name in different if name not in _FREE and not name.startswith(("output.folder", "plan."))]
     fixed = [name for name in different if any(name == one or name.startswith(f"{one}.") for one in _FIXED)]
     if fixed:
         raise ConfigError(

@@ -49,13 +49,16 @@ def kind_of(section: type[Section]) -> str | None:
 def section_at(path: Path, values: Any) -> type[Section] | None:
     """Returns the section class that `path` leads to in `values`, or None where it leads to a plain value."""
     section: type[Section] | None = RunConfig
+    is_mapping = False  # of names to sections, whose next part is a name
     for part in path:
         values = _inside(values, part)
-        if isinstance(part, int):
+        if isinstance(part, int) or is_mapping:
+            is_mapping = False
             continue
         annotation = annotations(section).get(part) if section else None
         section = _chosen(annotation, values)
-    return section if not path or isinstance(values, dict) else None
+        is_mapping = any(get_origin(plain(member)) is dict and sections(member) for member in members(annotation))
+    return section if not path or (isinstance(values, dict) and not is_mapping) else None
 
 
 def annotation_at(path: Path, values: Any) -> Any:

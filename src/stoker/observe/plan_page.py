@@ -87,11 +87,14 @@ def _timeline(one: Mapping[str, Any]) -> str:
         line={"color": _LIMIT, "width": 2, "dash": "dash"},
         hovertemplate="the device has %{y:.1f} GiB<extra></extra>",
     )
-    starts = {phase: index for index, phase in reversed(list(enumerate(moment["phase"] for moment in moments)))}
+    of_phase: dict[str, list[int]] = {}
+    for index, moment in enumerate(moments):
+        of_phase.setdefault(moment["phase"], []).append(index)
+    middles = [sum(indices) / len(indices) for indices in of_phase.values()]
     figure.update_layout(height=300, title={"text": one["name"], "font": {"size": 14}}, **_layout(top=40))
     figure.update_layout(showlegend=False)  # the colours are those of the chart above
     ends = [-0.5, len(moments) - 0.5]
-    figure.update_xaxes(tickvals=list(starts.values()), ticktext=list(starts), tickangle=0, range=ends)
+    figure.update_xaxes(tickvals=middles, ticktext=list(of_phase), tickangle=0, range=ends, showgrid=False)
     figure.update_yaxes(title_text="GiB", rangemode="tozero")
     return figure.to_html(full_html=False, include_plotlyjs=False, config=_config())
 

@@ -22,6 +22,7 @@ PRICE_CLASSES = ("on demand", "serverless", "spot", "yours")
 _USABLE = 0.985
 _TRITON_CAPABILITY = (7, 0)
 _NUMBERS = ("memory_gib", "memory_gb", "usable_gib", "bandwidth", "host_link", "nvlink", "network", "price")
+_TEXTS = ("name", "vendor", "capability", "source", "basis", "price_class", "price_date", "price_source")
 # Between nodes of devices for which nothing is said: 25 Gbit/s, what ordinary rented machines have. A rule of thumb.
 _NETWORK = 3.125
 
@@ -87,8 +88,7 @@ class CatalogueDevice:
 @cache
 def shipped() -> Mapping[str, CatalogueDevice]:
     """Returns the devices of `gpus.toml` by their short names."""
-    text = resources.files("stoker.plan").joinpath("gpus.toml").read_text(encoding="utf-8")
-    return _devices(tomllib.loads(text), "gpus.toml")
+    return _devices(_tables(), "gpus.toml")
 
 
 def with_file(path: Path) -> Mapping[str, CatalogueDevice]:
@@ -103,16 +103,43 @@ def with_file(path: Path) -> Mapping[str, CatalogueDevice]:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.", fix="Name a TOML file of devices.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from None
-    text = resources.files("stoker.plan").joinpath("gpus.toml").read_text(encoding="utf-8")
-    known = tomllib.loads(text)
-    merged: dict[str, Any] = {}
     for key, facts in added.items():
         if not isinstance(facts, dict):
             raise ConfigError(f"{path}: {key} is no table.", fix=f"Write [{key}] and its figures below it.")
-        own = {"basis": "yours", "source": str(path)} | ({"price_class": "yours"} if "price" in facts else {})
-        dated = {"price_date": "today", "price_source": str(path)} if "price" in facts else {}
-        merged[key] = known.get(key, {}) | own | dated | facts
-    return dict(shipped()) | _devices(merged, str(path))
+    return with_devices(added, str(path))
+
+
+def with_devices(
+    added: Mapping[str, Mapping[str, Any]], where: str, known: Mapping[str, CatalogueDevice] | None = None
+) -> Mapping[str, CatalogueDevice]:
+    """Returns the catalogue (`known`, the shipped one unless given) with devices added, as `with_file` reads them.
+
+    What a device does not say is as under its own name, or under that of its `like`, among the shipped ones. Raises
+    ConfigError as `with_file` does.
+    """
+    tables = _tables()
+    merged: dict[str, Any] = {}
+    for key, facts in added.items():
+        own = {"basis": "yours", "source": where} | ({"price_class": "yours"} if "price" in facts else {})
+        dated = {"price_date": "today", "price_source": where} if "price" in facts else {}
+        like = facts.get("like", key)
+        if "like" in facts and like not in tables:
+            close = difflib.get_close_matches(str(like), tables, 1, 0.5)
+            near = f"Did you mean {close[0]}? " if close else ""
+            raise ConfigError(f"{where}: [{key}]: like = {like!r} is no device.", fix=f"{near}{', '.join(tables)}.")
+        before = dict(tables.get(like, {}))
+        if {"memory_gib", "memory_gb"} & facts.keys():  # its own memory, not the other's under another unit
+            for name in ("memory_gib", "memory_gb", "usable_gib"):
+                before.pop(name, None)
+        if like != key and "name" not in facts:
+            before["name"] = key
+        merged[key] = before | own | dated | {name: value for name, value in facts.items() if name != "like"}
+    return dict(known or shipped()) | _devices(merged, where)
+
+
+@cache
+def _tables() -> Mapping[str, Any]:
+    return tomllib.loads(resources.files("stoker.plan").joinpath("gpus.toml").read_text(encoding="utf-8"))
 
 
 def find(names: Sequence[str], catalogue: Mapping[str, CatalogueDevice]) -> list[CatalogueDevice]:
@@ -195,13 +222,14 @@ def _check(facts: Mapping[str, Any], where: str) -> None:
         missing.append("memory_gib")
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}.", fix="gpus.toml in the package shows the form.")
-    unknown = facts.keys() - {
-        *_NUMBERS,
-        *("name", "vendor", "rates", "capability", "source", "basis"),
-        *("price_class", "price_date", "price_source"),
-    }
+    allowed = [*_NUMBERS, *_TEXTS, "rates"]
+    unknown = [name for name in facts if name not in allowed]
     if unknown:
-        raise ConfigError(f"{where} has unknown keys: {', '.join(sorted(unknown))}.")
+        close = difflib.get_close_matches(unknown[0], allowed, 1, 0.6)
+        near = f"Did you mean {close[0]}? " if close else ""
+        raise ConfigError(
+            f"{where} has unknown keys: {', '.join(sorted(unknown))}.", fix=f"{near}{', '.join(allowed)}."
+        )
     rates = facts["rates"]
     if not isinstance(rates, dict) or not rates.keys() <= set(DTYPES) or "fp32" not in rates:
         raise ConfigError(f"{where}: rates is a table of TFLOP/s by {', '.join(DTYPES)}, fp32 among them.")

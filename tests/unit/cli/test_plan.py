@@ -88,6 +88,14 @@ def test_own_prices_are_taken_from_a_file(write_run, here):
     assert values["offers"][0]["device"]["price"]["usd_per_hour"] == 0.01
 
 
+def test_own_devices_are_taken_from_the_yaml(write_run):
+    run = write_run(extra="plan: {devices: {mine: {like: h100, price: 1.5}}}")
+    values = json.loads(plan(run, "--gpu", "mine", "--json").stdout)
+    assert values["offers"][0]["device"]["price"]["usd_per_hour"] == 1.5
+    with pytest.raises(ConfigError, match=r"prise.*price"):
+        plan(write_run(extra="plan: {devices: {mine: {like: h100, prise: 1.5}}}"), "--gpu", "mine")
+
+
 def test_the_page_opens_offline(write_run, here):
     page = here / "plan.html"
     arguments = ("--shape", "llama-3.1-8b", "--gpu", "t4,4090,h100", "--methods", "lora,nf4", *ROWS)

@@ -2,7 +2,7 @@ import pytest
 
 from stoker.errors import ConfigError
 from stoker.plan import catalogue
-from stoker.plan.catalogue import BASES, DTYPES, PRICE_CLASSES, by_name, find, shipped, with_file
+from stoker.plan.catalogue import BASES, DTYPES, PRICE_CLASSES, by_name, find, shipped, with_devices, with_file
 
 GIB = 2**30
 ALL = list(shipped().values())
@@ -114,3 +114,31 @@ def test_a_device_is_plain_json():
     values = catalogue.facts(shipped()["h100"])
     assert values["price"]["usd_per_hour"] > 1
     assert values["rates"]["bf16"] == 989.5e12
+
+
+def test_devices_of_the_yaml_are_as_their_like_but_for_what_they_say():
+    known = with_devices({"mine": {"like": "h100", "price": 1.99}, "t4": {"price": 0.1}}, "run.yaml: plan.devices")
+    mine, h100 = known["mine"], known["h100"]
+    assert (mine.name, mine.memory_bytes, dict(mine.rates)) == ("mine", h100.memory_bytes, dict(h100.rates))
+    assert mine.price.usd_per_hour == 1.99
+    assert mine.source == "run.yaml: plan.devices"
+    assert known["t4"].price.usd_per_hour == 0.1
+    own = {"memory_gib": 48, "bandwidth": 900, "rates": {"fp32": 50, "bf16": 100}}
+    odd = with_devices({"odd": own, "h100": {"memory_gb": 64}}, "run.yaml")
+    assert odd["odd"].memory_bytes == pytest.approx(0.985 * 48 * 2**30)
+    assert odd["h100"].memory_bytes == pytest.approx(0.985 * 64e9)
+
+
+@pytest.mark.parametrize(
+    ("facts", "what", "fix"),
+    [
+        ({"like": "h10"}, "like = 'h10' is no device", "Did you mean h100"),
+        ({"like": "h100", "bandwith": 5}, "unknown keys: bandwith", "Did you mean bandwidth"),
+        ({"bandwidth": 5}, "lacks rates, memory_gib", "gpus.toml"),
+    ],
+)
+def test_a_device_that_makes_no_sense_is_refused_with_the_nearest(facts, what, fix):
+    with pytest.raises(ConfigError) as caught:
+        with_devices({"mine": facts}, "run.yaml")
+    assert what in str(caught.value)
+    assert fix in str(caught.value)
