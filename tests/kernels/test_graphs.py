@@ -76,6 +76,14 @@ MIXTURE = {
     "num_key_value_heads": 2,
     "head_dim": 64,
 }
+GEMMA = {  # through FlexAttention
+    "model_type": "gemma2",
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "sliding_window": 48,
+}
 MAMBA = {"model_type": "mamba", "intermediate_size": 256}
 
 
@@ -84,6 +92,7 @@ MAMBA = {"model_type": "mamba", "intermediate_size": 256}
     [
         (MIXTURE, {}),
         (MIXTURE, {"keep_attention": True}),
+        (GEMMA, {}),
         (MAMBA, {}),
         (MAMBA, {"keeps_all": True}),
         ({"model_type": "mamba2", "num_heads": 4, "head_dim": 64, "n_groups": 1}, {}),

@@ -82,7 +82,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, rows: Sequence[Sequence[int]], scores:
     """Attention of whole rows on CUDA: q [B, T, H, E], k, v [B, T, K, E]; `rows`: each row's document lengths."""
     from torch.nn.attention.flex_attention import AuxRequest
 
-    first = first_seen(rows, scores.window)
+    # Made on the device where nothing has to be copied there, which cannot be captured in a CUDA graph.
+    first = first_seen(rows, scores.window, q.device if all(len(row) == 1 for row in rows) else None)
     out, kept = _compiled()(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -118,15 +119,21 @@ def _softcap(softcap: float) -> Callable[..., Tensor]:
     return cap
 
 
-def first_seen(rows: Sequence[Sequence[int]], window: int | None) -> Tensor:
-    """int32 [B, T] on the CPU: the first position that each position sees, by its document and the window."""
-    starts = []
-    for row in rows:
-        begins = [end - length for end, length in zip(accumulate(row), row, strict=True)]
-        starts.append(torch.tensor(begins).repeat_interleave(torch.tensor(list(row))))
-    first = torch.stack(starts)
+def first_seen(rows: Sequence[Sequence[int]], window: int | None, device: torch.device | str | None = None) -> Tensor:
+    """int32 [B, T]: the first position that each position sees, by its document and the window.
+
+    `device`: for rows of one document each; None: the CPU.
+    """
+    if device is not None:
+        first = torch.zeros((len(rows), rows[0][0]), dtype=torch.int64, device=device)
+    else:
+        starts = []
+        for row in rows:
+            begins = [end - length for end, length in zip(accumulate(row), row, strict=True)]
+            starts.append(torch.tensor(begins).repeat_interleave(torch.tensor(list(row))))
+        first = torch.stack(starts)
     if window is not None:
-        first = torch.maximum(first, torch.arange(first.shape[1]) - window + 1)
+        first = torch.maximum(first, torch.arange(first.shape[1], device=first.device) - window + 1)
     return first.to(torch.int32)
 
 
@@ -140,12 +147,12 @@ def block_mask(first: Tensor, device: torch.device, size: int = _FLEX_BLOCK) -> 
 
     length = first.shape[1]
     count = -(-length // size)
-    own = torch.arange(count)
+    own = torch.arange(count, device=first.device)
     last = torch.clamp(own * size + size, max=length) - 1
     lowest = first[:, own * size].long() // size
     whole_from = torch.minimum(-(-first[:, last].long() // size), own)
     partial_low = whole_from - lowest  # blocks below the whole ones, of which some queries see a part
-    offset = torch.arange(count)
+    offset = torch.arange(count, device=first.device)
     partial = torch.where(
         offset < partial_low[..., None], lowest[..., None] + offset, own[None, :, None].expand(*lowest.shape, count)
     )

@@ -44,6 +44,14 @@ def test_the_last_positions_see_what_was_cached(inputs, sinks, new):
     assert (attend_cached(q[:, -new:], k, v, **options) - expected).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("window", [None, 9])
+def test_rows_of_one_document_need_no_copy_to_a_device(window):
+    rows = ((20,), (20,))
+    made = first_seen(rows, window, "meta")
+    assert made.device.type == "meta"
+    assert torch.equal(first_seen(rows, window, "cpu"), first_seen(rows, window))
+
+
 @pytest.mark.parametrize("window", [None, 40, 200])
 def test_the_block_mask_shows_every_block_that_a_position_sees_and_masks_none_of_the_whole_ones(window):
     size, length = 64, 640
