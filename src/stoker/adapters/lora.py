@@ -93,6 +93,11 @@ class LoraLinear(nn.Module):
         return self.base.weight
 
     @property
+    def bias(self) -> Tensor | None:
+        """The base's bias, which such classes ask for as well."""
+        return self.base.bias
+
+    @property
     def in_features(self) -> int:
         """Size of the input."""
         return self.base.in_features

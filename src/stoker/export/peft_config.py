@@ -96,7 +96,8 @@ def target_modules(adapted: Sequence[str], linears: Sequence[str]) -> list[str]:
     """Returns the shortest `target_modules` by which PEFT finds exactly `adapted` among all `linears` of the blocks."""
     last = sorted(set(map(short, adapted)))
     same = {name for name in linears if short(name) in last} == set(adapted)
-    return last if same else sorted(adapted)
+    # A place in a list is also that of layers, which PEFT would take for targets.
+    return last if same and not any(map(str.isdigit, last)) else sorted(adapted)
 
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:

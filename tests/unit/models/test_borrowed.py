@@ -18,7 +18,7 @@ from transformers import (
 
 from stoker.adapters.lora import add_lora
 from stoker.errors import ModelError
-from stoker.export import adapter
+from stoker.export import adapter, peft_config
 from stoker.models.borrowed import checks, load, swaps
 from stoker.models.borrowed.attention import Call, UnsupportedError, attend, calling
 from stoker.models.borrowed.head import HeadFit, HeadTap, fit
@@ -264,3 +264,47 @@ def test_a_class_that_looks_into_its_parts_keeps_them(folder, monkeypatch):
     model = opened(path)
     assert not any(isinstance(module, GatedFeedForward) for module in model.modules())
     assert len(load.parameter_names(model)) == len(load_file(path / "model.safetensors"))
+
+
+def test_a_layer_whose_weights_training_reads_past_it_has_no_adapter(folder, monkeypatch):
+    """Classes with fused kernels call a layer in evaluation, and hand its weight to the kernel in training."""
+    from transformers.models.opt.modeling_opt import OPTAttention
+
+    plain = OPTAttention.forward
+
+    class Kernel(nn.Module):
+        def __init__(self, weight, bias):
+            super().__init__()
+            self.weight, self.bias = weight, bias
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight, self.bias)
+
+    def fused(self, *arguments, **options):
+        out = self.out_proj
+        try:
+            self.out_proj = Kernel(out.weight, out.bias) if self.training else out
+            return plain(self, *arguments, **options)
+        finally:
+            self.out_proj = out
+
+    monkeypatch.setattr(OPTAttention, "forward", fused)
+    model = opened(folder(opt()))
+    assert not model.training
+    assert any("out_proj" in notice and "cannot have an adapter" in notice for notice in model.notices)
+    names = add_lora(model, rank=2, alpha=4).names
+    assert any(name.endswith("q_proj") for name in names)
+    assert not any(name.endswith("out_proj") for name in names)
+
+
+def test_an_adapted_layer_has_the_bias_that_classes_ask_for(folder):
+    model = opened(folder(opt()))
+    add_lora(model, rank=2, alpha=4, targets=["out_proj"])
+    layer = next(module for name, module in model.named_modules() if name.endswith("out_proj"))
+    assert layer.bias is layer.base.bias
+
+
+def test_layers_in_lists_go_by_whole_names_in_an_adapters_folder():
+    names = ["model.layers.0.adapters.0", "model.layers.1.adapters.0"]
+    assert peft_config.target_modules(names, names) == names
+    assert peft_config.target_modules(["a.q_proj", "b.q_proj"], ["a.q_proj", "b.q_proj"]) == ["q_proj"]

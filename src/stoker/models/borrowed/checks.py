@@ -1,6 +1,6 @@
 """What a loaded model is asked before anything of it is replaced for good: the answers must stay the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -56,9 +56,25 @@ def agrees(one: Tensor, other: Tensor) -> bool:
 def _leave_what_is_not_called(model: BorrowedModel, ids: Tensor) -> list[str]:
     """Makes plain layers again of those whose weight the class uses without calling them; returns their names.
 
-    Layers of one name are looked at together: a few tokens do not pass every expert.
+    In training as well as in evaluation: some hand weights to fused kernels in one of the two. Layers of one name are
+    looked at together: a few tokens do not pass every expert.
     """
     layers = {name: layer for name, layer in model.model.named_modules() if isinstance(layer, FusedLinear)}
+    called = _called(model, ids, layers)
+    was_training = model.training
+    with torch.random.fork_rng([ids.device] if ids.is_cuda else []):  # dropout may draw
+        called &= _called(model.train(), ids, layers)
+    model.train(was_training)
+    left = []
+    for path, layer in layers.items():
+        if called.isdisjoint(name.rpartition(".")[2] for name in layer.names):
+            put_plain(model.model, path, layer, is_transposed=layer.names[0] in model.transposed)
+            left.append(path)
+    return left
+
+
+def _called(model: BorrowedModel, ids: Tensor, layers: Mapping[str, FusedLinear]) -> set[str]:
+    """Last names of the layers that a forward calls."""
     called: set[str] = set()
 
     def note(layer: FusedLinear, *_: Any) -> None:
@@ -70,12 +86,7 @@ def _leave_what_is_not_called(model: BorrowedModel, ids: Tensor) -> list[str]:
     finally:
         for hook in hooks:
             hook.remove()
-    left = []
-    for path, layer in layers.items():
-        if called.isdisjoint(name.rpartition(".")[2] for name in layer.names):
-            put_plain(model.model, path, layer, is_transposed=layer.names[0] in model.transposed)
-            left.append(path)
-    return left
+    return called
 
 
 def _refuse_what_looks_ahead(model: BorrowedModel, ids: Tensor, expected: Tensor) -> None:
