@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from stoker.config.axolotl import sharding
 from stoker.config.axolotl.outcome import Outcome, Reading, UnreadableError
-from stoker.config.axolotl.values import flag, is_off, whole
+from stoker.config.axolotl.values import is_off, whole
 
 Whole = Mapping[str, Any]
 
@@ -147,22 +148,13 @@ def data_size(reading: Reading) -> Outcome:
         raise UnreadableError("it must be at least 1.")
     if size == 1:
         return Outcome("no effect", "1, as it is here")
-    note = f"this version trains on one device: it takes the rows of all {data_ranks(reading.whole)} itself"
-    return Outcome("honoured", f"train.batch_size x {size}; {note}", {}, note)
+    settings = sharding.replicas(reading)
+    note = f"train.batch_size is that of all {data_ranks(reading.whole)} devices together, on however many it runs"
+    shown = "".join(f", {'.'.join(map(str, path))}: {value}" for path, value in settings.items())
+    return Outcome("honoured", f"train.batch_size x {size}{shown}; {note}", settings, note)
 
 
 def split_size(reading: Reading) -> Outcome:
     """Sizes of groups that share the same rows: the result does not depend on them."""
     size = whole(reading.value)
     return Outcome("no effect", "1, as it is here" if size <= 1 else ONE_DEVICE)
-
-
-def fsdp_flag(reading: Reading) -> Outcome:
-    """A member of `fsdp_config`."""
-    name = plain(str(reading.path[-1]))
-    if name in _GONE_IN_FSDP2:
-        flag_like = isinstance(reading.value, bool) or name.endswith("prefetch")
-        if not flag_like:
-            flag(reading.value)
-        return Outcome("no effect", f"FSDP 2 has no {name}; {ONE_DEVICE}")
-    return Outcome("no effect", ONE_DEVICE)

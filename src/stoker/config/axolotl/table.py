@@ -4,7 +4,7 @@ Names are paths, with `[]` for the entries of a list; the three lists of dataset
 is a free mapping (`deepspeed`, `lr_scheduler_kwargs`) has one entry, whose rule reads what is inside.
 """
 
-from stoker.config.axolotl import adapter, datasets, model, optimizer, parallel, schedule
+from stoker.config.axolotl import adapter, datasets, model, optimizer, parallel, schedule, sharding
 from stoker.config.axolotl.entries import (
     automatic,
     becomes,
@@ -528,31 +528,27 @@ KEYS: dict[str, Entry] = {
     "plugins[]": custom("automatic", "by name: kernels and losses are automatic, others refused", model.plugin),
     # Many GPUs.
     "deepspeed": custom("no effect", _ONE, parallel.deepspeed),
-    "fsdp": custom("no effect", _ONE, parallel.setting),
-    **_all("fsdp_version fsdp_final_state_dict_type", custom("no effect", _ONE, parallel.setting)),
+    "fsdp": custom("honoured", "`engine.strategy: fsdp2`, and its words in `engine.fsdp2`", sharding.words),
+    "fsdp_version": custom("no effect", "`engine.strategy: fsdp2` is torch's second version", sharding.version),
+    "fsdp_final_state_dict_type": custom(
+        "automatic", "the tuned weights are one folder that Transformers or PEFT loads", sharding.member
+    ),
     **{
-        f"fsdp_config.{prefix}{name}": custom("no effect", _ONE, parallel.fsdp_flag)
-        for name in (
-            "version",
-            "activation_checkpointing",
-            "offload_params",
-            "sync_module_states",
-            "cpu_ram_efficient_loading",
-            "cpu_offload_pin_memory",
-            "use_orig_params",
-            "state_dict_type",
-            "final_state_dict_type",
-            "auto_wrap_policy",
-            "transformer_layer_cls_to_wrap",
-            "min_num_params",
-            "reshard_after_forward",
-            "mixed_precision_policy",
-            "limit_all_gathers",
-            "sharding_strategy",
-            "backward_prefetch",
-            "forward_prefetch",
-            "forward_prefetch_limit",
+        f"fsdp_config.{prefix}{name}": custom(kind, means, sharding.member)
+        for names, kind, means in (
+            ("offload_params", "honoured", "`engine.fsdp2.offload: cpu`"),
+            ("reshard_after_forward sharding_strategy", "honoured", "`engine.fsdp2.reshard_after_forward`"),
+            ("version use_orig_params limit_all_gathers", "no effect", "not of torch's second version"),
+            ("mixed_precision_policy", "no effect", "`engine.precision` and `engine.fsdp2.param_dtype` say it"),
+            (
+                "activation_checkpointing sync_module_states cpu_ram_efficient_loading cpu_offload_pin_memory "
+                "state_dict_type final_state_dict_type auto_wrap_policy transformer_layer_cls_to_wrap min_num_params "
+                "backward_prefetch forward_prefetch forward_prefetch_limit",
+                "automatic",
+                "layers come from the model, weights are streamed into parts, and checkpoints written in them",
+            ),
         )
+        for name in names.split()
         for prefix in ("", "fsdp_")
     },
     **_all("dp_shard_size dp_replicate_size", custom("honoured", "multiplies `train.batch_size`", parallel.data_size)),
