@@ -177,7 +177,7 @@ class Checks:
         return f"{said}; {again[0].strip()}"
 
     def hang(self):
-        run = self.run("hang", *TWO, *DDP, "--set", "engine.hang_timeout=6", "--set", "train.steps=2000")
+        run = self.run("hang", *TWO, *DDP, "--set", "engine.hang_timeout=12", "--set", "train.steps=2000")
         run.wait_for_steps(8)
         run.child(1).send_signal(signal.SIGUSR1)
         began = time.monotonic()

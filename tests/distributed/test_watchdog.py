@@ -47,6 +47,22 @@ def test_when_all_stand_at_the_same_point_all_are_named():
     assert "all of them have been at the same point for 5 seconds, optimiser step" in judge.look(at, now=5.0)[1]
 
 
+def test_who_works_is_named_before_who_waits_in_the_same_phase():
+    """Where a backward reduces, its end is a wait for the others."""
+    judge = Judge(timeout=1.0)
+    phase = "forward and backward of micro-batch 1 of 1"
+    at = {
+        0: Whereabouts(8, 3, phase, "a", "_engine_run_backward", "graph.py:10"),
+        1: Whereabouts(8, 3, phase, "b", "read_page", "rows.py:7"),
+    }
+    judge.look(at, now=0.0)
+    rank, sentence = judge.look(at, now=2.0)
+    assert rank == 1
+    assert "rank 1 (b) has not finished step 9" in sentence
+    assert f"{phase} (in read_page, rows.py:7)" in sentence
+    assert "wait for it (forward and backward of micro-batch 1 of 1, in _engine_run_backward)" in sentence
+
+
 def on_threads(count, work):
     """Runs `work(rank)` in so many threads, which stand for processes, and returns what each returned."""
     with ThreadPoolExecutor(count) as pool:

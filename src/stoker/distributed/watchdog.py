@@ -10,11 +10,12 @@ import faulthandler
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -25,17 +26,32 @@ from stoker.errors import HangError, StokerError
 
 _JUDGES = (0, 1)  # The second for when the first is what hangs; more would read for nothing.
 _VERDICT = "verdict"
+# In these Python functions of torch a process waits for the others: the collectives, and the backward that reduces.
+_WAITS = {
+    "_engine_run_backward",
+    "all_reduce",
+    "all_gather",
+    "all_gather_object",
+    "all_gather_into_tensor",
+    "broadcast",
+}
+_WAITS |= {"broadcast_object_list", "reduce_scatter_tensor", "all_to_all_single", "barrier", "wait", "wait_tensor"}
 _DUMP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """Where a process is: `finished` steps, and the `number`-th phase since then, by its name."""
+    """Where a process is: `finished` steps, and the `number`-th phase since then, by its name.
+
+    `function` and `line` are of the innermost Python call of its main thread.
+    """
 
     finished: int
     number: int
     phase: str
     host: str
+    function: str = ""
+    line: str = ""
 
     @property
     def order(self) -> tuple[int, int]:
@@ -61,25 +77,30 @@ class Judge:
         for rank, place in places.items():
             if rank not in self._seen or self._seen[rank].place.order != place.order:
                 self._seen[rank] = _Seen(place, now)
-        last = min(places, key=lambda rank: places[rank].order)
-        seconds = now - self._seen[last].since
+        last = min(places.values(), key=lambda place: place.order).order
+        behind = [rank for rank, place in places.items() if place.order == last]
+        seconds = now - max(self._seen[rank].since for rank in behind)
         if seconds < self._timeout:
             return None
-        return last, _sentence(last, places, seconds)
+        # A phase may hold both the work and the reduction after it: who is in the reduction waits for who works.
+        working = [rank for rank in behind if places[rank].function not in _WAITS] or behind
+        return working[0], _sentence(working, places, seconds)
 
 
-def _sentence(last: int, places: dict[int, Whereabouts], seconds: float) -> str:
-    place = places[last]
-    together = [rank for rank, other in places.items() if other.order == place.order]
-    if len(together) == len(places):
+def _sentence(hanging: list[int], places: dict[int, Whereabouts], seconds: float) -> str:
+    rank = hanging[0]
+    place = places[rank]
+    where = f"{place.phase} (in {place.function}, {place.line})" if place.function else place.phase
+    if len(hanging) == len(places):
         return (
             f"no rank has finished step {place.finished + 1}: all of them have been at the same point for "
-            f"{seconds:.0f} seconds, {place.phase}."
+            f"{seconds:.0f} seconds, {where}."
         )
-    others = next(other for other in places.values() if other.order > place.order)
+    other = next(other for number, other in places.items() if number not in hanging)
+    waits = f"{other.phase}, in {other.function}" if other.function else other.phase
     return (
-        f"rank {last} ({place.host}) has not finished step {place.finished + 1}: for {seconds:.0f} seconds its last "
-        f"phase has been: {place.phase}. The others wait for it ({others.phase})."
+        f"rank {rank} ({place.host}) has not finished step {place.finished + 1}: for {seconds:.0f} seconds its last "
+        f"phase has been: {where}. The others wait for it ({waits})."
     )
 
 
@@ -161,7 +182,7 @@ class Watchdog:
 
     def _look(self, now: float) -> tuple[int, str] | None:
         """Says where this process is; returns the verdict, if there is one."""
-        self._store.set(_key(self._rank), json.dumps(asdict(self._place)))
+        self._store.set(_key(self._rank), json.dumps(asdict(replace(self._place, **_innermost()))))
         if self._store.check([_VERDICT]):
             return _read(self._store.get(_VERDICT))
         if self._rank not in _JUDGES:
@@ -202,6 +223,14 @@ class Watchdog:
 def _read(verdict: bytes) -> tuple[int, str]:
     rank, _, sentence = verdict.decode().partition(" ")
     return int(rank), sentence
+
+
+def _innermost() -> dict[str, str]:
+    """The function and the line at which the main thread stands."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return {}
+    return {"function": frame.f_code.co_name, "line": f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"}
 
 
 def _key(rank: int) -> str:
