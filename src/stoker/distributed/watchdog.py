@@ -225,7 +225,7 @@ def _read(verdict: bytes) -> tuple[int, str]:
     return int(rank), sentence
 
 
-def _innermost() -> dict[str, str]:
+def _innermost() -> dict[str, Any]:
     """The function and the line at which the main thread stands."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
