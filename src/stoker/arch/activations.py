@@ -121,6 +121,21 @@ def _again(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep, tile_to
     )
 
 
+def attention_workspace(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep, tile_tokens: int | None) -> int:
+    """Returns what of `fused(...).passing` is attention's own: its gradient of q in fp32, where that is the highest.
+
+    0 where the feed-forward's backward needs more, which has let go of its own by then or has yet to take it.
+    """
+    if keep == "all" or tile_tokens is None or why_not_llama(layer):
+        return 0
+    mixer, _ = _llama_parts(layer)
+    workspace = 4 * mixer.num_heads * mixer.head_dim * micro.tokens
+    whole = fused(layer, hidden_size, micro, keep, tile_tokens=tile_tokens).passing
+    heads = (mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
+    rows = 5 * hidden_size + heads if keep == "mixer" else 6 * hidden_size + 2 * heads
+    return workspace if whole <= rows * micro.value_bytes * micro.tokens + workspace else 0
+
+
 def _llama_parts(layer: LayerSpec) -> tuple[AttentionSpec, GatedSpec]:
     mixer, feed_forward = layer.mixer, layer.feed_forward
     if not isinstance(mixer, AttentionSpec) or not isinstance(feed_forward, GatedSpec) or why_not_llama(layer):

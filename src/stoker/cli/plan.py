@@ -180,10 +180,15 @@ def _cached(base: str) -> Path | None:
 
     if places.exists(base) or not places.may_be_model_id(base) or "/" not in base:
         return None
-    import huggingface_hub
+    from huggingface_hub import constants  # alone: its functions take a fifth of the time that a plan has
 
-    found = huggingface_hub.try_to_load_from_cache(base, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
+    # The cache's layout is documented: models--OWNER--NAME/refs/main holds the name of a folder in snapshots.
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{base.replace('/', '--')}"
+    try:
+        snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return snapshot if (snapshot / "config.json").is_file() else None
 
 
 def _chosen(names: str | None, known: "Mapping[str, CatalogueDevice]") -> "list[CatalogueDevice]":

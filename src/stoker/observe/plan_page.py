@@ -17,6 +17,7 @@ _COLOURS = {
     "gradients": "#009e73",
     "optimizer": "#7fc8a9",
     "activations": "#e69f00",
+    "attention": "#d55e00",
     "logits": "#f0e442",
     "dequantisation": "#cc79a7",
     "transposed": "#a35683",

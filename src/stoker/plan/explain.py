@@ -8,8 +8,8 @@ from stoker.plan.spread import volume
 from stoker.plan.survey import Offer, Request
 
 CATEGORIES = (
-    *("weights", "adapters", "gradients", "optimizer", "activations", "logits", "dequantisation", "transposed"),
-    *("communication", "context", "fragmentation", "time", "cost", "disk"),
+    *("weights", "adapters", "gradients", "optimizer", "activations", "attention", "logits"),
+    *("dequantisation", "transposed", "communication", "context", "fragmentation", "host", "disk", "time", "cost"),
 )
 
 
@@ -31,6 +31,8 @@ def explain(request: Request, one: Offer, category: str) -> str:
         f"{trained:,} fp32 values",
         "activations": f"{tokens:,} tokens (micro-batch {plan.micro_batch_size} x {plan.row_tokens:,}) x {value} bytes "
         f"through {len(spec.layers)} layers that {plan.recompute}, at the backward's peak",
+        "attention": "its backward's gradient of q in fp32, where that is the highest of a layer; else what the "
+        f"feed-forward's backward needs is more, and this is in it. {tokens:,} tokens x 4 bytes",
         "logits": f"chunks of logits over {spec.vocab_size:,} words and their gradient, at most 256 MiB, and "
         f"{tokens:,} x {spec.hidden_size:,} x 4 of hidden states",
         "dequantisation": f"the largest weight once in {value} bytes a value"
@@ -45,6 +47,12 @@ def explain(request: Request, one: Offer, category: str) -> str:
     }
     if category in formulas:
         return f"{category} on {one.name}: {size(memory[category])} = {formulas[category]}"
+    if category == "host":
+        here = min(one.spread.per_node, one.num_devices)
+        return (
+            f"host on {one.name}: {size(one.host_bytes)} = {here} x (a process with PyTorch and a shard being read, "
+            f"4 GiB by rule of thumb, and {size(plan.host_bytes)} in which kept tensors wait)"
+        )
     if category == "time":
         parts = step.parts().items()
         lines = [f"time on {one.name}: {step.seconds:.4g} s a step"]
@@ -64,9 +72,10 @@ def explain(request: Request, one: Offer, category: str) -> str:
         if price is None or one.hours is None:
             return f"cost on {one.name}: not known ({'no price' if price is None else 'no number of steps'})"
         start = speed.start_seconds(spec, request.efficiencies)
+        count = f"{one.num_devices} x " if one.num_devices > 1 else ""
         return (
             f"cost on {one.name}: ({one.work.steps:,} steps x {step.seconds:.4g} s + {start:.0f} s to start) / 3600 x "
-            f"${price.usd_per_hour:.2f} an hour ({price.kind}, {price.date}) = ${one.usd:,.2f}"
+            f"{count}${price.usd_per_hour:.2f} an hour ({price.kind}, {price.date}) = ${one.usd:,.2f}"
         )
     return (
         f"disk on {one.name}: {size(one.disk_bytes)} = (weights and optimiser state of {trained:,} trained values) x "

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from stoker.arch import activations
+from stoker.arch.activations import Micro
 from stoker.arch.borrowed import AnySpec, BorrowedSpec
 from stoker.config.schema import Adapter, RunConfig
 from stoker.errors import ConfigError, PlanError
@@ -133,12 +135,14 @@ class Offer:
             base = whole // self.spread.weight_shards
         of_trained = "adapters" if self.config.adapter is not None else "weights"
         context = BASE_BYTES[self.device.device().kind]
+        workspace = min(held.activations, self._attention_workspace(plan))
         parts = {
             "weights": base,
             "adapters": 0,
             "gradients": held.gradients,
             "optimizer": held.optimizer,
-            "activations": held.activations,
+            "activations": held.activations - workspace,
+            "attention": workspace,
             "logits": held.logits,
             "dequantisation": held.scratch,
             "transposed": held.transposed,
@@ -148,6 +152,20 @@ class Offer:
         }
         parts[of_trained] += held.weights - base
         return parts
+
+    def _attention_workspace(self, plan: Plan) -> int:
+        """Bytes that attention's backward needs of its own at the peak, in the layer that needs most."""
+        if plan.layers != "fused" or isinstance(self.spec, BorrowedSpec):
+            return 0
+        micro = Micro(plan.micro_batch_size * plan.row_tokens, VALUE_BYTES[plan.precision])
+        pairs = {(id(layer), rung): layer for layer, rung in zip(self.spec.layers, plan.keep, strict=True)}
+        return max(
+            (
+                activations.attention_workspace(layer, self.spec.hidden_size, micro, rung, plan.tile_tokens)
+                for (_, rung), layer in pairs.items()
+            ),
+            default=0,
+        )
 
     @property
     def host_bytes(self) -> int:

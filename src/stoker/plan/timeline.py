@@ -46,6 +46,7 @@ def _moments(one: Offer) -> Iterator[Moment]:
     held = plan.ladder.held(one.spec, micro)
     depth = len(held)
     shown = sorted({round(index * (depth - 1) / max(1, _SHOWN_LAYERS - 1)) for index in range(_SHOWN_LAYERS)})
+    workspace = peak["attention"]
     resting = {name: peak[name] for name in ("weights", "adapters", "optimizer", "transposed", "context")}
     at_work = resting | {name: peak[name] for name in ("dequantisation", "communication")}
 
@@ -66,7 +67,8 @@ def _moments(one: Offer) -> Iterator[Moment]:
         yield moment(
             "backward",
             f"layer {index + 1}",
-            activations=kept[index + 1] + held[index].passing,
+            activations=kept[index + 1] + held[index].passing - workspace,
+            attention=workspace,
             logits=peak["logits"],
             gradients=round(done * peak["gradients"]),
         )

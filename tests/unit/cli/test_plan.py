@@ -130,3 +130,20 @@ def test_it_answers_without_torch_in_under_a_second_of_work(write_run):
     # Of the processor, as a machine that is busy with other things would fail the clock.
     used = after.children_user - before.children_user + after.children_system - before.children_system
     assert used < 1.0, f"{used:.2f} s of processor time, {elapsed:.2f} s by the clock"
+
+
+def test_a_model_in_the_hubs_cache_is_read_from_there(write_run, tmp_path, monkeypatch):
+    import shutil
+
+    from huggingface_hub import constants
+
+    from stoker import builtin
+
+    snapshot = tmp_path / "models--someone--own-model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--someone--own-model" / "refs").mkdir()
+    (tmp_path / "models--someone--own-model" / "refs" / "main").write_text("abc")
+    shutil.copy(builtin.resolve_model("builtin:tiny-llama") / "config.json", snapshot)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    values = json.loads(plan(write_run(base="someone/own-model"), "--gpu", "t4", "--json").stdout)
+    assert values["offers"][0]["plan"]["num_parameters"] > 1_000_000
