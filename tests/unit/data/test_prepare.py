@@ -1,4 +1,5 @@
 import json
+import time
 
 import numpy as np
 import pytest
@@ -223,3 +224,44 @@ def test_split_that_leaves_nothing_to_train_on_is_refused(share, chatml):
 def test_index_outside_is_an_error(chatml):
     with pytest.raises(IndexError):
         prepared(chatml, [chat()]).document(1)
+
+
+TOOL = {"type": "function", "function": {"name": "heat", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "heat", "arguments": {"of": "ovens"}}}
+
+
+def a_long_talk(kind, turns):
+    """A conversation of so many messages: plain ones, with thoughts, or with calls of tools."""
+    messages = []
+    for number in range(turns // (4 if kind == "calls" else 2)):
+        messages.append({"role": "user", "content": f"How hot is furnace {number}?"})
+        if kind == "calls":
+            messages.append({"role": "assistant", "content": "", "tool_calls": [CALL]})
+            messages.append({"role": "tool", "tool_call_id": "abcdefghi", "name": "heat", "content": str(number)})
+        thought = "<think>\nhm\n</think>\n\n" if kind == "thoughts" else ""
+        messages.append({"role": "assistant", "content": f"{thought}It is {number}."})
+    return {"messages": messages} | ({"tools": [TOOL]} if kind == "calls" else {})
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "kind"),
+    [
+        ("llama3", "<|eot_id|>", "plain"),
+        ("gemma", "<end_of_turn>", "plain"),
+        ("phi_4", "<|im_end|>", "plain"),
+        ("qwen3", "<|im_end|>", "thoughts"),
+        ("qwen_25", "<|im_end|>", "calls"),
+        ("mistral_v3_tekken", "</s>", "calls"),
+        ("llama3_1", "<|eot_id|>", "calls"),
+    ],
+)
+def test_a_file_with_a_conversation_of_2000_turns_is_prepared_in_under_a_second(
+    template, eos, kind, make_tokenizer, tmp_path
+):
+    source = write(tmp_path / "long.jsonl", [a_long_talk(kind, 2000)])
+    tokenizer = make_tokenizer(None, eos=eos)
+    options = {"tokenizer": tokenizer, "sequence_length": 1 << 18, "template": template}
+    started = time.process_time()
+    result = prepare([source], cache_folder=tmp_path / "cache", **options)
+    assert time.process_time() - started < 1.0  # 0.1 to 0.3 s on an idle core
+    assert (len(result), result.audit.turns, result.audit.turns_with_end) == (1, 1000, 1000)

@@ -100,9 +100,7 @@ KEYS: dict[str, Entry] = {
     "mean_resizing_embeddings": automatic("rows of new tokens start as the mean of the others"),
     "shrink_embeddings": refused("embeddings are not shrunk", "Leave it out: unused rows change nothing."),
     "embeddings_skip_upcast": automatic("a frozen embedding keeps the run's precision", flag),
-    "fix_untrained_tokens": refused(
-        "rows of the embedding are not overwritten", "Train them with lora_modules_to_save or without an adapter."
-    ),
+    "fix_untrained_tokens": refused("rows of the embedding are not overwritten", "Train without an adapter."),
     "reinit_weights": refused("training does not start from random weights", "Name a folder with such weights."),
     **_all("model_config overrides_of_model_config", custom("honoured", "`model.overrides`", model.overrides)),
     **_all(
@@ -127,7 +125,7 @@ KEYS: dict[str, Entry] = {
     "pretraining_dataset": custom("honoured", "`data.train` with `task.kind: pretrain`", datasets.set_alone),
     "datasets[].path": custom("honoured", "`data.train[].path`", datasets.path),
     "datasets[].name": in_source("name", text),
-    "datasets[].split": custom("honoured", "`data.train[].split`", datasets.split),
+    **_all("datasets[].split datasets[].train_on_split", custom("honoured", "`data.train[].split`", datasets.split)),
     "datasets[].data_files": custom("honoured", "`data.train[].data_files`", datasets.data_files),
     "datasets[].revision": in_source("revision", text),
     "datasets[].ds_type": custom("honoured", "`data.train[].file_type`", datasets.ds_type),
@@ -444,9 +442,10 @@ KEYS: dict[str, Entry] = {
     **_all("otel_metrics_host otel_metrics_port", refused("no OpenTelemetry", _WANDB, follows="use_otel_metrics")),
     **_all("profiler_steps profiler_steps_start", refused("the profiler is not run", "Use `stoker bench`.")),
     **_all(
-        "eval_table_size eval_max_new_tokens generate_samples num_generation_samples",
+        "eval_table_size generate_samples num_generation_samples",
         refused(_SAMPLES, _QUESTIONS),
     ),
+    "eval_max_new_tokens": refused(_SAMPLES, _QUESTIONS, follows="eval_table_size"),
     **_all(
         "max_new_tokens temperature top_p top_k prompt_ratio do_sample",
         refused(_SAMPLES, _QUESTIONS, follows="generate_samples"),

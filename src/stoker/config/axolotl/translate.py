@@ -19,6 +19,9 @@ _BLANKS: tuple[Any, ...] = (None, "", [], {})
 _LENGTH = 60
 # What other trainers, or people, call keys of Axolotl's whose names are not close.
 _OTHER_NAMES = {
+    "sequence_length": "sequence_len",
+    "rank": "lora_r",
+    "lora": "adapter: lora",
     "lora_rank": "lora_r",
     "r": "lora_r",
     "lr": "learning_rate",
@@ -274,7 +277,7 @@ def _advice(path: Path) -> str:
     homes = [known for known in KEYS if known.rpartition(".")[2] == name]
     if homes:
         return f"It belongs elsewhere: {homes[0]}."
-    near = difflib.get_close_matches(name, level, 1, 0.6)
+    near = difflib.get_close_matches(name, level, 1, 0.6) or [known for known in level if known.startswith(f"{name}_")]
     return f"Did you mean {near[0].removesuffix('[]')}?" if near else "Remove it, or look for typing mistakes."
 
 

@@ -94,6 +94,8 @@ def test_comments_stand_where_the_meaning_shifted(tmp_path):
         ({"lora_rank": 2}, "Did you mean lora_r"),
         ({"field_messages": "x"}, "It belongs elsewhere: datasets[].field_messages."),
         ({"dataset": []}, "Did you mean datasets?"),
+        ({"sequence_length": 2048}, "Did you mean sequence_len?"),
+        ({"lora": True}, "Did you mean adapter: lora?"),
         ({"zzz": 1}, "Remove it"),
     ],
 )
@@ -107,6 +109,7 @@ def test_an_unknown_key_is_refused_with_what_was_probably_meant(problem, keys, a
         ("datasets: [{path: a, type: alpaca, field_mesages: x}]", "datasets[0].field_mesages", "field_messages"),
         ("fsdp_config: {offload_parms: true}", "fsdp_config.offload_parms", "offload_params"),
         ("special_tokens: {pad_tokn: x}", "special_tokens.pad_tokn", "pad_token"),
+        ("special_tokens: {pad: x}", "special_tokens.pad", "Did you mean pad_token?"),
         (
             "gradient_checkpointing_kwargs: {use_rentrant: true}",
             "gradient_checkpointing_kwargs.use_rentrant",
@@ -192,6 +195,17 @@ def test_refusals_that_follow_from_another_key_are_no_problems_of_their_own(tran
 
     assert len(found.problems) == 1
     assert len(found.report.of("refused")) == 4
+
+
+def test_settings_of_samples_have_no_effect_where_none_are_asked_for(line):
+    assert line(eval_max_new_tokens=128).kind == "no effect"
+    assert line(eval_max_new_tokens=128, eval_table_size=0).kind == "no effect"
+    assert line(eval_max_new_tokens=128, eval_table_size=5).kind == "refused"
+
+
+def test_the_old_name_of_a_split_is_honoured(config):
+    source = {"path": "rows.jsonl", "type": "chat_template", "train_on_split": "validation"}
+    assert config(datasets=[source]).data.train[0].split == "validation"
 
 
 def test_keys_that_share_a_reason_share_a_problem(translated):
