@@ -244,6 +244,7 @@ class Trainer:
         if self._checkpoints is None or self._saver is None or self._saved == position:
             return
         self._settle(wait=True)
+        self._at("gathering a checkpoint")
         state = self._strategy.shared_state()
         tensors: dict[str, Mapping[str, Tensor]] = {"weights": state.weights, "optimizer": state.optimizer}
         values = {"train": self.state.to_values(), "strategy": state.values} | self._position()
@@ -264,6 +265,7 @@ class Trainer:
             return
         if not wait and self._strategy.sum_over_ranks([float(not saver.is_written)])[0]:
             return
+        self._at("writing a checkpoint")
         saved = saver.commit()
         self._last_checkpoint = saved.path
         if self._strategy.rank == 0:
