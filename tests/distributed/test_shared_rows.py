@@ -1,6 +1,10 @@
 """Rows that processes share: losses, every gradient and weights are those of one process with whole rows."""
 
+import json
 import os
+import shutil
+import subprocess
+import sys
 from functools import cache
 
 import jobs
@@ -73,3 +77,32 @@ def test_heads_that_cannot_be_dealt_out_are_refused():
         exchange.repeats(4, 2)
     with pytest.raises(ValueError, match="3 ranks cannot share rows in groups of 2"):
         share(Ranks(Place(0, 3)), 2)
+
+
+@pytest.mark.skipif(not ALL, reason="make test-distributed runs it")
+def test_a_run_begins_with_shared_rows_and_goes_on_alone(tmp_path):
+    rows = [{"text": f"line {n}: " + "word " * (n % 40)} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "model": {"base": "builtin:tiny-llama"},
+        "task": {"kind": "pretrain"},
+        "data": {"train": [{"path": "rows.jsonl"}], "validation": 0.1, "sequence_length": 77, "cache_folder": "cache"},
+        "train": {"steps": 6, "batch_size": 2, "learning_rate": 0.001, "evaluate_every_steps": 3},
+        "engine": {"device": "cpu", "num_threads": 1},
+        "output": {"folder": "run", "save_every_steps": 3, "trackers": []},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+
+    def train(folder, *options):
+        command = [sys.executable, "-m", "stoker.cli.main", "train", "run.yaml", "--set", f"output.folder={folder}"]
+        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = map(json.loads, (tmp_path / folder / "metrics.jsonl").read_text().splitlines())
+        return [row.get("loss", row.get("validation_loss")) for row in lines]
+
+    whole = train("whole")
+    shared = ("--gpus", "2", "--set", "engine.context_parallel=2")
+    assert train("shared", *shared) == pytest.approx(whole, abs=2e-5)
+    shutil.rmtree(tmp_path / "shared" / "checkpoints" / "step-000006")
+    (tmp_path / "shared" / "metrics.jsonl").unlink()
+    assert train("shared", "--resume") == pytest.approx(whole[-4:], abs=2e-5)
