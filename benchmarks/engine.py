@@ -454,6 +454,10 @@ LEVERS: dict[str, tuple[tuple[Patch, ...], dict[str, float]]] = {
     "as it is": ((), {}),
     "dP and dB apart": (((low_rank, "takes", lambda *_: False),), {"A": 3.0, "E": 2.0, "F": 3.0}),
     "grad pairs of 32 rows": (((low_rank, "ROWS", 32),), {}),
+    # An fp8 base only ("levers-F"): predicted against the same without.
+    "fp8 products that scale their own rows": (((Fp8Weight, "scales_after", False),), {"F": 20.0}),
+    "fp8 gradients summed in fp32": (((Fp8Weight, "fast_gradients", False),), {"F": 20.0}),
+    "both, as it was": (((Fp8Weight, "scales_after", False), (Fp8Weight, "fast_gradients", False)), {"F": 40.0}),
     "logits by 16 warps": (
         ((linear_cross_entropy, "TURN_BLOCK", 8192), (linear_cross_entropy, "TURN_WARPS", 16)),
         {"A": -0.2, "E": -0.4, "F": -0.2},

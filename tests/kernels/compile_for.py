@@ -26,6 +26,7 @@ from stoker.kernels import (
     rope,
     routed_rows,
     routing,
+    scaled_update,
 )
 
 warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
@@ -119,6 +120,18 @@ CASES = [
         {"ROWS": low_rank.ROWS, "COLUMNS": low_rank.COLUMNS, "RANK": 16, "rank": 16, "HAS_Y": True},
         4,
         {},
+    ),
+    (
+        scaled_update._scaled_update_kernel,
+        {
+            "ROWS": scaled_update.ROWS,
+            "COLUMNS": scaled_update.COLUMNS,
+            "RANK": 128,
+            "HAS_COLUMN_SCALE": True,
+            "HAS_RESIDUAL": True,
+        },
+        4,
+        {"row_scale_ptr": "*fp32", "column_scale_ptr": "*fp32"},
     ),
     (head_norm._forward_kernel, {"HEADS": 32, "HALF": 64}, 4, {}),
     (head_norm._backward_kernel, {"HEADS": 16, "HALF": 64, "WEIGHT_GRAD": True}, 4, {}),

@@ -88,6 +88,25 @@ def can_multiply_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def plain_matmul(x: Tensor, weight: Tensor, *, fast_accumulation: bool = False) -> Tensor:
+    """Returns `x @ weight.T` in bf16, of e4m3 `x` `[N, K]` and `weight` `[M, K]` as they are, without their scales.
+
+    Values reach 448^2 K, which bf16 holds. What `scaled_matmul` says of the hardware holds here too.
+    """
+    if not _in_hardware(x, weight):
+        return (x.float() @ weight.float().T).to(torch.bfloat16)
+    one = torch.ones((), dtype=torch.float32, device=x.device)
+    return torch._scaled_mm(
+        x, weight.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=fast_accumulation
+    )
+
+
+def _in_hardware(x: Tensor, weight: Tensor) -> bool:
+    """Whether the device multiplies these: sizes that 16 divides, and rows at all."""
+    divisible = all(size % 16 == 0 for size in (*x.shape[1:], *weight.shape))
+    return can_multiply_fp8(x.device) and divisible and x.shape[0] > 0
+
+
 def scaled_matmul(
     x: Tensor,
     weight: Tensor,
@@ -103,8 +122,7 @@ def scaled_matmul(
     only along K. Without hardware for it (or with sizes not divisible by 16, which it cannot take) the same product is
     computed in float32.
     """
-    divisible = all(size % 16 == 0 for size in (*x.shape[1:], *weight.shape))
-    if not (can_multiply_fp8(x.device) and divisible and x.shape[0]):
+    if not _in_hardware(x, weight):
         return ((x.float() * x_scale) @ (weight.float() * weight_scale).T).to(dtype)
     return torch._scaled_mm(
         x,

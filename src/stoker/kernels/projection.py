@@ -9,13 +9,14 @@ again from its seed wherever it is needed. `kernels/lora.py` is the same under a
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from stoker.kernels import low_rank
 from stoker.kernels.dropout import drop
+from stoker.kernels.scaled_update import scaled_update
 
 
 class FrozenMatrix(Protocol):
@@ -37,6 +38,21 @@ class FrozenMatrix(Protocol):
 
     def matmul_transposed(self, grad: Tensor, *, onto: Tensor | None = None) -> Tensor:
         """Returns `grad @ W`, added to `onto` [N, in] in place where that is given."""
+        ...
+
+
+@runtime_checkable
+class ScaledMatrix(Protocol):
+    """A frozen weight whose products are cheaper without their scales (`kernels/scaled_update.py`)."""
+
+    scales_after: bool
+
+    def unscaled(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns R `[N, out]`, scales of its rows and scales of its columns: `x @ W.T` is their product."""
+        ...
+
+    def unscaled_transposed(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the same of `grad @ W`."""
         ...
 
 
@@ -95,6 +111,12 @@ def project(
     product = product_of(projection, x, piece) if product is None else product
     if product is None:
         return project_base(projection, x), None
+    scaled = _scaled_matrix(projection, piece.implementation)
+    if scaled is not None and projection.b is not None and _is_whole(projection):
+        ends, scaling = [rows.stop for rows in projection.slices], projection.scaling
+        options = {"ends": ends, "scaling": scaling, "implementation": piece.implementation}
+        output = scaled_update(*scaled.unscaled(x), product, projection.b, **options)
+        return output if projection.bias is None else output.add_(projection.bias), product
     if not (_accumulates(projection) and _is_whole(projection)):
         return _add_updates(projection, project_base(projection, x), product), product
     # The updates first: the big product adds to them for less than a pass over its result.
@@ -115,11 +137,23 @@ def project_onto(
     if product is None or projection.b is None:
         return project_base(projection, x).add_(residual)
     b, scaling = projection.b, projection.scaling
+    scaled = _scaled_matrix(projection, implementation)
+    if scaled is not None and projection.bias is None:
+        options = {"ends": [b.shape[0]], "scaling": scaling, "implementation": implementation}
+        return scaled_update(*scaled.unscaled(x), product, b, residual=residual, **options)
     if _accumulates(projection) and projection.bias is None:
         update = low_rank.add_update(None, residual, product, b, scaling=scaling, implementation=implementation)
         return _matmul_onto(update, projection.weight, x)
     output = project_base(projection, x)
     return low_rank.add_update(output, residual, product, b, scaling=scaling, implementation=implementation)
+
+
+def _scaled_matrix(projection: Projection, implementation: str) -> ScaledMatrix | None:
+    """The weight, if its product should leave its scales to the pass of the updates."""
+    weight = projection.weight
+    if implementation != "triton" or isinstance(weight, Tensor) or not isinstance(weight, ScaledMatrix):
+        return None
+    return weight if weight.scales_after else None
 
 
 def _accumulates(projection: Projection) -> bool:
@@ -181,6 +215,10 @@ def grad_input(projection: Projection, grad: Tensor, grad_product: Tensor | None
     weight = projection.weight
     if grad_product is None or projection.a is None:
         return grad @ weight if isinstance(weight, Tensor) else weight.matmul_transposed(grad)
+    scaled = _scaled_matrix(projection, piece.implementation)
+    if scaled is not None and projection.rate == 0.0:
+        options = {"ends": [projection.a.shape[1]], "implementation": piece.implementation}
+        return scaled_update(*scaled.unscaled_transposed(grad), grad_product, projection.a.t(), **options)
     if _accumulates(projection):
         grad_x = _dropped(projection, grad_product @ projection.a, piece)
         if isinstance(weight, Tensor):
