@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from docs import from_axolotl
+from docs import from_axolotl, plan_anchors
 
 from stoker.arch import support
 from stoker.cli.init import Answers, starter
@@ -24,6 +24,7 @@ MODELS = ROOT / "docs" / "models.md"
 FROM_AXOLOTL = ROOT / "docs" / "from_axolotl.md"
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+PLAN = ROOT / "docs" / "plan.md"
 MAIN_JOB = ROOT / "benchmarks" / "results" / "main_job.json"
 SINGLE_GPU = ROOT / "benchmarks" / "results" / "single_gpu.json"
 ARCHITECTURES = ROOT / "benchmarks" / "results" / "architectures.json"
@@ -178,6 +179,11 @@ def benchmarks_page() -> str:
     return _with_tables(BENCHMARKS, {"architectures": single_gpu_table(ARCHITECTURES, suite="architectures")})
 
 
+def plan_page() -> str:
+    """Returns the page on plans with its tables of published figures renewed from the plan's formulas."""
+    return _with_tables(PLAN, {"anchors": plan_anchors.tables() + "\n"})
+
+
 def _with_tables(page: Path, tables: dict[str, str]) -> str:
     text = page.read_text(encoding="utf-8")
     for name, table in tables.items():
@@ -266,6 +272,7 @@ def main() -> int:
         FROM_AXOLOTL: from_axolotl.page,
         README: readme,
         BENCHMARKS: benchmarks_page,
+        PLAN: plan_page,
     }
     drifted = [path for path, text in pages.items() if not _is_same(path, text())]
     for path in drifted:
