@@ -6,6 +6,7 @@ Run as a process of its own: kernels defined under TRITON_INTERPRET cannot be co
 import json
 import sys
 import threading
+from contextlib import contextmanager
 
 import torch
 import triton
@@ -54,8 +55,8 @@ def compiled():
     return sorted(kernel.__name__ for kernel in KERNELS for _ in kernel.device_caches[0][0].values())
 
 
-def strategy(rehearsing):
-    model = native.build(read(MIXTURE, "config.json"), seed=3, kernels="triton")
+def strategy(rehearsing, **changes):
+    model = native.build(read(MIXTURE | changes, "config.json"), seed=3, kernels="triton")
     add_lora(model, rank=4, alpha=8)
     result = SingleDevice("cpu", rehearsing=rehearsing)
     task = SupervisedTask(model, kernels="triton")
@@ -63,6 +64,21 @@ def strategy(rehearsing):
     return result
 
 
+@contextmanager
+def nothing_runs():
+    """Launches neither compile nor run; what they would have written is full of not-a-number and of huge integers."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(2, dtype=torch.int32).min() > 10**6
+    for kernel in KERNELS:
+        kernel.run = lambda *_, **__: None
+    yield
+    for kernel in KERNELS:
+        del kernel.run
+
+
+ids = torch.arange(32).view(2, 16)
+batch = Batch(ids, ids.roll(-1, 1), None, ids.numel(), ids.numel())
 triton.runtime.driver.set_active(Driver())
 assert can_compile_ahead()
 if sys.argv[1] == "launch":
@@ -75,9 +91,11 @@ if sys.argv[1] == "launch":
         found.append(rms_norm.launch_forward(x, None, weight, 1e-6))
     assert len(found) == 2
     print(json.dumps({"compiled": compiled(), "restored": all("run" not in vars(kernel) for kernel in KERNELS)}))
+    # An index that only a kernel gives must not lead out of a tensor: on a GPU that would be the end of the process.
+    for model_type in ("qwen3_moe", "gpt_oss"):
+        with nothing_runs():
+            strategy(None, model_type=model_type)._rehearse(batch)
 else:
-    ids = torch.arange(32).view(2, 16)
-    batch = Batch(ids, ids.roll(-1, 1), None, ids.numel(), ids.numel())
     run = strategy(compiling_ahead)
     before = torch.random.get_rng_state()
     with compiling_ahead():
