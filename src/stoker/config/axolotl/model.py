@@ -229,7 +229,7 @@ PLUGINS: dict[str, tuple[str, str]] = {
     "liger": ("automatic", "fused kernels of our own"),
     "kernels": ("automatic", "fused kernels of our own, for experts too"),
     "expert_parallel": ("no effect", "several GPUs: not in this version"),
-    "context_parallel": ("no effect", "several GPUs: not in this version"),
+    "context_parallel": ("automatic", "context_parallel_size alone says it"),
     "spectrum": ("refused", "Spectrum's choice of layers is not done. Name them with unfrozen_parameters."),
     "grokfast": ("refused", "Grokfast is not done. Remove the plugin."),
     "kd": ("refused", "distillation is not done. Remove the plugin to train on the rows."),

@@ -4,7 +4,7 @@ Names are paths, with `[]` for the entries of a list; the three lists of dataset
 is a free mapping (`deepspeed`, `lr_scheduler_kwargs`) has one entry, whose rule reads what is inside.
 """
 
-from stoker.config.axolotl import adapter, datasets, model, optimizer, parallel, schedule, sharding
+from stoker.config.axolotl import adapter, datasets, model, optimizer, parallel, schedule, sharding, shared_rows
 from stoker.config.axolotl.entries import (
     automatic,
     becomes,
@@ -552,8 +552,12 @@ KEYS: dict[str, Entry] = {
     },
     **_all("dp_shard_size dp_replicate_size", custom("honoured", "multiplies `train.batch_size`", parallel.data_size)),
     **_all(
-        "tensor_parallel_size context_parallel_size sequence_parallel_degree expert_parallel_size",
+        "tensor_parallel_size expert_parallel_size",
         custom("no effect", _ONE, parallel.split_size),
+    ),
+    **_all(
+        "context_parallel_size sequence_parallel_degree",
+        custom("honoured", "`engine.context_parallel`", shared_rows.context_size),
     ),
     **_all(
         "heads_k_stride ring_attn_func expert_parallel_backend expert_parallel_num_nvl_bytes "

@@ -76,7 +76,7 @@ def test_devices_with_rows_of_their_own_multiply_the_batch(config, line):
     assert line(**keys).kind == "honoured"
 
 
-@pytest.mark.parametrize("name", ["tensor_parallel_size", "context_parallel_size", "deepspeed"])
+@pytest.mark.parametrize("name", ["tensor_parallel_size", "expert_parallel_size", "deepspeed"])
 def test_on_one_gpu_a_strategy_changes_nothing(line, name):
     value = "zero2.json" if name == "deepspeed" else 2
 
