@@ -1,0 +1,58 @@
+"""Which of several deaths an agent reports is told, and how."""
+
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from stoker.compose import launch
+from stoker.errors import HangError, TrainingError, UserError
+
+
+def report(**failures):
+    """An agent's report: rank N died of what `rN` says, an error's text or a signal, all within one second."""
+    found = {}
+    for name, what in failures.items():
+        message = {"message": what, "extraInfo": {"py_callstack": "Traceback ..."}} if isinstance(what, str) else ""
+        code = (2 if what.startswith("ConfigError") else 1) if isinstance(what, str) else -what
+        found[int(name[1:])] = SimpleNamespace(message=message, exitcode=code, pid=100, timestamp=7)
+    return SimpleNamespace(failures=found)
+
+
+GLOO = "RuntimeError: [pair.cc:537] gloo/transport/tcp/pair.cc Read error: Connection reset by peer."
+
+
+def test_who_died_first_is_told_and_not_who_lost_a_connection_by_it():
+    error = launch._as_ours(report(r0=GLOO, r1=signal.SIGKILL), 2)
+    assert str(error).startswith("rank 1 of 2 (process 100) failed, so all were ended: it was killed by SIGKILL.")
+    assert error.exit_code == 128 + signal.SIGKILL
+    error = launch._as_ours(report(r0=GLOO, r1="TrainingError: Memory is exhausted on rank 1 of 2."), 2)
+    assert str(error).endswith("so all were ended: Memory is exhausted on rank 1 of 2.")
+
+
+def test_a_hang_is_told_in_the_words_of_the_verdict_whoever_ended_by_it():
+    verdict = "rank 1 (gpu07) has not finished step 7."
+    error = launch._as_ours(report(r0=f"HangError: {verdict}", r1="ValueError: too late"), 2)
+    assert (type(error), str(error)) == (HangError, verdict)
+
+
+def test_a_mistake_of_the_user_is_told_without_a_rank():
+    error = launch._as_ours(report(r1="ConfigError: train.batch_size is odd."), 2)
+    assert isinstance(error, UserError)
+    assert str(error) == "train.batch_size is odd."
+
+
+def test_an_error_that_is_not_ours_has_its_traceback():
+    assert "Traceback ..." in str(launch._as_ours(report(r1="ZeroDivisionError: division by zero"), 2))
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_a_process_that_no_agent_started_tells_its_end_itself(monkeypatch, speaks):
+    ended, said = [], []
+    monkeypatch.delenv("STOKER_LAUNCHED", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.setattr(launch.os, "_exit", ended.append)
+    monkeypatch.setattr(launch.os, "write", lambda descriptor, text: said.append(text.decode()))
+    launch.fail(TrainingError("it hangs."), speaks)
+    assert ended == [1]
+    assert said == (["error: it hangs.\n"] if speaks else [])
