@@ -53,7 +53,7 @@ def find(name: str, *, base: str | None = None) -> Artifact:
         if not (run.model / "config.json").is_file():
             raise ModelError(
                 f"{folder} holds a run that has not finished: it has no adapter/ and no model/ yet.",
-                fix="Finish it with stoker train RUN.YAML --resume.",
+                fix="Finish it with stoker train RUN.YAML --resume, or merge one of its checkpoints.",
             )
         folder = run.model
         name = str(folder)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stoker.compose import artifact
+from stoker.compose import artifact, unfinished
 from stoker.compose.model import open_base
 from stoker.errors import ConfigError, ModelError
 
@@ -14,6 +14,7 @@ def merge(
 ) -> str:
     """Merges the adapter that `name` stands for into its base, in `output`, and returns what was verified.
 
+    A checkpoint's folder stands for the adapter or the whole model that it holds, by however many processes written.
     `trust_remote_code` lets code that comes with the base run, as a run's configuration may.
 
     Raises:
@@ -22,6 +23,15 @@ def merge(
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"--dtype {dtype!r} is not a number format.", fix=f"Use one of {', '.join(_DTYPES)}.")
+    if unfinished.is_checkpoint(name):
+        with unfinished.adapter(name) as folder:
+            if folder is None:
+                return unfinished.write_model(name, output, dtype=_DTYPES[dtype])
+            return _merge(str(folder), output, base=base, dtype=dtype, trust_remote_code=trust_remote_code)
+    return _merge(name, output, base=base, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _merge(name: str, output: Path, *, base: str | None, dtype: str, trust_remote_code: bool) -> str:
     found = artifact.find(name, base=base)
     if found.adapter is None:
         raise ModelError(f"{name} is not an adapter, so there is nothing to merge.", fix="Use it as it is.")

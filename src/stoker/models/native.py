@@ -79,11 +79,16 @@ def hf_tensors(decoder: Decoder, spec: ArchSpec) -> Iterator[tuple[str, Tensor]]
     for entry in weight_map(spec):
         module_name, _, kind = entry.ours.rpartition(".")
         module = decoder.get_submodule(module_name)
-        parameter = getattr(module, kind).detach()  # of a quantised layer: its dequantised weight
-        sizes = module.out_features if isinstance(module, FusedLinear) else None
-        for name, rows in zip(entry.stored or entry.theirs, _split(parameter, entry, sizes), strict=True):
-            values = interleave(rows) if entry.interleaved else rows
-            yield name, values.transpose(-1, -2) if entry.transposed and values.dim() > 1 else values
+        yield from entry_tensors(decoder, entry, getattr(module, kind).detach())  # if quantised, dequantised
+
+
+def entry_tensors(decoder: Decoder, entry: WeightEntry, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors, by name, of one parameter of `decoder`, as views of its value `parameter`."""
+    module = decoder.get_submodule(entry.ours.rpartition(".")[0])
+    sizes = module.out_features if isinstance(module, FusedLinear) else None
+    for name, rows in zip(entry.stored or entry.theirs, _split(parameter, entry, sizes), strict=True):
+        values = interleave(rows) if entry.interleaved else rows
+        yield name, values.transpose(-1, -2) if entry.transposed and values.dim() > 1 else values
 
 
 def _split(parameter: Tensor, entry: WeightEntry, sizes: tuple[int, ...] | None) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,11 @@ def write(
     *,
     config: Mapping[str, Any],
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Writes `tensors` and `config` into `folder`, which is made if need be; memory holds one shard at a time.
+
+    `read` gives the values of `tensors` that are on the meta device, by name, when they are written.
 
     Each file is written aside, flushed and renamed; config.json comes last, so a folder that lacks it is incomplete.
     Files of the same name are replaced. Raises OutputError when one cannot be written; no partial file stays.
@@ -38,7 +41,7 @@ def write(
         weight_map = {}
         for number, shard in enumerate(shards, start=1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            _write_shard(dict(shard), folder / name)
+            _write_shard(dict(shard), folder / name, read)
             weight_map |= dict.fromkeys((tensor for tensor, _ in shard), name)
         if len(shards) > 1:
             total = {"total_size": sum(tensor.nbytes for _, tensor in named)}
@@ -65,11 +68,13 @@ def _shards(named: Sequence[tuple[str, Tensor]], max_bytes: int) -> list[list[tu
     return shards
 
 
-def _write_shard(tensors: dict[str, Tensor], path: Path) -> None:
+def _write_shard(tensors: dict[str, Tensor], path: Path, read: Callable[[str], Tensor] | None) -> None:
     partial = path.with_name(path.name + _PARTIAL)
     # Parts of one fused weight share its memory, which safetensors refuses; the copies live for one shard.
     kind = {"device": "cpu", "memory_format": torch.contiguous_format}
-    copies = {name: torch.empty_like(tensor, **kind).copy_(tensor) for name, tensor in tensors.items()}
+    copies = {
+        name: torch.empty_like(tensor, **kind).copy_(read(name) if read else tensor) for name, tensor in tensors.items()
+    }
     try:
         save_file(copies, partial, metadata={"format": "pt"})
         _publish(partial, path)
