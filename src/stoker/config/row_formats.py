@@ -37,10 +37,18 @@ class Preset:
 
 
 _TASK = "Below is an instruction that describes a task"
-_END = "Write a response that appropriately completes the request.\n\n"
-_ALPACA_SYSTEM = {
+_END = "Write a response that appropriately completes the request."
+_ALPACA = {
     "system": f"{_TASK}, paired with an input that provides further context. {_END}",
     "system_no_input": f"{_TASK}. {_END}",
+}
+_ALPACA_SYSTEM = {name: f"{text}\n\n" for name, text in _ALPACA.items()}
+_USERS_TASK = "Below is an instruction from a USER that describes a task"
+_CONCISE = {
+    "system": f"{_USERS_TASK}, paired with an input that provides further context. The ASSISTANT writes a response that "
+    "concisely and appropriately completes the request.\n\n",
+    "system_no_input": f"{_USERS_TASK}. The ASSISTANT writes a response that appropriately and concisely completes the "
+    "request.\n\n",
 }
 _INSTRUCT = {
     "format": "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
@@ -54,6 +62,11 @@ _CHATML = {
     "format": "<|im_start|>user\n{instruction}\n{input}<|im_end|>\n<|im_start|>assistant\n",
     "no_input_format": "<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n",
     "system_format": "<|im_start|>system\n{system}<|im_end|>\n",
+}
+_PHI = {
+    "format": "<|user|>\n{instruction}<|end|>{input}<|assistant|>",
+    "no_input_format": "<|user|>\n{instruction}<|end|>\n<|assistant|>\n",
+    "system_format": "<|system|>\n{system}<|end|>\n",
 }
 _ORCA = {
     "format": "### Human:\n{instruction}\n### Additional Context:\n{input}\n### Assistant:\n",
@@ -77,20 +90,24 @@ PRESETS: dict[str, Preset] = {
     # Conversations.
     "chat_template": Preset("chat"),
     "sharegpt": Preset("chat"),
+    "sharegpt.load_role": Preset("chat", {"role": "role", "content": "value"}),
     "messages": Preset("chat"),
+    "messages.chat": Preset("chat"),
     # The Alpaca prompt and its relatives.
     "alpaca_instruct": _prompt(_INSTRUCT, **_ALPACA_SYSTEM),
     "alpaca_instruct.load_no_prompt": _prompt(_INSTRUCT),
-    "alpaca_chat": _prompt(_CHAT, **_ALPACA_SYSTEM),
-    "alpaca_chat.load_qa": _prompt(_CHAT, fields=_QA_FIELDS, **_ALPACA_SYSTEM),
+    "alpaca_chat": _prompt(_CHAT, **_CHAT_SYSTEM, **_ALPACA),
+    "alpaca_chat.load_concise": _prompt(_CHAT, **_CHAT_SYSTEM, **_CONCISE),
+    "alpaca_chat.load_qa": _prompt(_CHAT, fields=_QA_FIELDS, **_CHAT_SYSTEM, **_CONCISE),
     "alpaca_chat.load_no_prompt": _prompt(_CHAT),
     "alpaca_chat.load_camel_ai": _prompt(
-        _CHAT, fields={"instruction": "message_1", "output": "message_2"}, **_ALPACA_SYSTEM
+        _CHAT, fields={"instruction": "message_1", "output": "message_2"}, **_CHAT_SYSTEM, **_CONCISE
     ),
-    "alpaca_chatml": _prompt(_CHATML),
+    "alpaca_chatml": _prompt(_CHATML, **_ALPACA),
+    "alpaca_phi": _prompt(_PHI, **_ALPACA),
     "alpaca_w_system": _prompt(_CHAT, **_CHAT_SYSTEM),
     "alpaca_w_system.load_chat": _prompt(_CHAT, **_CHAT_SYSTEM),
-    "alpaca_w_system.load_instruct": _prompt(_INSTRUCT, system_format="### System:\n{system}\n\n"),
+    "alpaca_w_system.load_instruct": _prompt(_INSTRUCT, system_format="{system}\n\n"),
     "alpaca_w_system.load_open_orca": _prompt(_ORCA, fields=_ORCA_FIELDS),
     "alpaca_w_system.load_open_orca_chatml": _prompt(_CHATML, fields=_ORCA_FIELDS),
     "gpteacher": _prompt(_INSTRUCT, fields={"output": "response"}, **_ALPACA_SYSTEM),
@@ -158,13 +175,24 @@ NOT_READ = {
     "reflection": "Write its prompt out with format: prompt and a section prompt.",
     "explainchoice": "Join the choices into one field and use format: prompt.",
     "concisechoice": "Join the choices into one field and use format: prompt.",
-    "alpaca_chat.load_concise": "Use format: alpaca_chat, with the instruction to be concise in prompt.system.",
     "context_qa.load_404": "Write the answer into the rows and use format: context_qa.",
     "creative_acr.load_answer": "Use format: prompt with the prompt written out.",
     "creative_acr.load_critique": "Use format: prompt with the prompt written out.",
     "creative_acr.load_revise": "Use format: prompt with the prompt written out.",
     "pygmalion": "Use format: chat with a chat template that prints its roles.",
     "llama2_chat": "Use format: chat with model.chat_template: llama2.",
+    **dict.fromkeys(
+        (
+            *(f"sharegpt.load_{name}" for name in ("guanaco", "ultrachat", "glaive")),
+            *(f"sharegpt_simple.load_{name}" for name in ("role", "guanaco", "ultrachat")),
+        ),
+        "Use format: chat, and say in fields how the rows call messages, role and content.",
+    ),
+    **dict.fromkeys(
+        ("bradley_terry.chat_template", "bradley_terry.llama3"),
+        "Reward models are not trained. Their rows are format: preference, which `stoker prepare` and inspect read.",
+    ),
+    "passthrough.default": "Use format: preference, which reads prompt, chosen and rejected.",
     "zephyr.nectar": "Write the best and worst ranked answers as chosen and rejected and use format: preference.",
 }
 """Axolotl's formats that are not read -> what to do instead."""
@@ -223,7 +251,8 @@ def of_axolotl(type_name: str, *, rl: str | None = None) -> str:
     base, _, style = type_name.partition(":")
     base = base.removesuffix(".load")
     if base == "alpaca":
-        return {"chat": "alpaca_chat", "chatml": "alpaca_chatml"}.get(style, "alpaca_instruct")
+        styles = {"": "alpaca_instruct", "instruct": "alpaca_instruct", "chat": "alpaca_chat"}
+        return styles.get(style, f"alpaca_{style}")
     if rl == "kto" and f"kto.{base}" in PRESETS:
         return f"kto.{base}"
     return {"": "tokenized", "chat_template": "chat", "sharegpt": "chat"}.get(base, base)

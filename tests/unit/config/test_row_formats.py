@@ -52,6 +52,10 @@ def test_a_format_that_cannot_be_read_is_named(name, message):
     [
         ("alpaca", None, "alpaca_instruct"),
         ("alpaca:chat", None, "alpaca_chat"),
+        ("alpaca:chatml", None, "alpaca_chatml"),
+        ("alpaca:phi", None, "alpaca_phi"),
+        ("alpaca:instruct", None, "alpaca_instruct"),
+        ("alpaca.load", None, "alpaca_instruct"),
         ("alpaca_w_system.load_open_orca", None, "alpaca_w_system.load_open_orca"),
         ("chat_template", None, "chat"),
         ("", None, "tokenized"),
@@ -69,3 +73,54 @@ def test_a_preset_means_the_same_once_a_run_has_spelt_out_what_nobody_set():
     source = Source(path="rows.jsonl", format="alpaca_instruct")
 
     assert row_formats.expanded(Source.model_validate(source.model_dump())) == row_formats.expanded(source)
+
+
+def test_a_style_of_alpacas_that_nobody_knows_is_refused():
+    ours = row_formats.of_axolotl("alpaca:pi")
+    assert row_formats.problem(ours) == ("format = 'alpaca_pi' is not known.", "Did you mean alpaca_phi?")
+
+
+SYSTEM = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+CONCISE = (
+    "Below is an instruction from a USER that describes a task. The ASSISTANT writes a response that appropriately and "
+    "concisely completes the request."
+)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "row", "printed"),
+    [
+        ("alpaca", {"instruction": "A"}, f"{SYSTEM}\n\n### Instruction:\nA\n\n### Response:\n"),
+        ("alpaca:chat", {"instruction": "A"}, f"SYSTEM: {SYSTEM}\nUSER: A\nASSISTANT:"),
+        ("alpaca_chat.load", {"instruction": "A"}, f"SYSTEM: {SYSTEM}\nUSER: A\nASSISTANT:"),
+        ("alpaca_chat.load_qa", {"question": "A"}, f"SYSTEM: {CONCISE}\n\n\nUSER: A\nASSISTANT:"),
+        ("alpaca_chat.load_no_prompt", {"instruction": "A"}, "USER: A\nASSISTANT:"),
+        (
+            "alpaca:chatml",
+            {"instruction": "A"},
+            f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        ("alpaca:phi", {"instruction": "A"}, f"<|system|>\n{SYSTEM}<|end|>\n<|user|>\nA<|end|>\n<|assistant|>\n"),
+        ("alpaca_w_system.load_chat", {"instruction": "A", "system": "S"}, "SYSTEM: S\nUSER: A\nASSISTANT:"),
+        (
+            "alpaca_w_system.load_instruct",
+            {"instruction": "A", "system": "S"},
+            "S\n\n### Instruction:\nA\n\n### Response:\n",
+        ),
+        (
+            "alpaca_w_system.load_open_orca",
+            {"question": "A", "system_prompt": "S"},
+            "### System:\nS\n### Human:\nA\n### Assistant:\n",
+        ),
+    ],
+)
+def test_prompts_are_printed_as_axolotl_prints_them(theirs, row, printed):
+    """The texts are those of Axolotl's prompters."""
+    source = row_formats.expanded(Source(path="a", format=row_formats.of_axolotl(theirs)))
+    fields = source.fields.model_dump(exclude_none=True)
+    texts = source.prompt
+    named = {ours: row.get(fields.get(ours, ours), "") for ours in ("instruction", "input", "system")}
+    system = named["system"] or texts.system_no_input or texts.system or ""
+    before = texts.system_format.replace("{system}", system) if system else ""
+    form = texts.no_input_format or texts.format
+    assert before + form.replace("{instruction}", named["instruction"]) == printed
