@@ -42,11 +42,14 @@ _ALPACA = {
     "system": f"{_TASK}, paired with an input that provides further context. {_END}",
     "system_no_input": f"{_TASK}. {_END}",
 }
-_ALPACA_SYSTEM = {name: f"{text}\n\n" for name, text in _ALPACA.items()}
+_ALPACA_SYSTEM = {
+    "system": _ALPACA["system"] + "\n\n",
+    "system_no_input": _ALPACA["system_no_input"] + "\n\n",
+}
 _USERS_TASK = "Below is an instruction from a USER that describes a task"
 _CONCISE = {
-    "system": f"{_USERS_TASK}, paired with an input that provides further context. The ASSISTANT writes a response that "
-    "concisely and appropriately completes the request.\n\n",
+    "system": f"{_USERS_TASK}, paired with an input that provides further context. The ASSISTANT writes a response "
+    "that concisely and appropriately completes the request.\n\n",
     "system_no_input": f"{_USERS_TASK}. The ASSISTANT writes a response that appropriately and concisely completes the "
     "request.\n\n",
 }
