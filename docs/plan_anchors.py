@@ -2,15 +2,14 @@
 
 from dataclasses import replace
 
-from stoker.arch import arithmetic, shapes
+from stoker.arch import shapes
 from stoker.config.load import parse
-from stoker.config.schema import AdamW, RunConfig
+from stoker.config.schema import RunConfig
 from stoker.errors import PlanError
 from stoker.plan.choose import choose
 from stoker.plan.hardware import Device, Hardware
-from stoker.plan.memory import estimate
+from stoker.plan.memory import zero_bytes
 from stoker.plan.plan import Plan
-from stoker.plan.spread import Spread
 
 GB, GIB = 10**9, 2**30
 # Unsloth's README, "context length benchmarks": 4-bit QLoRA on all linear layers, rank 32, one row, an A100 of 80 GB.
@@ -82,19 +81,7 @@ def least(name: str, quantization: str) -> Plan:
 
 def states(stage: int) -> float:
     """Returns GB of weights, gradients and optimiser on one of 64 GPUs, of 7.5 billion parameters under ZeRO."""
-    spec = shapes.spec("llama-2-7b")
-    count = arithmetic.num_parameters(spec)
-    memory = estimate(
-        spec,
-        trained=count,
-        frozen=0,
-        optimizer=AdamW(),
-        tokens=1,
-        precision="bf16",
-        device="cuda",
-        spread=Spread("deepspeed", 64, 8, stage),
-    )
-    return (memory.weights + memory.gradients + memory.optimizer) / count * 7.5
+    return zero_bytes(7.5, 64, stage)
 
 
 def tables() -> str:

@@ -144,13 +144,14 @@ class Size:
         if self.job.given is not None:
             return self.candidate(self.job.given)
         machine, nearest = self.job.machine, None
+        states = self._besides[False].states_on_host
         each = ladder.profile(self.job.spec, self.micro, **self.job.settings)
         # No rung helps where all else alone does not fit.
         hopeless = min(one.total for one in self._besides.values()) > machine.device.memory_bytes
         for held in each.last() if hopeless else each:
             besides = self._besides[held.ladder.layers == "fused"]
             total = besides.total_with(held.device, beside_head=self._beside_head(held))
-            too_much_on_host = held.host > machine.host_bytes
+            too_much_on_host = held.host + states > machine.host_bytes
             if total <= machine.device.memory_bytes and not too_much_on_host:
                 return self._made(held)
             if nearest is None or (too_much_on_host, total) < nearest[0]:
@@ -177,7 +178,8 @@ class Candidate:
     def fits(self) -> bool:
         """Whether device and host have the memory."""
         machine = self.size.job.machine
-        return self.memory.total <= machine.device.memory_bytes and self.host_bytes <= machine.host_bytes
+        on_host = self.host_bytes + self.memory.states_on_host
+        return self.memory.total <= machine.device.memory_bytes and on_host <= machine.host_bytes
 
     @cached_property
     def with_transposed(self) -> Memory | None:

@@ -70,6 +70,8 @@ def choose(
     execution.refuse_unknown_rungs(config, spec, device)
     row_tokens = _row_tokens(config, statistics)
     machine = _machine(config, hardware, device, precision, uses_triton=kernels == "triton")
+    # Processes of a node share its host.
+    machine = replace(machine, host_bytes=machine.host_bytes // min(spread.per_node, spread.num_processes))
     rates = rates or rates_of(device, num_threads=hardware.num_threads)
     job = Job(config, spec, machine, row_tokens, ladder, spread, rates)
     candidates = _candidates(job)
@@ -129,6 +131,9 @@ def choose(
         num_processes=spread.num_processes,
         per_node=spread.per_node,
         stage=spread.stage,
+        replicas=spread.replicas,
+        reshards=spread.reshards,
+        on_host=tuple(sorted(spread.on_host)),
     )
 
 

@@ -88,10 +88,11 @@ def _communication(one: Offer) -> str:
     if plan is None or spread.num_processes == 1:
         return "one device: none"
     trained, value = plan.num_trained_parameters, VALUE_BYTES[plan.precision]
-    stored = 4.0 * trained
+    gradients = stored = (2.0 if one.config.train.weight_dtype == "bf16" else 4.0) * trained
     if one.config.adapter is not None:
+        gradients = stored = 4.0 * trained
         stored += frozen_weight_bytes(one.spec, plan.quantization, value)
-    moved = volume(spread, stored=stored, trained=trained, value_bytes=value)
+    moved = volume(spread, stored=stored, gradients=gradients)
     links, ranks = Links.of(one.device), spread.num_processes
     come = moved.per_step(plan.accumulation_steps, ranks)
     if spread.weight_shards > 1:

@@ -10,7 +10,7 @@ from stoker.plan import rates, speed
 from stoker.plan.choose import choose
 from stoker.plan.hardware import Hardware
 from stoker.plan.plan import Plan
-from stoker.plan.spread import SINGLE, Spread, spreads
+from stoker.plan.spread import SINGLE, Spread, configured, spreads
 
 # What `auto` chooses from when it trains; DeepSpeed is an extra, and is taken where it is asked for.
 _AUTO = ("ddp", "fsdp2")
@@ -37,8 +37,7 @@ def choose_over(
         PlanError: no strategy fits, with what the last of them lacks.
     """
     force = options.pop("force", False)
-    asked = config.engine.strategy
-    ways = _ways(num_processes, per_node or num_processes, asked, stages)
+    ways = _ways(config, num_processes, per_node or num_processes, stages)
     plans: list[tuple[Plan, float]] = []
     refused: PlanError | None = None
     for way in ways:
@@ -59,11 +58,12 @@ def choose_over(
     return next(plan for plan, seconds in plans if seconds <= _AS_FAST * fastest)
 
 
-def _ways(num_processes: int, per_node: int, asked: str, stages: Sequence[int]) -> list[Spread]:
+def _ways(config: RunConfig, num_processes: int, per_node: int, stages: Sequence[int]) -> list[Spread]:
+    asked = config.engine.strategy
     if num_processes == 1 and asked in ("auto", "single"):
         return [SINGLE]
     found = spreads(num_processes, per_node, asked=asked, stages=tuple(stages))
-    return [way for way in found if asked != "auto" or way.strategy in _AUTO]
+    return [configured(way, config) for way in found if asked != "auto" or way.strategy in _AUTO]
 
 
 def _seconds(config: RunConfig, spec: AnySpec, plan: Plan, hardware: Hardware) -> float:

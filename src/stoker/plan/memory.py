@@ -42,6 +42,7 @@ class Memory:
 
     `scratch` is where quantised weights are turned into the compute type, or transposed, one at a time; `transposed`
     are the copies of fp8 weights that are kept instead. `communication`: what several devices gather and send in.
+    `states_on_host` are not the device's, and not in the total.
     """
 
     weights: int
@@ -53,6 +54,7 @@ class Memory:
     transposed: int
     reserve: int
     communication: int = 0
+    states_on_host: int = 0
 
     @property
     def total(self) -> int:
@@ -87,7 +89,7 @@ class Memory:
         return replace(self, scratch=0, transposed=count, reserve=self.reserve + lost)
 
 
-CATEGORIES = tuple(one.name for one in fields(Memory))
+CATEGORIES = tuple(one.name for one in fields(Memory) if one.name != "states_on_host")
 
 
 def estimate(
@@ -118,11 +120,9 @@ def estimate(
     share = 1.0 - 0.5 * num_matrix_parameters(spec) / trained if is_narrow else 1.0
     kept = round(4 * share * trained)
     gradients, state, copies = kept, share * trained * optimizer_bytes(optimizer), 0
-    if spread.mixes_by_itself and precision != "fp32":
-        # Weights and gradients in the compute type; fp32 weights beside the averages (arXiv:1910.02054, section 3.1).
-        kept = gradients = value_bytes * trained
-        state = (4 + optimizer_bytes(optimizer)) * trained
-    elif precision != "fp32" and not is_narrow:
+    if spread.stage:
+        state += kept  # DeepSpeed's optimiser steps on a flat copy of its part
+    if precision != "fp32" and not is_narrow:
         one_layer = _largest_layer(spec) + 2 * spec.vocab_size * spec.hidden_size
         # Gathered layers are cast one at a time, whichever way they run.
         by_layer = casts_by_layer or spread.weight_shards > 1
@@ -132,9 +132,13 @@ def estimate(
         communication = buffer_bytes(
             spec, spread, stored=base + kept, gradients=gradients, is_full=not frozen, device=device
         )
-    weights = (kept + base) // spread.weight_shards + copies
-    gradients //= spread.gradient_shards
-    state = round(state / spread.optimizer_shards)
+    states = {
+        "weights": (kept + base) // spread.weight_shards,
+        "gradients": gradients // spread.gradient_shards,
+        "optimizer": round(state / spread.optimizer_shards),
+    }
+    weights, gradients, state = (0 if name in spread.on_host else count for name, count in states.items())
+    weights += copies
     logits = min(_LOGITS_BYTES, 2 * 4 * tokens * spec.vocab_size)
     logits += _HEAD_TENSORS * tokens * spec.hidden_size * value_bytes
     if is_narrow:
@@ -143,7 +147,21 @@ def estimate(
     scratch = scratch_bytes(spec, quantization, value_bytes)
     held = weights + gradients + state + logits + scratch + communication
     reserve = BASE_BYTES[device] + round(_FRAGMENTATION * held)
-    return Memory(weights, gradients, state, 0, logits, scratch, 0, reserve, communication)
+    on_host = sum(count for name, count in states.items() if name in spread.on_host)
+    return Memory(weights, gradients, state, 0, logits, scratch, 0, reserve, communication, on_host)
+
+
+def zero_bytes(
+    parameters: float, ranks: int, stage: int, *, weight: int = 2, gradient: int = 2, state: int = 12
+) -> float:
+    """Returns the bytes of weights, gradients and optimiser's state on one of `ranks`, by the ZeRO paper's formula.
+
+    Bytes of each for a parameter; the defaults are its mixed precision with Adam (arXiv:1910.02054, section 5): fp16
+    weights and gradients, and fp32 weights and two averages as the state. With 2, 4 and 12 it is Megatron-LM's
+    distributed optimiser in bf16, with 4, 4 and 8 that in fp32.
+    """
+    each = weight / (ranks if stage >= 3 else 1) + gradient / (ranks if stage >= 2 else 1)
+    return parameters * (each + state / (ranks if stage >= 1 else 1))
 
 
 def buffer_bytes(spec: AnySpec, spread: Spread, *, stored: int, gradients: int, is_full: bool, device: str) -> int:
@@ -155,7 +173,8 @@ def buffer_bytes(spec: AnySpec, spread: Spread, *, stored: int, gradients: int, 
     """
     own = _NCCL_BYTES if device == "cuda" else 0
     if spread.weight_shards > 1:
-        return own + round(gathered_share(spec) * stored + gathered_share(spec, outside=is_full) * gradients)
+        share = gathered_share(spec) if spread.reshards else 1.0
+        return own + round(share * stored + gathered_share(spec, outside=is_full) * gradients)
     if spread.strategy == "deepspeed":
         return own + round(_BUCKETS * min(gradients, _BUCKET_BYTES))
     return own

@@ -39,6 +39,7 @@ class Plan:
     `tile_tokens`: the feed-forward goes through so many tokens at a time (None: through a whole micro-batch).
     `cuda_graphs`: micro-batches are captured and replayed. `host_bytes`: pinned host memory in which kept tensors wait.
     Sizes and memory are those of one of `num_processes`, of which `per_node` are in each node; `stage`: of ZeRO.
+    The other fields of `spread` stand for themselves.
     """
 
     device: str
@@ -67,11 +68,22 @@ class Plan:
     num_processes: int = 1
     per_node: int = 1
     stage: int = 0
+    replicas: int = 1
+    reshards: bool = True
+    on_host: tuple[str, ...] = ()
 
     @property
     def spread(self) -> Spread:
         """How it is spread over devices."""
-        return Spread(self.strategy, self.num_processes, self.per_node, self.stage)
+        return Spread(
+            self.strategy,
+            self.num_processes,
+            self.per_node,
+            self.stage,
+            self.replicas,
+            self.reshards,
+            frozenset(self.on_host),
+        )
 
     @property
     def recompute(self) -> str:

@@ -192,12 +192,10 @@ class _Clock:
         if spread.num_processes == 1:
             return 0.0, 0.0
         trained, depth = self.plan.num_trained_parameters, max(1, len(self.spec.layers))
-        stored = 4.0 * trained
+        gradients = stored = (2.0 if self.config.train.weight_dtype == "bf16" and not self.is_frozen else 4.0) * trained
         if self.is_frozen:
             stored += frozen_weight_bytes(self.spec, self.plan.quantization, self.value_bytes)
-        if spread.mixes_by_itself:
-            stored -= (4.0 - self.value_bytes) * trained
-        moved = volume(spread, stored=stored, trained=trained, value_bytes=self.value_bytes)
+        moved = volume(spread, stored=stored, gradients=gradients)
         links = Links.of(self.device)
         in_micro = links.seconds(moved.micro_gathered, spread, collectives=2 * depth)
         in_micro += links.seconds(moved.micro_summed, spread, collectives=depth)

@@ -4,9 +4,10 @@ A collective over n ranks moves (n - 1) / n of a tensor into each of them for a 
 that for a sum that all have (Rabenseifner 2004; Rajbhandari et al., arXiv:1910.02054, section 7).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from stoker.config import deepspeed
 from stoker.config.schema import RunConfig
 
 StrategyName = Literal["single", "ddp", "fsdp2", "deepspeed"]
@@ -14,12 +15,19 @@ StrategyName = Literal["single", "ddp", "fsdp2", "deepspeed"]
 
 @dataclass(frozen=True)
 class Spread:
-    """A strategy over `num_processes` devices, `per_node` of them in each node; `stage`: of ZeRO, 1 to 3."""
+    """A strategy over `num_processes` devices, `per_node` of them in each node; `stage`: of ZeRO, 1 to 3.
+
+    `replicas`: groups that share weights among themselves. `reshards`: a layer's weights are let go after its forward.
+    `on_host`: what of "weights", "gradients" and "optimizer" waits outside of the device.
+    """
 
     strategy: StrategyName = "single"
     num_processes: int = 1
     per_node: int = 1
     stage: int = 0
+    replicas: int = 1
+    reshards: bool = True
+    on_host: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -34,22 +42,19 @@ class Spread:
     @property
     def weight_shards(self) -> int:
         """Ranks that share every weight, frozen ones among them."""
-        return self.num_processes if self.strategy == "fsdp2" or self.stage == 3 else 1
+        if self.strategy == "fsdp2":
+            return max(1, self.num_processes // self.replicas)
+        return self.num_processes if self.stage == 3 else 1
 
     @property
     def gradient_shards(self) -> int:
         """Ranks that share every gradient."""
-        return self.num_processes if self.strategy == "fsdp2" or self.stage >= 2 else 1
+        return self.weight_shards if self.strategy == "fsdp2" else self.num_processes if self.stage >= 2 else 1
 
     @property
     def optimizer_shards(self) -> int:
         """Ranks that share the optimiser's state."""
-        return self.num_processes if self.strategy == "fsdp2" or self.stage >= 1 else 1
-
-    @property
-    def mixes_by_itself(self) -> bool:
-        """Whether weights are kept in the compute type with fp32 ones in the optimiser (DeepSpeed)."""
-        return self.strategy == "deepspeed"
+        return self.weight_shards if self.strategy == "fsdp2" else self.num_processes if self.stage >= 1 else 1
 
 
 SINGLE = Spread()
@@ -68,6 +73,21 @@ def spreads(
         for strategy, stage in STRATEGIES
         if asked in ("auto", strategy) and (not stage or stage in stages)
     ]
+
+
+def configured(spread: Spread, config: RunConfig) -> Spread:
+    """Returns the same with what the configuration says of its strategy: replicas, resharding, offload."""
+    engine = config.engine
+    if spread.strategy == "fsdp2":
+        chosen = engine.fsdp2
+        everything = frozenset(("weights", "gradients", "optimizer")) if chosen.offload == "cpu" else frozenset()
+        reshards = chosen.reshard_after_forward is not False
+        replicas = chosen.replicas if spread.num_processes % chosen.replicas == 0 else 1
+        return replace(spread, replicas=replicas, reshards=reshards, on_host=everything)
+    if spread.strategy == "deepspeed":
+        places = zip(("optimizer", "weights"), deepspeed.offload(engine.deepspeed), strict=True)
+        return replace(spread, on_host=frozenset(name for name, place in places if place not in ("none", "auto")))
+    return spread
 
 
 def share(config: RunConfig, spread: Spread) -> RunConfig:
@@ -98,22 +118,23 @@ class Volume:
         return (micro_batches * (self.micro_gathered + self.micro_summed) + once) * (ranks - 1) / ranks
 
 
-def volume(spread: Spread, *, stored: float, trained: int, value_bytes: int) -> Volume:
-    """Returns what passes in a step. `stored`: bytes of all weights as they lie; `trained`: values that are trained.
+def volume(spread: Spread, *, stored: float, gradients: float) -> Volume:
+    """Returns what passes in a step. `stored`: bytes of all weights as they lie; `gradients`: bytes of all of those.
 
-    DDP sums gradients (fp32) once. FSDP2 and ZeRO-3 gather every weight for the forward and again for the backward of
+    DDP sums gradients once. FSDP2 and ZeRO-3 gather every weight for the forward and again for the backward of
     each micro-batch and sum its gradients into parts; ZeRO-2 sums them so too, and gathers the new weights once; ZeRO-1
     sums once into parts.
     """
     match spread.name:
         case "ddp":
-            return Volume(step_all_summed=4.0 * trained)
+            return Volume(step_all_summed=gradients)
         case "fsdp2":
-            return Volume(micro_gathered=2 * stored, micro_summed=4.0 * trained)
+            gathers = 2 if spread.reshards else 1
+            return Volume(micro_gathered=gathers * stored, micro_summed=gradients)
         case "ZeRO-1":
-            return Volume(step_summed=value_bytes * trained, step_gathered=value_bytes * trained)
+            return Volume(step_summed=gradients, step_gathered=gradients)
         case "ZeRO-2":
-            return Volume(micro_summed=value_bytes * trained, step_gathered=value_bytes * trained)
+            return Volume(micro_summed=gradients, step_gathered=gradients)
         case "ZeRO-3":
-            return Volume(micro_gathered=2 * stored, micro_summed=value_bytes * trained)
+            return Volume(micro_gathered=2 * stored, micro_summed=gradients)
     return Volume()

@@ -22,7 +22,7 @@ from stoker.plan.memory import BASE_BYTES, GIB, VALUE_BYTES, frozen_weight_bytes
 from stoker.plan.plan import Plan
 from stoker.plan.rates import Rates
 from stoker.plan.speed import Step
-from stoker.plan.spread import SINGLE, STRATEGIES, Spread, share, spreads
+from stoker.plan.spread import SINGLE, STRATEGIES, Spread, configured, share, spreads
 from stoker.plan.workload import Documents, Workload, workload
 
 Method = Literal["full", "lora", "nf4", "int8", "fp8"]
@@ -171,7 +171,8 @@ class Offer:
     def host_bytes(self) -> int:
         """Host memory of the processes of a node."""
         here = min(self.spread.per_node, self.num_devices)
-        return here * ((self.plan.host_bytes if self.plan else 0) + _PROCESS_BYTES)
+        plan = self.plan
+        return here * ((plan.host_bytes + plan.memory.states_on_host if plan else 0) + _PROCESS_BYTES)
 
     @property
     def disk_bytes(self) -> int:
@@ -242,7 +243,8 @@ def ways_of(request: Request) -> list[Spread]:
     counts = [*_doubled(request.per_node), *(request.per_node * nodes for nodes in _doubled(request.nodes))]
     found = [SINGLE]
     for count in dict.fromkeys(count for count in counts if count > 1):
-        found += spreads(count, request.per_node, asked=engine.strategy)
+        ways = spreads(count, request.per_node, asked=engine.strategy)
+        found += [configured(way, request.config) for way in ways]
     return found
 
 
@@ -266,8 +268,8 @@ def offer(request: Request, device: CatalogueDevice, method: Method, spread: Spr
         config = share(config, spread)
     except ValueError as error:
         return replace(nothing, why=f"{error} devices")
-    if spread.strategy == "fsdp2" and not device.bf16 and device.vendor != "cpu":
-        return replace(nothing, why="fsdp2 has no fp16, and the device has no bf16")
+    if spread.strategy in ("fsdp2", "deepspeed") and not device.bf16 and device.vendor != "cpu":
+        return replace(nothing, why=f"{spread.strategy} has no fp16, and the device has no bf16")
     nothing = replace(nothing, config=config)
     try:
         plan = choose(

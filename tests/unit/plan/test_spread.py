@@ -6,7 +6,6 @@ import pytest
 
 from stoker.arch import arithmetic
 from stoker.arch.activations import Micro, op_by_op
-from stoker.arch.families import read
 from stoker.arch.spec import AttentionSpec, LayerSpec, NormSpec, PlainSpec
 from stoker.config.schema import AdamW
 from stoker.errors import PlanError
@@ -16,18 +15,11 @@ from stoker.plan.choose import choose
 from stoker.plan.hardware import Device, Hardware
 from stoker.plan.links import Links
 from stoker.plan.many import choose_over
-from stoker.plan.memory import estimate, gathered_share
+from stoker.plan.memory import estimate, gathered_share, zero_bytes
 from stoker.plan.spread import SINGLE, Spread, spreads, volume
 
 GIB, GB = 2**30, 10**9
 H100 = shipped()["h100"]
-
-
-def gpt(parameters):
-    """A model of about so many parameters, for formulas that know no other size."""
-    layers, hidden = 72, round((parameters / 72 / 12) ** 0.5 / 64) * 64
-    config = {"model_type": "gpt2", "n_embd": hidden, "n_layer": layers, "n_head": hidden // 64, "vocab_size": 256}
-    return read(config, "config.json")
 
 
 def states(spec, way, precision="bf16"):
@@ -44,24 +36,30 @@ def states(spec, way, precision="bf16"):
     return memory.weights + memory.gradients + memory.optimizer
 
 
-# arXiv:1910.02054, figure 1: 7.5 billion parameters on 64 GPUs, mixed precision with Adam (K = 12), in GB. Its
-# "31.4" is of 2 x 7.5 + 2 x 7.5 + 12 x 7.5 / 64.
-@pytest.mark.parametrize(("stage", "published"), [(1, 31.4), (2, 16.6), (3, 1.9)])
+# arXiv:1910.02054, figure 1: 7.5 billion parameters on 64 GPUs, mixed precision with Adam (K = 12), in GB.
+@pytest.mark.parametrize(("stage", "published"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
 def test_states_under_zero_are_those_of_its_paper(stage, published):
-    spec = gpt(7.5e9)
-    ours = states(spec, Spread("deepspeed", 64, 8, stage)) / arithmetic.num_parameters(spec) * 7.5
-    assert ours == pytest.approx(published, rel=0.02)
+    assert zero_bytes(7.5e9, 64, stage) / GB == pytest.approx(published, rel=0.015)
 
 
-def test_states_of_a_distributed_optimiser_are_those_that_megatron_prints():
-    # Megatron-LM's dist_optimizer.md, bytes a parameter on d ranks: fp32 8 + 8 / d. In fp16 with fp16 gradients
-    # 4 + 16 / d: four of its 16 are gradients in fp32, which ZeRO has not.
-    spec = gpt(1.3e9)
+# Megatron-LM's dist_optimizer.md, bytes a parameter on d ranks, without and with the distributed optimiser.
+@pytest.mark.parametrize(
+    ("weight", "gradient", "state", "alone", "shared"),
+    [(2, 2, 16, 20, lambda d: 4 + 16 / d), (2, 4, 12, 18, lambda d: 6 + 12 / d), (4, 4, 8, 16, lambda d: 8 + 8 / d)],
+)
+def test_states_of_a_distributed_optimiser_are_those_that_megatron_publishes(weight, gradient, state, alone, shared):
+    sizes = {"weight": weight, "gradient": gradient, "state": state}
+    assert zero_bytes(1, 64, 0, **sizes) == alone
     for ranks in (2, 8, 64):
-        way = Spread("deepspeed", ranks, 8, 1)
-        assert states(spec, way, "fp32") / arithmetic.num_parameters(spec) == pytest.approx(8 + 8 / ranks, rel=1e-6)
-        ours = states(spec, way) / arithmetic.num_parameters(spec)
-        assert 4 + 16 / ranks - ours == pytest.approx(4 / ranks, rel=1e-6)
+        assert zero_bytes(1, ranks, 1, **sizes) == pytest.approx(shared(ranks))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_states_under_deepspeed_here_follow_zeros_formula_in_fp32(llama_8b, stage):
+    # Weights and gradients stay fp32, and the optimiser has a flat copy of its part beside two averages.
+    count = arithmetic.num_parameters(llama_8b)
+    ours = states(llama_8b, Spread("deepspeed", 64, 8, stage), "fp32")
+    assert ours == pytest.approx(zero_bytes(count, 64, stage, weight=4, gradient=4, state=12), rel=1e-6)
 
 
 def test_fsdp2_divides_all_states_and_ddp_none(llama_8b):
@@ -114,15 +112,14 @@ def test_activations_of_a_layer_are_those_of_megatrons_formula():
 def test_what_passes_in_a_step_is_what_zeros_paper_says(stage, times):
     count = 10**9
     way = Spread("deepspeed", 64, 8, stage) if stage else Spread("ddp", 64, 8)
-    bytes_each = 2 if stage else 4  # DDP's gradients are fp32
-    moved = volume(way, stored=2 * count, trained=count, value_bytes=2)
-    assert moved.per_step(1, 64) == pytest.approx(times * bytes_each * count * 63 / 64)
+    moved = volume(way, stored=2 * count, gradients=2 * count)
+    assert moved.per_step(1, 64) == pytest.approx(times * 2 * count * 63 / 64)
 
 
 def test_every_micro_batch_gathers_weights_that_are_shared():
-    fsdp2 = volume(Spread("fsdp2", 8, 8), stored=16e9, trained=40_000_000, value_bytes=2)
+    fsdp2 = volume(Spread("fsdp2", 8, 8), stored=16e9, gradients=160e6)
     assert fsdp2.per_step(4, 8) == pytest.approx(4 * fsdp2.per_step(1, 8))
-    ddp = volume(Spread("ddp", 8, 8), stored=16e9, trained=40_000_000, value_bytes=2)
+    ddp = volume(Spread("ddp", 8, 8), stored=16e9, gradients=160e6)
     assert ddp.per_step(4, 8) == ddp.per_step(1, 8)
 
 
@@ -184,6 +181,30 @@ def test_what_does_not_fit_on_one_fits_on_eight_only_when_weights_are_shared(run
     plan = choose_over(asked, spec, machine(), num_processes=8)
     assert plan.strategy == "fsdp2"
     assert plan.memory.weights < 25 * GIB
+
+
+def test_what_waits_on_the_host_leaves_the_device(run, llama_8b):
+    full = ("adapter=null", "train.batch_size=4", "engine.strategy=fsdp2", "engine.micro_batch_size=1")
+    here = choose_over(run(*full), llama_8b, machine(), num_processes=8)
+    away = choose_over(run(*full, "engine.fsdp2.offload=cpu"), llama_8b, machine(), num_processes=8)
+    held = here.memory
+    assert away.memory.states_on_host == pytest.approx(16 * arithmetic.num_parameters(llama_8b) / 8, rel=1e-6)
+    assert away.memory.gradients == away.memory.optimizer == 0
+    assert away.memory.total < held.total - 0.9 * away.memory.states_on_host
+    small = Hardware((machine().devices[0], Device("cpu", "CPU", 100 * GIB)), num_threads=8)
+    with pytest.raises(PlanError):  # eight parts of 15 GiB on one host of 100
+        choose_over(run(*full, "engine.fsdp2.offload=cpu"), llama_8b, small, num_processes=8)
+
+
+def test_replicas_hold_larger_parts_and_layers_that_stay_gathered_more(run, llama_8b):
+    full = ("adapter=null", "train.batch_size=4", "engine.strategy=fsdp2", "engine.micro_batch_size=1")
+    hybrid = choose_over(run(*full, "engine.fsdp2.replicas=2"), llama_8b, machine(141), num_processes=16)
+    plain = choose_over(run(*full), llama_8b, machine(141), num_processes=16)
+    assert hybrid.memory.optimizer == pytest.approx(2 * plain.memory.optimizer, rel=1e-6)
+    stays = choose_over(
+        run(*full, "engine.fsdp2.reshard_after_forward=false"), llama_8b, machine(141), num_processes=16
+    )
+    assert stays.memory.communication > 3 * plain.memory.communication / 2
 
 
 def test_strategies_are_those_that_are_asked_for():
