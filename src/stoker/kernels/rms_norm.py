@@ -28,10 +28,11 @@ from stoker.kernels.triton_support import (
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The formula, step by step; the oracle of the implementations below."""
-    wide = x.float()
+    """The formula, step by step, in fp32 at least; the oracle of the implementations below."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide = x.to(dtype)
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return (normed * weight.float()).to(x.dtype)
+    return (normed * weight.to(dtype)).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, implementation: str = "reference") -> Tensor:

@@ -111,7 +111,8 @@ def _yarn(
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """The formula for x [B, T, H, E]; cos and sin [1 or B, T, R/2]; the oracle of the implementations below."""
     dim = 2 * cos.shape[-1]
-    first, second = _partners(x[..., :dim].float(), interleaved=interleaved)
+    turning = x[..., :dim].to(torch.promote_types(x.dtype, torch.float32))
+    first, second = _partners(turning, interleaved=interleaved)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
     return turned if dim == x.shape[-1] else torch.cat((turned, x[..., dim:]), dim=-1)
