@@ -79,17 +79,15 @@ class _Options:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """The products of the module's docstring, each once, the updates written into the base matmul's output."""
+    """The products of the module's docstring, each once, updates and base in one output."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd passes positions
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, options: _Options
     ) -> Tensor:
         dtype = x.dtype
-        output = torch.nn.functional.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         product = _drop(x, options) @ a.to(dtype).T
-        for rows, part, b_part in _parts(options.slices, b.to(dtype), product):
-            output[:, rows].addmm_(part, b_part.T, alpha=options.scaling)
+        output = _output(x, weight.to(dtype), None if bias is None else bias.to(dtype), b.to(dtype), product, options)
         ctx.save_for_backward(x, weight, a, b, product)
         ctx.options = options
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -114,6 +112,26 @@ class _LoraLinear(torch.autograd.Function):
         )
 
 
+def _output(  # noqa: PLR0917
+    x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, product: Tensor, options: _Options
+) -> Tensor:
+    """The base's output with the updates [N, out], from P = X' A^T.
+
+    Where every column has an update they come first, and the big product adds to them: what it reads of them it reads
+    while it multiplies, which a pass of its own over the output does not.
+    """
+    if bias is not None or sum(_sizes(options.slices)) != weight.shape[0]:
+        output = torch.nn.functional.linear(x, weight, bias)
+        for rows, part, b_part in _parts(options.slices, b, product):
+            output[:, rows].addmm_(part, b_part.T, alpha=options.scaling)
+        return output
+    output = x.new_empty(x.shape[0], weight.shape[0])
+    scaled = product if options.scaling == 1.0 else product * options.scaling
+    for rows, part, b_part in _parts(options.slices, b, scaled):
+        torch.mm(part, b_part.T, out=output[:, rows])
+    return output.addmm_(x, weight.T)
+
+
 def _grad_product_and_b(
     grad_output: Tensor, product: Tensor, b: Tensor, options: _Options, needs_b: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -130,10 +148,9 @@ def _grad_product_and_b(
 
 
 def _grad_x(grad_output: Tensor, grad_product: Tensor, weight: Tensor, a: Tensor, options: _Options) -> Tensor:
-    grad = grad_output @ weight
     if options.rate == 0.0:
-        return grad.addmm_(grad_product, a)
-    return grad.add_(_drop(grad_product @ a, options))
+        return (grad_product @ a).addmm_(grad_output, weight)
+    return (grad_output @ weight).add_(_drop(grad_product @ a, options))
 
 
 def _drop(x: Tensor, options: _Options) -> Tensor:
