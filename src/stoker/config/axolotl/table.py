@@ -550,6 +550,7 @@ KEYS: dict[str, Entry] = {
         for name in names.split()
         for prefix in ("", "fsdp_")
     },
+    "ddp_timeout": becomes("engine.hang_timeout", positive),
     **_all("dp_shard_size dp_replicate_size", custom("honoured", "multiplies `train.batch_size`", parallel.data_size)),
     **_all(
         "tensor_parallel_size expert_parallel_size",
@@ -562,7 +563,7 @@ KEYS: dict[str, Entry] = {
     **_all(
         "heads_k_stride ring_attn_func expert_parallel_backend expert_parallel_num_nvl_bytes "
         "expert_parallel_num_rdma_bytes expert_parallel_token_capacity expert_parallel_fallback_on_unsupported ddp "
-        "ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters world_size local_rank "
+        "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters world_size local_rank "
         "accelerator_config use_ray ray_run_name ray_num_workers resources_per_worker",
         custom("no effect", _ONE, parallel.setting),
     ),

@@ -84,3 +84,7 @@ def test_on_one_gpu_a_strategy_changes_nothing(line, name):
 
     assert found.kind == "no effect"
     assert "on one GPU it runs as single" in found.text
+
+
+def test_the_patience_of_processes_with_each_other_is_taken(config):
+    assert config(ddp_timeout=600).engine.hang_timeout == 600.0
