@@ -97,6 +97,8 @@ def notes(request: Request, offers: Sequence[Offer]) -> list[str]:
     found.append(f"Efficiencies: {request.efficiencies.source}.")
     if any(one.num_devices > 1 for one in offers):
         found.append("Several devices: links and overlap by formula, with rules of thumb; no run was measured.")
+    if (size := request.config.engine.context_parallel) > 1:
+        found.append(f"engine.context_parallel = {size} is not counted here: each device has rows of its own, whole.")
     if any(one.fits and one.method == "fp8" for one in offers):
         share = f"{request.efficiencies.matmul_fp8:.2f} of their rate"
         found.append(f"fp8 products inside a step are assumed to reach {share}: not measured yet.")

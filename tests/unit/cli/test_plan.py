@@ -30,6 +30,13 @@ def test_it_recommends_and_says_what_the_figures_rest_on(write_run):
     assert "rules of thumb on other devices" in result.stdout
 
 
+def test_rows_that_processes_share_are_said_not_to_be_counted(write_run):
+    run = write_run(extra="engine: {context_parallel: 2}")
+    said = "engine.context_parallel = 2 is not counted here"
+    assert said in plan(run, "--gpu", "h100", *ROWS).stdout.replace("\n", " ")
+    assert said not in plan(write_run(), "--gpu", "h100", *ROWS).stdout.replace("\n", " ")
+
+
 def test_a_model_at_hand_is_read_from_its_config(write_run):
     values = json.loads(plan(write_run(), "--gpu", "t4", "--json").stdout)
     assert values["offers"][0]["plan"]["num_parameters"] < 200_000
