@@ -126,6 +126,16 @@ def limit_memory(plan: Plan, limit_gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(max(0.0, allowed / total))
 
 
+def let_segments_grow() -> None:
+    """Lets PyTorch's CUDA allocator enlarge the blocks that it has, unless its settings are the user's own.
+
+    Rows of many lengths otherwise leave blocks of sizes that none fits again. It must be said before a process first
+    takes memory of a GPU; later it changes nothing.
+    """
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def warm_up_reason(plan: Plan) -> str:
     """Returns why a first step may take long, and where what it makes is kept; "" where it makes nothing."""
     if plan.kernels != "triton":

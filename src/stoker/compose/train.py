@@ -14,7 +14,7 @@ import stoker
 from stoker.checkpoint.read import load as read
 from stoker.compose import agree, finish, launch, losses, parallel, resume
 from stoker.compose.data import Data, prepare_data, refuse_faults, refuse_rows_of_other_tasks, summary
-from stoker.compose.execution import borrowed_notices, fp8_notice, layers_not_in_fp8, warm_up_reason
+from stoker.compose.execution import borrowed_notices, fp8_notice, layers_not_in_fp8, let_segments_grow, warm_up_reason
 from stoker.compose.hardware import probe, with_loaded
 from stoker.compose.model import Base, fitted, load_decoder, load_tokenizer, open_base, pad_id
 from stoker.compose.run_folder import Journal, RunFolder, now, versions
@@ -113,6 +113,7 @@ def train(
     Raises:
         UserError: something the user can mend, before the first step. TrainingError: training cannot go on.
     """
+    let_segments_grow()
     ranks = parallel.join(loaded.config)
     try:
         return _train(

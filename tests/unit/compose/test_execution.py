@@ -200,3 +200,21 @@ def test_a_warm_up_is_explained_where_kernels_are_compiled(monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere")
     assert "/somewhere" in warm_up_reason(SimpleNamespace(kernels="triton"))
     assert warm_up_reason(SimpleNamespace(kernels="reference")) == ""
+
+
+def test_the_allocators_blocks_may_grow_unless_the_user_set_it(monkeypatch):
+    import os
+
+    from stoker.compose.execution import let_segments_grow
+
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    let_segments_grow()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    let_segments_grow()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+    let_segments_grow()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
