@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import cache
 
 import jobs
 import pytest
@@ -14,23 +15,26 @@ import yaml
 
 from stoker.tasks.supervised import SupervisedTask
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed; `make env` does it"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed; `make env` does it"
+    ),
+    pytest.mark.timeout(900),
+]
 
 ALL = os.environ.get("STOKER_TEST_ALL") == "1"
 OFFLOADED = "zero3-offload_optimizer+offload_param"
+KINDS = ("zero1", "zero2", "zero3", OFFLOADED)
 QUICK = (("zero2", "full"), ("zero3", "nf4"))
-CASES = (
+ON_TWO = (
     *(("zero3", name) for name in jobs.CASES),
     *(("zero2", name) for name in ("full", "tied", "lora", "mixture")),
-    ("zero1", "full"),
-    ("zero1", "dora"),
+    *(("zero1", name) for name in ("full", "dora")),
     ("zero2-offload_optimizer", "full"),
-    (OFFLOADED, "full"),
     (OFFLOADED, "int8"),
 )
-SIZES = (2, 4) if ALL else (2,)
+ON_FOUR = (*QUICK, ("zero1", "mamba"), ("zero3", "full"), ("zero3", "mixture"))
+CASES = [(2, *pair) for pair in (ON_TWO if ALL else QUICK)] + [(4, *pair) for pair in (ON_FOUR if ALL else ())]
 slow = pytest.mark.skipif(not ALL, reason="make test-distributed runs it")
 
 
@@ -38,14 +42,21 @@ def train_pairs(ranks, pairs):
     return {(kind, name): jobs.train(name, kind, ranks) for kind, name in pairs}
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def results(request, tmp_path_factory):
-    return jobs.on_ranks(request.param, tmp_path_factory.mktemp("ranks"), train_pairs, CASES if ALL else QUICK)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What the first rank has of each case."""
+
+    @cache
+    def on(world_size):
+        pairs = [pair for size, *pair in CASES if size == world_size]
+        return jobs.on_ranks(world_size, tmp_path_factory.mktemp("ranks"), train_pairs, pairs)
+
+    return on
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES if ALL else QUICK)
-def test_losses_norms_and_weights_are_those_of_one_device(results, kind, name):
-    expected, found = jobs.alone(name), results[kind, name]
+@pytest.mark.parametrize(("world_size", "kind", "name"), CASES)
+def test_losses_norms_and_weights_are_those_of_one_device(results, world_size, kind, name):
+    expected, found = jobs.alone(name), results(world_size)[kind, name]
     # Sums over ranks are taken in another order: some units in the last place of fp32.
     assert found["losses"] == pytest.approx(expected["losses"], abs=5e-6)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
@@ -58,29 +69,34 @@ def test_losses_norms_and_weights_are_those_of_one_device(results, kind, name):
         torch.testing.assert_close(found["state"].optimizer[key], value, atol=1e-5, rtol=1e-3)
 
 
-def go_on(ranks, kind, states):
-    return {name: jobs.train(name, kind, ranks, start=10, steps=10, state=state)["losses"] for name, state in states}
+def go_on(ranks, states):
+    """The second half of a run after each of `states`, by the name of its case, under each kind."""
+    return {
+        (kind, key): jobs.train(key[-1], kind, ranks, start=10, steps=10, state=state)["losses"]
+        for kind in KINDS
+        for key, state in states.items()
+    }
 
 
-def first_half(ranks, kind, names):
-    return [(name, jobs.train(name, kind, ranks, steps=10)["state"]) for name in names]
+def both_halves(ranks, names, states):
+    """What `go_on` gives, and the states after the first half under each kind."""
+    halves = {(kind, name): jobs.train(name, kind, ranks, steps=10)["state"] for kind in KINDS for name in names}
+    return go_on(ranks, states), halves
 
 
 @slow
-@pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3", OFFLOADED])
-def test_a_state_goes_on_under_another_strategy(kind, tmp_path):
+def test_a_state_goes_on_under_another_strategy_and_on_another_number_of_ranks(tmp_path):
     names = ("full", "nf4")
-    alone = [(name, jobs.alone(name, 10)["state"]) for name in names]
-    found = jobs.on_ranks(2, tmp_path, go_on, kind, alone)
-    states = jobs.on_ranks(2, tmp_path, first_half, kind, names)
-    for name, state in states:
-        expected = jobs.alone(name)["losses"][10:]
-        assert found[name] == pytest.approx(expected, abs=1e-5)
-        onwards = jobs.train(name, "single", start=10, steps=10, state=state)
-        assert onwards["losses"] == pytest.approx(expected, abs=1e-5)
+    alone = {("single", name): jobs.alone(name, 10)["state"] for name in names}
+    found, states = jobs.on_ranks(2, tmp_path, both_halves, names, alone)
     # On three ranks parts end within rows, and the last ones are padded.
-    three = jobs.on_ranks(3, tmp_path, go_on, kind, states)
-    assert three["full"] == pytest.approx(jobs.alone("full")["losses"][10:], abs=1e-5)
+    found |= jobs.on_ranks(3, tmp_path, go_on, {key: states[key] for key in (("zero2", "full"), ("zero3", "nf4"))})
+    for (kind, name), state in states.items():
+        onwards = jobs.train(name, "single", start=10, steps=10, state=state)
+        found["single", (kind, name)] = onwards["losses"]
+    assert len(found) == 8 + 8 + 8
+    for (_, (_, name)), losses in found.items():
+        assert losses == pytest.approx(jobs.alone(name)["losses"][10:], abs=1e-5)
 
 
 def odd_steps(ranks, kind):

@@ -269,6 +269,9 @@ def _impossible(config: RunConfig) -> Iterator[Finding]:
         what = f"train.optimizer.kind = {train.optimizer.kind}: DeepSpeed steps flat parts of many weights at once."
         fix = f"Use {' or '.join(OPTIMIZERS)}, which treat each number by itself, or strategy: fsdp2."
         yield Finding(("train", "optimizer", "kind"), what, fix)
+    if engine.context_parallel > 1:
+        what = f"engine.context_parallel = {engine.context_parallel}: rows are shared under ddp and fsdp2."
+        yield Finding(("engine", "context_parallel"), what, "Use strategy: fsdp2, or leave it out.")
     if engine.device == "mps":
         yield Finding(("engine", "device"), "engine.device = mps: DeepSpeed is for CUDA GPUs here.", "Use single.")
 

@@ -20,7 +20,7 @@ from stoker.distributed.deepspeed_hooks import gather_for_logits, gather_whole_l
 from stoker.distributed.deepspeed_state import ZeroParts
 from stoker.distributed.fsdp2 import Hold, buffers_to_parameters
 from stoker.distributed.ranks import Ranks
-from stoker.distributed.single import SingleDevice, check_weights, detached
+from stoker.distributed.single import SingleDevice, check_weights, class_of, detached
 from stoker.distributed.strategy import Batch, MakeOptimizer, Result, StepResult, StrategyState
 from stoker.errors import CheckpointError, TrainingError
 
@@ -60,11 +60,18 @@ class Zero(SingleDevice):
         }
         self._stage = int(settings["zero_optimization"]["stage"])
 
+    @property
+    def splits_alone(self) -> bool:
+        """Never: what DeepSpeed has reduced of a micro-batch it cannot take back."""
+        return False
+
     def prepare(self, task: nn.Module, make_optimizer: MakeOptimizer | None = None) -> None:
         """Takes over `task`: in stage 3 its weights are dealt out one by one. See `Strategy.prepare`."""
         if make_optimizer is None:
             super().prepare(task)
             return
+        if any(hasattr(parameter, "ds_id") for parameter in task.parameters()):
+            raise TrainingError("the model is in parts of an earlier run in this process.", fix="Load it anew.")
         deepspeed = import_deepspeed(self.device, self._ranks)
         self._task, root = task, _Root(task, self._autocast)
         if self._stage == 3:
@@ -142,8 +149,7 @@ class Zero(SingleDevice):
         """Returns trained weights by their names in the task, and the optimiser's state, as `SingleDevice` has them."""
         weights = {name: self._kept(self._parts.whole(parameter)) for name, parameter in self._trained.items()}
         tensors, numbers = self._parts.optimizer_state(self._kept)
-        values = {"optimizer": numbers, "optimizer_class": type(self._optimizer).__name__}
-        return StrategyState(weights, tensors, values)
+        return StrategyState(weights, tensors, self._values(numbers))
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Takes back the weights of a state alone, for example the best ones."""
@@ -152,7 +158,7 @@ class Zero(SingleDevice):
 
     def load_state(self, state: StrategyState) -> None:
         """Takes back what `state` returned, here or under another strategy."""
-        saved, ours = state.values["optimizer_class"], type(self._optimizer).__name__
+        saved, ours = state.values["optimizer_class"], class_of(self._optimizer)
         if saved != ours:
             raise CheckpointError(
                 f"The checkpoint holds the state of {saved}, but this run's optimiser is {ours}.",
@@ -200,12 +206,16 @@ def import_deepspeed(device: torch.device, ranks: Ranks) -> Any:
     os.environ.setdefault("LOCAL_RANK", str(ranks.place.local_rank))
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import groups
 
     if get_accelerator()._name != device.type:
         raise TrainingError(
             f"DeepSpeed is at work on {get_accelerator()._name} in this process, and the run is on {device.type}.",
             fix="Start a new process.",
         )
+    # A run before this one in the process has left its process group, which DeepSpeed would still take.
+    groups._release_process_group_references(group=None)
+    deepspeed.comm.comm.cdb = None
     if device.type == "cpu":
         # Its collectives in shared memory would be compiled at the first start; gloo's are there.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

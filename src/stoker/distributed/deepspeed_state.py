@@ -86,7 +86,8 @@ class ZeroParts:
             return
         first = next(iter(self._trained))
         shape = self.shape(self._trained[first])
-        ours = {key.partition(":")[0]: value for key, value in tensors.items() if key.partition(":")[2] == first}
+        pairs = (key.partition(":") for key in tensors)
+        ours = {entry: tensors[f"{entry}:{name}"] for entry, _, name in pairs if name == first}
         shaped = [entry for entry, value in ours.items() if value.shape == shape]
         for part in self._flat_parts():
             state[part] = {entry: torch.zeros_like(part) for entry in shaped}

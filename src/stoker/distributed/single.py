@@ -227,7 +227,7 @@ class SingleDevice:
         return StrategyState(weights, tensors, self._values(numbers))
 
     def _values(self, numbers: optimizer_state.Numbers) -> dict[str, Any]:
-        values: dict[str, Any] = {"optimizer": numbers, "optimizer_class": _class_of(self._optimizer)}
+        values: dict[str, Any] = {"optimizer": numbers, "optimizer_class": class_of(self._optimizer)}
         if self._scaler.is_enabled():
             values["loss_scale"] = self._scaler.state_dict()
         return values
@@ -246,7 +246,7 @@ class SingleDevice:
 
     def load_state(self, state: StrategyState) -> None:
         """Takes back what `state` returned."""
-        saved, ours = state.values["optimizer_class"], _class_of(self._optimizer)
+        saved, ours = state.values["optimizer_class"], class_of(self._optimizer)
         if saved != ours:
             raise CheckpointError(
                 f"The checkpoint holds the state of {saved}, but this run's optimiser is {ours}.",
@@ -311,7 +311,7 @@ def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def _class_of(optimizer: torch.optim.Optimizer) -> str:
+def class_of(optimizer: torch.optim.Optimizer) -> str:
     """The class whose state the optimiser's is: its own, or that which it says."""
     return getattr(optimizer, "state_of", type(optimizer).__name__)
 

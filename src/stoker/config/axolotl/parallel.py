@@ -1,7 +1,7 @@
 """Axolotl's settings for many GPUs, normalised: FSDP 1 and 2, prefixed names or not, DeepSpeed by path or inline.
 
-This version runs on one device, so the report only says what that means. What is read here is what a strategy over
-many devices will take.
+DeepSpeed's settings become ours. Of the others the report only says what they mean on one device; what is read here is
+what a strategy over many devices will take.
 """
 
 import json
@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from stoker.config.axolotl import sharding
+from stoker.config.axolotl import optimizer, sharding
 from stoker.config.axolotl.outcome import Outcome, Reading, UnreadableError
 from stoker.config.axolotl.values import is_off, whole
+from stoker.config.deepspeed import OPTIMIZERS
+from stoker.config.document import Path
 
 Whole = Mapping[str, Any]
+_SECTION = ("engine", "deepspeed")
 
 _PREFIX = "fsdp_"
 _RENAMED = {"version": "fsdp_version", "fsdp_version": "fsdp_version", "sharding_strategy": "reshard_after_forward"}
@@ -135,10 +138,38 @@ def setting(reading: Reading) -> Outcome:
 
 
 def deepspeed(reading: Reading) -> Outcome:
-    """`deepspeed`: a path or the content itself."""
-    stage, offload = zero(reading.value)
-    what = f"DeepSpeed ZeRO-{stage}" + (" with offload" if offload else "")
-    return Outcome("no effect", f"{what}; {ONE_DEVICE}")
+    """`deepspeed`: a path or the content itself, which goes on as it is.
+
+    A path that leads nowhere from here, as those to Axolotl's own files do, is read by its name. With an optimiser that
+    does not go with DeepSpeed here, another strategy gives the same losses.
+    """
+    value, note = reading.value, ""
+    if is_off(value):
+        return Outcome("no effect", "off, as it is here")
+    stage, _ = zero(value)
+    kind = optimizer.kind(reading.whole)
+    if kind not in OPTIMIZERS:
+        why = f"DeepSpeed steps flat parts of many weights, which {kind} cannot; engine.strategy stays auto"
+        return Outcome("no effect", f"{why}, which is ddp or fsdp2 on several GPUs")
+    if _size(reading.whole, "context_parallel_size", "sequence_parallel_degree") > 1:
+        why = "rows are shared under ddp and fsdp2; engine.strategy stays auto"
+        return Outcome("no effect", why)
+    settings: dict[Path, Any] = {("engine", "strategy"): "deepspeed"}
+    what = "engine.strategy: deepspeed"
+    if isinstance(value, Mapping) or pathlib.Path(str(value)).expanduser().is_file():
+        settings[(*_SECTION, "config")] = value
+        what = f"{what} with engine.deepspeed.config"
+    elif stage:
+        settings[(*_SECTION, "stage")] = stage
+        name = pathlib.Path(value).name
+        if "offload" in name:
+            settings[(*_SECTION, "offload_parameters")] = "cpu"
+            if "params" not in name:
+                settings[(*_SECTION, "offload_optimizer")] = "cpu"
+        note = f"{value} is not here; this is what a file of that name holds in Axolotl's repository"
+    else:
+        raise UnreadableError("there is no such file.", "Name one that is here, or write its content in its place.")
+    return Outcome("honoured", f"{what}, ZeRO-{stage}{'; ' if note else ''}{note}", settings, note)
 
 
 def data_size(reading: Reading) -> Outcome:

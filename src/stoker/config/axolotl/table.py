@@ -526,7 +526,11 @@ KEYS: dict[str, Entry] = {
     **_all("gc_steps gc_collect_steps torch_empty_cache_steps", automatic("memory is not fragmented: shapes repeat")),
     "plugins[]": custom("automatic", "by name: kernels and losses are automatic, others refused", model.plugin),
     # Many GPUs.
-    "deepspeed": custom("no effect", _ONE, parallel.deepspeed),
+    "deepspeed": custom(
+        "honoured",
+        "`engine.strategy: deepspeed` and `engine.deepspeed.config`; by its name where the file is not there",
+        parallel.deepspeed,
+    ),
     "fsdp": custom("honoured", "`engine.strategy: fsdp2`, and its words in `engine.fsdp2`", sharding.words),
     "fsdp_version": custom("no effect", "`engine.strategy: fsdp2` is torch's second version", sharding.version),
     "fsdp_final_state_dict_type": custom(

@@ -10,6 +10,7 @@ from stoker.config.axolotl.outcome import KINDS, Reading, UnreadableError
 from stoker.config.axolotl.table import KEYS
 from stoker.config.axolotl.translate import translate
 from stoker.config.load import load
+from stoker.errors import ConfigError
 
 from .conftest import LORA, MINIMAL
 
@@ -504,13 +505,45 @@ def test_remote_code_needs_a_commit(config, line):
     assert config(trust_remote_code=True, revision_of_model=commit).model.trust_remote_code is True
 
 
-def test_a_deepspeed_file_is_read_where_it_is(tmp_path, line):
+def test_deepspeed_goes_on_as_it_is(tmp_path, line, config):
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}))
+    inline = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    path.write_text(json.dumps(inline))
 
-    assert line(deepspeed=str(path)).text.startswith("DeepSpeed ZeRO-3 with offload")
-    assert line(deepspeed={"zero_optimization": {"stage": 2}}).text.startswith("DeepSpeed ZeRO-2;")
-    assert line(deepspeed="deepspeed_configs/zero1.json").text.startswith("DeepSpeed ZeRO-1;")
+    for value in (str(path), inline):
+        found = config(deepspeed=value).engine
+        assert (found.strategy, found.deepspeed.config) == ("deepspeed", value)
+        assert line(deepspeed=value).text.endswith("engine.deepspeed.config, ZeRO-3")
+    assert config(deepspeed=False).engine.strategy == "auto"
+
+
+def test_what_deepspeed_does_not_do_goes_without_it(config, line):
+    for other in ({"optimizer": "adamw_bnb_8bit"}, {"context_parallel_size": 2}):
+        keys = {"deepspeed": "deepspeed_configs/zero2.json", **other}
+
+        assert line(**keys).kind == "no effect"
+        assert config(**keys).engine.strategy == "auto"
+
+
+def test_a_misspelt_key_of_deepspeed_is_refused(config):
+    with pytest.raises(ConfigError, match=r"overlap_com is no key of DeepSpeed's\. Did you mean overlap_comm\?"):
+        config(deepspeed={"zero_optimization": {"stage": 2, "overlap_com": True}})
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "optimizer", "parameters"),
+    [
+        ("zero1", 1, "auto", "auto"),
+        ("zero3_bf16", 3, "auto", "auto"),
+        ("zero3_bf16_cpuoffload_all", 3, "cpu", "cpu"),
+        ("zero3_bf16_cpuoffload_params", 3, "auto", "cpu"),
+    ],
+)
+def test_a_file_of_axolotls_own_repository_is_read_by_its_name(config, line, name, stage, optimizer, parameters):
+    found = config(deepspeed=f"deepspeed_configs/{name}.json").engine.deepspeed
+
+    assert (found.stage, found.offload_optimizer, found.offload_parameters) == (stage, optimizer, parameters)
+    assert "is not here" in line(deepspeed=f"deepspeed_configs/{name}.json").text
 
 
 def test_a_value_of_the_wrong_kind_is_refused_with_its_line():
