@@ -141,7 +141,14 @@ def norm(spec: NormSpec, size: int, kernels: str) -> Norm:
     """The norm of a spec over `size` channels."""
     if spec.kind == "rms":
         return RmsNorm(size, epsilon=spec.epsilon, weight=spec.weight, offset=spec.weight_offset, kernels=kernels)
-    return LayerNorm(size, epsilon=spec.epsilon, weight=spec.weight, bias=spec.bias, offset=spec.weight_offset)
+    return LayerNorm(
+        size,
+        epsilon=spec.epsilon,
+        weight=spec.weight,
+        bias=spec.bias,
+        offset=spec.weight_offset,
+        kernels=kernels,
+    )
 
 
 def attention(spec: AttentionSpec, site: Site) -> Attention:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from stoker.kernels.layer_norm import add_layer_norm, layer_norm, takes
 from stoker.kernels.rms_norm import add_rms_norm, rms_norm
 
 
@@ -60,17 +61,27 @@ class LayerNorm(nn.Module):
     """
 
     def __init__(
-        self, size: int, *, epsilon: float, weight: bool = True, bias: bool = True, offset: float = 0.0
+        self,
+        size: int,
+        *,
+        epsilon: float,
+        weight: bool = True,
+        bias: bool = True,
+        offset: float = 0.0,
+        kernels: str = "reference",
     ) -> None:
         super().__init__()
         self.size = size
         self.epsilon = epsilon
         self.offset = offset
+        self.kernels = kernels
         self.weight = nn.Parameter(torch.ones(size)) if weight else None
         self.bias = nn.Parameter(torch.zeros(size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] to the same shape and dtype."""
+        if self.weight is not None and takes(x, self.kernels):
+            return layer_norm(x, self._factor(self.weight), self.bias, self.epsilon, implementation=self.kernels)
         weight = self.weight
         if weight is not None:
             weight = (weight if self.offset == 0.0 else weight.float() + self.offset).to(x.dtype)
@@ -81,8 +92,14 @@ class LayerNorm(nn.Module):
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (norm(residual + x), residual + x)."""
+        if self.weight is not None and takes(x, self.kernels):
+            factor, options = self._factor(self.weight), {"implementation": self.kernels}
+            return add_layer_norm(x, residual, factor, self.bias, self.epsilon, **options)
         total = residual + x
         return self(total), total
+
+    def _factor(self, weight: Tensor) -> Tensor:
+        return weight if self.offset == 0.0 else weight.float() + self.offset
 
     def reset_parameters(self) -> None:
         """Makes the norm multiply by one and add nothing."""
