@@ -40,7 +40,7 @@ class Audit:
     turns: int = 0
     """Rendered turns of the roles to train (for text: documents)."""
     turns_not_rendered: int = 0
-    """Turns of the roles to train that the chat template leaves out."""
+    """Turns of the roles to train that the chat template leaves out, or of which it prints the calls alone."""
     turns_with_end: int = 0
     """Turns whose end-of-turn token is trained."""
     end_tokens: Mapping[str, int] = field(default_factory=dict)

@@ -155,8 +155,18 @@ class RowReader:
         shown = {turn.message for turn in rendered.turns}
         for index, message in enumerate(conversation.messages):
             self._tally.roles[message["role"]] += 1
-            if index not in shown and message.get("content") and self._trains(conversation, index):
-                self._tally.counts["turns_not_rendered"] += 1
+            if message.get("content") and self._trains(conversation, index):
+                is_lost = index not in shown or _is_left_out(message, rendered, index)
+                self._tally.counts["turns_not_rendered"] += is_lost
+
+
+def _is_left_out(message: Mapping[str, Any], rendered: Rendered, index: int) -> bool:
+    """Whether a template prints a message's calls and not what it says besides, as some do."""
+    if not message.get("tool_calls") or not isinstance(message["content"], str):
+        return False
+    said = message["content"].strip()
+    turns = (rendered.text[turn.start : turn.end] for turn in rendered.turns if turn.message == index and turn.whole)
+    return any(said not in text for text in turns)
 
 
 def identity(name: str, reading: Reading, tokenizer: Any, template_choice: str | None) -> dict[str, Any]:
