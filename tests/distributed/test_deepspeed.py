@@ -7,12 +7,17 @@ import os
 import subprocess
 import sys
 from functools import cache
+from types import SimpleNamespace
 
 import jobs
 import pytest
 import torch
 import yaml
 
+from stoker.compose import parallel
+from stoker.distributed.deepspeed import Zero
+from stoker.distributed.ranks import Ranks
+from stoker.errors import PlanError, TrainingError
 from stoker.tasks.supervised import SupervisedTask
 
 pytestmark = [
@@ -140,6 +145,20 @@ def test_products_in_bf16_are_those_of_one_device(tmp_path):
     found = jobs.on_ranks(2, tmp_path, in_bf16, "zero3", ["full", "nf4"])
     for name, losses in found.items():
         assert losses == pytest.approx(jobs.train(name, "single", precision="bf16")["losses"], abs=5e-3)
+
+
+def test_without_the_package_the_message_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PlanError, match="DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"):
+        parallel.require_deepspeed()
+
+
+def test_a_disk_that_cannot_be_read_is_named():
+    settings = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}}}
+    strategy = Zero(Ranks(), settings=settings, model=torch.nn.Linear(1, 1), layers=[])
+    lacking = SimpleNamespace(ops=SimpleNamespace(__compatible_ops__={"async_io": False}))
+    with pytest.raises(TrainingError, match="libaio"):
+        strategy._require_disk(lacking)
 
 
 JSON = {

@@ -254,6 +254,9 @@ def _impossible(config: RunConfig) -> Iterator[Finding]:
     if optimizer == "nvme" and level != 3:
         what = f"the optimiser's state goes to NVMe in stage 3, and the stage is {level}."
         yield Finding(("engine", "deepspeed", "offload_optimizer"), what, "Use stage: 3, or cpu.")
+    if parameters == "nvme" and config.adapter is not None:
+        what = "weights on NVMe have one number format, and an adapter's are fp32 beside a base in another."
+        yield Finding(("engine", "deepspeed", "offload_parameters"), what, "Use cpu.")
     for name, device in (("offload_optimizer", optimizer), ("offload_param", parameters)):
         path = engine.deepspeed.nvme_path or (_zero(read(engine.deepspeed)).get(name) or {}).get("nvme_path")
         if device == "nvme" and not path:

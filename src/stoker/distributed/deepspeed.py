@@ -73,6 +73,7 @@ class Zero(SingleDevice):
         if any(hasattr(parameter, "ds_id") for parameter in task.parameters()):
             raise TrainingError("the model is in parts of an earlier run in this process.", fix="Load it anew.")
         deepspeed = import_deepspeed(self.device, self._ranks)
+        self._require_disk(deepspeed)
         self._task, root = task, _Root(task, self._autocast)
         if self._stage == 3:
             for layer in self._layers:
@@ -88,6 +89,16 @@ class Zero(SingleDevice):
             heads = [getattr(self._model, name, None) for name in ("head_weight", "head_bias")]
             gather_for_logits(root, self._model, [head for head in heads if isinstance(head, nn.Parameter)])
         self._parts = ZeroParts(self._engine.optimizer, self._stage, self._trained)
+
+    def _require_disk(self, deepspeed: Any) -> None:
+        """Raises TrainingError where something is to go to NVMe and DeepSpeed has no way to read it back."""
+        zero: Any = self._settings["zero_optimization"]
+        devices = [(zero.get(name) or {}).get("device") for name in ("offload_optimizer", "offload_param")]
+        if "nvme" in devices and not deepspeed.ops.__compatible_ops__.get("async_io", False):
+            raise TrainingError(
+                "offload to nvme needs DeepSpeed's operation async_io, which cannot be compiled here.",
+                fix="Install libaio's headers (libaio-dev, libaio-devel) and a C++ compiler, or offload to cpu.",
+            )
 
     def forward_backward(self, batch: Batch, *, divisor: float, is_last: bool) -> Result:
         """Adds the gradient of `loss_sum / divisor`; it goes over the ranks as the stage has it."""

@@ -129,6 +129,11 @@ def test_what_ours_leaves_open_the_json_decides():
         (None, {"engine": {"deepspeed": {"stage": 3, "offload_optimizer": "nvme"}}}, "nothing says where"),
         (None, {"train": {"optimizer": {"kind": "muon"}}}, "kind = muon: DeepSpeed steps flat parts"),
         (None, {"adapter": None, "train": {"weight_dtype": "bf16"}}, "keeps its weights in fp32"),
+        (
+            None,
+            {"engine": {"deepspeed": {"stage": 3, "offload_parameters": "nvme", "nvme_path": "/disk"}}},
+            "weights on NVMe have one number format",
+        ),
         (None, {"engine": {"context_parallel": 2}}, "rows are shared under ddp and fsdp2"),
         (None, {"engine": {"strategy": "ddp", "deepspeed": {"stage": 3}}}, "engine.deepspeed has no effect"),
     ],
