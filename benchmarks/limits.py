@@ -102,7 +102,7 @@ def main() -> int:
     parser.add_argument("--sizes", type=int, nargs="+", help="row lengths to try instead of a case's own")
     parser.add_argument("--base", help="another model, for every case: shape:llama-tiny tries the script out")
     parser.add_argument("--models", type=Path, help="folder for the models that are made")
-    parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one size")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one size")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything")
     parser.add_argument("--commit", help="commit to note, where there is no git")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")

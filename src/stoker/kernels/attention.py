@@ -119,7 +119,9 @@ def _fastest_kernels(q: Tensor) -> AbstractContextManager[Any]:
     """Lets `scaled_dot_product_attention` choose in the order of speed on the device of `q`."""
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
         return nullcontext()
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    order = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if _has_flash(q.device):
+        order.insert(0, SDPBackend.FLASH_ATTENTION)
     if torch.cuda.get_device_capability(q.device) >= (9, 0):
         order.insert(0, SDPBackend.CUDNN_ATTENTION)
     return sdpa_kernel(order, set_priority=True)
