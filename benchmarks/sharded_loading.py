@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--bases", nargs="+", default=["none", "int8"], help="none, int8, nf4 (slow on a CPU), fp8")
+    parser.add_argument("--processes", nargs="+", type=int, default=COUNTS)
     parser.add_argument("--out", type=Path, default=RESULTS / "sharded.json")
     options = parser.parse_args()
     config, rows = config_of(options.layers, options.hidden), []
@@ -188,7 +189,7 @@ def main() -> None:
         native.save(native.build(spec, dtype=torch.bfloat16), spec, folder / "model", config=config)
         size = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
         for quantization in options.bases:
-            for count in COUNTS:
+            for count in options.processes:
                 pair = [measure(folder, config, quantization, way, count) for way in WAYS]
                 sums = [row.pop("sum") for row in pair]
                 assert abs(sums[0] - sums[1]) <= 1e-6 * max(1.0, abs(sums[1])), f"other weights: {sums}"

@@ -26,9 +26,9 @@ _SHARD_BYTES = 512 * 2**20
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether `name` is the folder of a run's checkpoint."""
+    """Whether `name` is that of a run's checkpoint, there or not."""
     folder = Path(name).expanduser()
-    return (folder / "manifest.json").is_file() and RunFolder(folder.parent.parent).config.is_file()
+    return folder.name.startswith("step-") and RunFolder(folder.parent.parent).config.is_file()
 
 
 @contextmanager

@@ -29,6 +29,9 @@ from stoker.quant.fp8 import Fp8Weight
 from stoker.quant.int8 import Int8Weight
 from stoker.quant.nf4 import NF4Weight
 
+# Of a weight whose rows are independent, quantised at once: what is made on the way is four bytes a value, twice.
+_VALUES_AT_ONCE = 1 << 21
+
 Hold = Callable[[nn.Module, str], tuple[Tensor, int]]
 """From a tensor of a module, by name, to the memory of the rows that this rank keeps and the number of the first."""
 
@@ -83,6 +86,8 @@ class StreamedDecoder:
 
     def fill(self, hold: Hold) -> None:
         """Reads every weight into the memory that `hold` gives for it, and closes the files."""
+        # All memory that stays is taken first: what is made on the way would leave holes between.
+        held = {ours: self._held(ours, hold) for ours in self._sources.names}
         try:
             block = -1
             for ours, names in self._sources.names.items():
@@ -90,16 +95,25 @@ class StreamedDecoder:
                     self._reader.let_go()
                     block = _block(ours)
                 if ours in self._stored:
-                    self._fill_stored(ours, self._stored[ours], hold)
+                    self._fill_stored(ours, held.pop(ours))
                     continue
                 module, name = self._plain[ours]
-                memory, first = hold(module, name)
+                memory, first = held.pop(ours)[name]
                 if ours in self._sources.stacked:
                     self._fill_experts(names, memory, first, module.get_parameter(name).shape[0])
                 else:
                     memory.copy_(fused_rows(self._reader, names, first, first + memory.shape[0]))
         finally:
             self._reader.let_go()
+
+    def _held(self, ours: str, hold: Hold) -> dict[str, tuple[Tensor, int]]:
+        """The memory of a parameter, or of all tensors of its stored form, by their names in their module."""
+        if ours not in self._stored:
+            module, name = self._plain[ours]
+            return {name: hold(module, name)}
+        stored = self._stored[ours]
+        tensors = {**stored._parameters, **stored._buffers}
+        return {name: hold(stored, name) for name, tensor in tensors.items() if tensor is not None}
 
     def weight_of(self, layer: FusedLinear) -> Tensor:
         """Returns the whole weight of a linear layer that has none yet, as it will be in the layer's products."""
@@ -156,20 +170,22 @@ class StreamedDecoder:
         shape = sum(shape[0] for shape in shapes), layer.in_features
         return self._quantizer.rows_on_meta(shape)
 
-    def _fill_stored(self, ours: str, stored: nn.Module, hold: Hold) -> None:
-        names = self._sources.names[ours]
-        if isinstance(stored, Int8Weight) or (isinstance(stored, Fp8Weight) and stored.transposed is None):
-            memory, first = hold(stored, "quantized")
-            made: Any = self._quantizer.rows(names, first, first + memory.shape[0])
-            memory.copy_(made.quantized)
-            hold(stored, "scale")[0].copy_(made.scale)
+    def _fill_stored(self, ours: str, held: dict[str, tuple[Tensor, int]]) -> None:
+        names, stored = self._sources.names[ours], self._stored[ours]
+        if isinstance(stored, Int8Weight) or (isinstance(stored, Fp8Weight) and "transposed" not in held):
+            (memory, first), (scale, _) = held["quantized"], held["scale"]
+            step = max(1, _VALUES_AT_ONCE // memory.shape[1])
+            for start in range(0, memory.shape[0], step):
+                rows = slice(start, min(start + step, memory.shape[0]))
+                made: Any = self._quantizer.rows(names, first + rows.start, first + rows.stop)
+                memory[rows] = made.quantized
+                scale[rows] = made.scale
             return
         whole: Any = self._quantizer.experts(names) if ours in self._experts else self._quantizer.stored(names)
         if isinstance(whole, Fp8Weight):
             whole.set_transposed(kept=True)
-        for name, buffer in whole.named_buffers():
-            memory, first = hold(stored, name)
-            memory.copy_(buffer[first : first + memory.shape[0]])
+        for name, (memory, first) in held.items():
+            memory.copy_(getattr(whole, name)[first : first + memory.shape[0]])
 
 
 def _block(ours: str) -> int:

@@ -1,5 +1,7 @@
 """Checkpoints of runs that have not finished become folders that others load."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -9,7 +11,7 @@ from stoker.adapters.lora import add_lora
 from stoker.checkpoint.saver import Saver
 from stoker.compose.merge import merge
 from stoker.compose.model import load_decoder, open_base
-from stoker.errors import ModelError, OutputError
+from stoker.errors import CheckpointError, ModelError, OutputError
 from stoker.export import adapter as folders
 from stoker.models import open as models
 
@@ -89,6 +91,18 @@ def test_an_adapter_is_merged_as_from_a_finished_run(tmp_path, base, kind):
     merge(str(tmp_path / "adapter"), tmp_path / "expected")
     found, expected = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "expected")
     assert all(torch.equal(found[name], one) for name, one in expected.items())
+
+
+def test_a_checkpoint_that_is_gone_or_damaged_is_named(tmp_path, base):
+    model = decoder_of(base).requires_grad_(False)
+    model.final_norm.weight.requires_grad_(True)
+    path = checkpoint(tmp_path, model)
+    with pytest.raises(CheckpointError, match=r"There is no checkpoint .*step-000003"):
+        merge(path.replace("step-000007", "step-000003"), tmp_path / "out")
+    (Path(path) / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"is not whole: weights\.safetensors has 0 bytes"):
+        merge(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_of_another_adapter_are_refused(tmp_path, base):
