@@ -9,6 +9,7 @@ import torch
 
 from stoker.data.loader import StepLoader
 from stoker.errors import TrainingError
+from stoker.tasks.supervised import SupervisedTask
 
 QUICK = ("full", "nf4")
 ALL = os.environ.get("STOKER_TEST_ALL") == "1"
@@ -109,3 +110,17 @@ def test_a_step_leaves_a_rank_without_a_trained_token():
     counts = [batch.num_trained_tokens for index in range(20) for batch in jobs.loader(case, Place).step(index)]
     assert 0 in counts
     assert len(set(counts)) > 5
+
+
+@pytest.mark.parametrize("name", ["full", "mixture", "mamba"])
+def test_a_rank_with_nothing_but_padding_adds_nothing_and_no_gradient_that_is_no_number(name):
+    class Place:
+        rank, world_size = 3, 4
+
+    case = jobs.CASES[name]
+    empty = next(batch for batch in jobs.loader(case, Place).step(0) if batch.num_tokens == 0)
+    model = jobs.build(case)
+    result = SupervisedTask(model)(empty)
+    result.loss_sum.backward()
+    assert result.loss_sum.item() == 0.0
+    assert all(float(one.grad.abs().sum()) == 0.0 for one in model.parameters() if one.grad is not None)

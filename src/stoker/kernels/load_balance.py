@@ -19,9 +19,9 @@ def load_balancing_loss(
 ) -> Tensor:
     """Returns the loss, an fp32 scalar, of routers' `logits` [N, E], one tensor a layer; gradients of the logits.
 
-    mask: [N], 0 for rows that do not count (padding); None: all count. `exchange`: of ranks that each have a part of
-    the rows: all get the loss of all rows, and the gradient of the sum of what they make of it. Raises ValueError
-    without any logits.
+    mask: [N], 0 for rows that do not count (padding); None: all count, and where none does the loss is 0. `exchange`:
+    of ranks that each have a part of the rows: all get the loss of all rows, and the gradient of the sum of what they
+    make of it. Raises ValueError without any logits.
     """
     if not logits:
         raise ValueError("the load-balancing loss needs the logits of at least one router")
@@ -39,4 +39,5 @@ def load_balancing_loss(
     if exchange is not None:
         sums = exchange.sum(torch.cat((choices, probability, rows[None])))
         choices, probability, rows = sums[:num_experts].detach(), sums[num_experts:-1], sums[-1].detach()
+    rows = rows.clamp(min=1.0)  # A rank that has only padding of a step has no loss, rather than 0 / 0.
     return num_experts * torch.dot(choices / rows, probability / rows)
