@@ -53,6 +53,8 @@ class Micro:
     value_bytes: int
     product_values: int = 0
     head_copies: int = 0
+    repeats_heads: bool = False
+    """Attention keeps keys and values for every query head: that of packed rows, in PyTorch before 2.13."""
 
 
 def fused(
@@ -75,6 +77,8 @@ def fused(
     heads = query + 2 * mixer.num_kv_heads * mixer.head_dim
     attention = {"all": heads + query, "mixer": heads + query, "attention": query, "input": 0}[keep]
     beside = {"all": hidden_size + 2 * inner, "mixer": hidden_size, "attention": 0, "input": 0}[keep]
+    repeated = 2 * query if micro.repeats_heads and mixer.num_kv_heads < mixer.num_heads else 0
+    attention += repeated if keep != "input" else 0
     statistics = 4 * mixer.num_heads if keep != "input" else 0
     away = hidden_size + attention
     on_device = beside + micro.product_values + (0 if offload else away)
@@ -86,7 +90,7 @@ def fused(
     if mixer.qk_norm is not None:  # q, k and v as the projection gave them, beside the turned ones
         passing += heads * unit
     in_flight = _IN_FLIGHT * max(hidden_size, query) * unit if offload else 0
-    passing += in_flight
+    passing += in_flight + (repeated * unit if keep == "input" else 0)
     return Held(
         on_device * unit + (0 if offload else statistics * micro.tokens),
         passing,
@@ -96,7 +100,12 @@ def fused(
 
 
 def _again(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep, tile_tokens: int | None) -> int:
-    """Bytes during the backward of a layer that makes gate and up again, the more of two moments.
+    """Bytes during the backward of a layer that makes gate and up again, the more of two moments."""
+    return max(_moments(layer, hidden_size, micro, keep, tile_tokens))
+
+
+def _moments(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep, tile_tokens: int | None) -> tuple[int, int]:
+    """Bytes during the feed-forward's backward and during attention's, in a layer that makes gate and up again.
 
     In the feed-forward's backward there are the gradients of what leaves the layer and of the sum after attention, that
     sum itself, and for a tile's tokens (or all) the normed rows, their gradient, gate, up and the activation. In
@@ -115,25 +124,19 @@ def _again(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep, tile_to
     copies = micro.head_copies * query if mixer.num_kv_heads < mixer.num_heads else 0
     attention = 2 * hidden_size + query + heads + copies
     attention += max(from_start, 0 if keep == "mixer" else heads)
-    return max(
-        feed_forward * micro.value_bytes,
-        (attention * micro.value_bytes + 4 * query) * micro.tokens,
-    )
+    return feed_forward * micro.value_bytes, (attention * micro.value_bytes + 4 * query) * micro.tokens
 
 
 def attention_workspace(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep, tile_tokens: int | None) -> int:
-    """Returns what of `fused(...).passing` is attention's own: its gradient of q in fp32, where that is the highest.
-
-    0 where the feed-forward's backward needs more, which has let go of its own by then or has yet to take it.
-    """
-    if keep == "all" or tile_tokens is None or why_not_llama(layer):
+    """Returns what of `fused(...).passing` is attention's own where its backward is the highest moment: its gradient of
+    q in fp32 and what it copies for every query head; 0 where the feed-forward's backward needs more."""
+    if keep == "all" or why_not_llama(layer):
         return 0
+    feed_forward, attention = _moments(layer, hidden_size, micro, keep, tile_tokens)
     mixer, _ = _llama_parts(layer)
-    workspace = 4 * mixer.num_heads * mixer.head_dim * micro.tokens
-    whole = fused(layer, hidden_size, micro, keep, tile_tokens=tile_tokens).passing
-    heads = (mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
-    rows = 5 * hidden_size + heads if keep == "mixer" else 6 * hidden_size + 2 * heads
-    return workspace if whole <= rows * micro.value_bytes * micro.tokens + workspace else 0
+    query = mixer.num_heads * mixer.head_dim
+    copies = micro.head_copies * query if mixer.num_kv_heads < mixer.num_heads else 0
+    return (4 * query + copies * micro.value_bytes) * micro.tokens if attention > feed_forward else 0
 
 
 def _llama_parts(layer: LayerSpec) -> tuple[AttentionSpec, GatedSpec]:

@@ -1,7 +1,8 @@
 """What a run could be: each micro-batch with each step of the ladder, its memory and its time."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from stoker.arch.activations import Keep, Micro
@@ -110,15 +111,32 @@ def _head_copies(device: Device) -> int:
     return 2 if device.compute_capability >= (8, 0) else 4
 
 
+@cache
+def _shares_heads() -> bool:
+    """Whether PyTorch's attention over packed rows shares keys and values among query heads (`enable_gqa`, from 2.13).
+
+    One that is not installed is taken to be old, which needs more memory.
+    """
+    try:
+        major, minor = version("torch").split(".")[:2]
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (2, 13)
+
+
+def micro_of(config: RunConfig, spec: AnySpec, tokens: int, *, precision: str, device: Device) -> Micro:
+    """Returns what decides how much layers hold of a micro-batch of so many tokens."""
+    repeats = device.kind == "cuda" and config.data.packing and not _shares_heads()
+    return Micro(tokens, VALUE_BYTES[precision], product_values(config, spec), _head_copies(device), repeats)
+
+
 class Size:
     """A micro-batch of so many rows of a job, to try ladders with."""
 
     def __init__(self, job: Job, rows: int) -> None:
         self.job, self.rows = job, rows
         tokens = rows * job.row_tokens
-        value_bytes = VALUE_BYTES[job.machine.precision]
-        adapters = product_values(job.config, job.spec)
-        self.micro = Micro(tokens, value_bytes, adapters, _head_copies(job.machine.device))
+        self.micro = micro_of(job.config, job.spec, tokens, precision=job.machine.precision, device=job.machine.device)
         self._besides = {fused: job.memory(tokens, casts_by_layer=fused) for fused in (False, True)}
 
     def candidate(self, ladder: Ladder) -> "Candidate":

@@ -21,8 +21,10 @@ class Efficiencies:
     """Attention's rate grows with head_dim to this power, up to 128: heads of 64 reach 0.29. Measured in cell E."""
     bandwidth: float = 0.80
     """Of the memory's bandwidth, by elementwise kernels: 92% of a copy's, which reaches 87%. Measured in cell A."""
-    scan: float = 0.15
-    """Of the fp32 rate, by state spaces' scans. Rule of thumb."""
+    scan: float = 0.08
+    """Of the fp32 rate, by Mamba-1's selective scan. From Mamba 130M at 4 x 2048 (benchmarks/results)."""
+    chunked_scan: float = 0.06
+    """Of the dense rate, by Mamba-2's products within chunks. From Mamba-2 780M at 4 x 2048."""
     adapter_passes: float = 5.5
     """Reads or writes of each value that goes into and comes out of an adapted layer. Measured in A, checked in E."""
     op_by_op: float = 1.5

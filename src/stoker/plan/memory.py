@@ -139,8 +139,7 @@ def estimate(
     }
     weights, gradients, state = (0 if name in spread.on_host else count for name, count in states.items())
     weights += copies
-    logits = min(_LOGITS_BYTES, 2 * 4 * tokens * spec.vocab_size)
-    logits += _HEAD_TENSORS * tokens * spec.hidden_size * value_bytes
+    logits = head_bytes(spec, tokens, value_bytes)
     if is_narrow:
         # Beside the logits there is the head's gradient alone, in fp32 and then rounded: more than all of them or not.
         logits = max(0, logits + (4 + 2) * spec.vocab_size * spec.hidden_size - gradients)
@@ -149,6 +148,12 @@ def estimate(
     reserve = BASE_BYTES[device] + round(_FRAGMENTATION * held)
     on_host = sum(count for name, count in states.items() if name in spread.on_host)
     return Memory(weights, gradients, state, 0, logits, scratch, 0, reserve, communication, on_host)
+
+
+def head_bytes(spec: AnySpec, tokens: int, value_bytes: int) -> int:
+    """Returns what the head and the loss hold: chunks of logits with their gradient, and the rows about them."""
+    logits = min(_LOGITS_BYTES, 2 * 4 * tokens * spec.vocab_size)
+    return logits + _HEAD_TENSORS * tokens * spec.hidden_size * value_bytes
 
 
 def zero_bytes(

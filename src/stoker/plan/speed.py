@@ -21,6 +21,7 @@ from stoker.arch.spec import (
     GatedSpec,
     LatentAttentionSpec,
     LayerSpec,
+    Mamba2Spec,
     PlainSpec,
     SideBySideSpec,
 )
@@ -277,6 +278,8 @@ class _Clock:
             head_dim = mixer.nope_dim + mixer.rope.dim
         elif isinstance(mixer, BorrowedMixer):
             head_dim = 64
+        elif isinstance(mixer, Mamba2Spec):
+            return self.found.chunked_scan * self.peak
         else:
             return self.found.scan * self.device.rates["fp32"]
         return self.found.attention * min(1.0, head_dim / 128) ** self.found.attention_head * self.peak

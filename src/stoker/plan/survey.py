@@ -14,6 +14,7 @@ from stoker.arch.borrowed import AnySpec, BorrowedSpec
 from stoker.config.schema import Adapter, RunConfig
 from stoker.errors import ConfigError, PlanError
 from stoker.plan import speed
+from stoker.plan.candidates import micro_of
 from stoker.plan.catalogue import CatalogueDevice
 from stoker.plan.choose import Statistics, choose
 from stoker.plan.efficiencies import MEASURED, Efficiencies
@@ -153,11 +154,19 @@ class Offer:
         parts[of_trained] += held.weights - base
         return parts
 
+    @property
+    def micro(self) -> Micro:
+        """What decides how much layers hold of a micro-batch of the plan."""
+        plan = self.plan
+        assert plan is not None
+        tokens = plan.micro_batch_size * plan.row_tokens
+        return micro_of(self.config, self.spec, tokens, precision=plan.precision, device=self.device.device())
+
     def _attention_workspace(self, plan: Plan) -> int:
         """Bytes that attention's backward needs of its own at the peak, in the layer that needs most."""
         if plan.layers != "fused" or isinstance(self.spec, BorrowedSpec):
             return 0
-        micro = Micro(plan.micro_batch_size * plan.row_tokens, VALUE_BYTES[plan.precision])
+        micro = self.micro
         pairs = {(id(layer), rung): layer for layer, rung in zip(self.spec.layers, plan.keep, strict=True)}
         return max(
             (

@@ -7,9 +7,7 @@ micro-batch's backward, and what they take is there from then on.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from stoker.arch.activations import Micro
-from stoker.plan.candidates import product_values
-from stoker.plan.memory import VALUE_BYTES
+from stoker.plan.memory import head_bytes
 from stoker.plan.survey import Offer
 
 PHASES = ("load", "forward", "loss", "backward", "optimizer")
@@ -40,10 +38,7 @@ def _moments(one: Offer) -> Iterator[Moment]:
     plan = one.plan
     assert plan is not None
     peak = one.memory()
-    micro = Micro(
-        plan.micro_batch_size * plan.row_tokens, VALUE_BYTES[plan.precision], product_values(one.config, one.spec)
-    )
-    held = plan.ladder.held(one.spec, micro)
+    held = plan.ladder.held(one.spec, one.micro)
     depth = len(held)
     shown = sorted({round(index * (depth - 1) / max(1, _SHOWN_LAYERS - 1)) for index in range(_SHOWN_LAYERS)})
     workspace = peak["attention"]
@@ -61,7 +56,9 @@ def _moments(one: Offer) -> Iterator[Moment]:
         kept.append(kept[-1] + layer.kept)
     for index in shown:
         yield moment("forward", f"layer {index + 1}", activations=kept[index + 1])
-    yield moment("loss", "head and loss", activations=kept[depth], logits=peak["logits"])
+    head = head_bytes(one.spec, one.micro.tokens, one.micro.value_bytes)
+    room = plan.memory.total - moment("loss", "", activations=kept[depth]).total
+    yield moment("loss", "head and loss", activations=kept[depth], logits=max(0, min(head, round(room / 1.06))))
     for index in reversed(shown):
         done = (depth - index) / depth
         yield moment(
