@@ -215,6 +215,11 @@ def _be_turing() -> None:
     """Lets this process take its GPU, if there is one, for a T4's kind, so that it runs what such a card would."""
     import torch
 
+    if torch.cuda.is_available():
+        from triton.runtime import driver
+
+        # Triton goes on compiling for the GPU that is there: its driver keeps the function that it finds now.
+        driver.active.get_current_target()
     torch.cuda.get_device_capability = lambda device=None: _TURING
     torch.cuda.is_bf16_supported = lambda including_emulation=True: False
 

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from stoker import compat
 from stoker.distributed import optimizer_state
 from stoker.distributed.ranks import Ranks
 from stoker.distributed.single import SingleDevice
@@ -94,7 +95,8 @@ class Sharded(SingleDevice):
     def _place(self, task: nn.Module) -> nn.Module:
         for layer in self._layers:
             buffers_to_parameters(layer)
-            fully_shard(layer, reshard_after_forward=self._sharding.reshard_after_forward, **self._options)
+            with compat.bytes_may_be_shared():
+                fully_shard(layer, reshard_after_forward=self._sharding.reshard_after_forward, **self._options)
             if hasattr(layer, "recomputed"):
                 # The decoder calls it in place of the layer where that is run again in the backward.
                 register_fsdp_forward_method(layer, "recomputed")
