@@ -47,7 +47,9 @@ def command(
     trained_share: Annotated[float | None, typer.Option(help="Share of the tokens that are learned.")] = None,
     host_memory: Annotated[float, typer.Option(min=1.0, help="GiB of host memory beside each device.")] = 64.0,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of so many devices at most.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Devices in a node at most.")] = 1,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Devices in a node at most: 1 unless set, with --here this machine's.")
+    ] = None,
     network: Annotated[
         float | None,
         typer.Option(min=0.1, help="Gbit/s into a node, all adapters together; gpus.toml's unless set."),
@@ -85,6 +87,7 @@ def command(
     host_bytes = int(host_memory * GIB)
     if here:
         devices, host_bytes = _this_machine(known)
+        gpus_per_node = gpus_per_node or _gpus_here()
     else:
         devices = _chosen(gpu, known)
 
@@ -105,7 +108,7 @@ def command(
         budget_usd=budget_usd,
         deadline_hours=deadline_hours,
         nodes=nodes,
-        per_node=gpus_per_node,
+        per_node=gpus_per_node or 1,
     )
     offers = survey.survey(request, devices)
     found = verdict.verdict(request, offers)
@@ -226,6 +229,13 @@ def _this_machine(known: "Mapping[str, CatalogueDevice]") -> "tuple[list[Catalog
             fix="Describe it in a file, in gpus.toml's form, and name it by --gpus.",
         )
     return [replace(found, name=gpu.name, memory_bytes=gpu.memory_bytes, price=None)], host_bytes
+
+
+def _gpus_here() -> int:
+    """Returns how many GPUs this machine shows, at least 1."""
+    from stoker.compose.devices import gpus_here
+
+    return max(1, len(gpus_here()))
 
 
 def _explained(request: "Request", offers: "Sequence[Offer]", found: "Verdict", category: str) -> str:

@@ -51,7 +51,8 @@ def explain(request: Request, one: Offer, category: str) -> str:
         here = min(one.spread.per_node, one.num_devices)
         return (
             f"host on {one.name}: {size(one.host_bytes)} = {here} x (a process with PyTorch and a shard being read, "
-            f"4 GiB by rule of thumb, and {size(plan.host_bytes)} in which kept tensors wait)"
+            f"4 GiB by rule of thumb, {size(plan.host_bytes)} in which kept tensors wait, and "
+            f"{size(plan.memory.states_on_host)} of weights and optimiser states)"
         )
     if category == "time":
         parts = step.parts().items()

@@ -154,3 +154,14 @@ def test_a_model_in_the_hubs_cache_is_read_from_there(write_run, tmp_path, monke
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     values = json.loads(plan(write_run(base="someone/own-model"), "--gpu", "t4", "--json").stdout)
     assert values["offers"][0]["plan"]["num_parameters"] > 1_000_000
+
+
+def test_all_gpus_of_this_machine_are_planned_for(write_run, monkeypatch):
+    from stoker.cli import plan as command
+    from stoker.plan.catalogue import shipped
+
+    monkeypatch.setattr(command, "_this_machine", lambda known: ([shipped()["h100"]], 64 * 2**30))
+    monkeypatch.setattr(command, "_gpus_here", lambda: 4)
+    run = write_run(extra="adapter: {}")
+    values = json.loads(plan(run, "--here", "--methods", "lora", "--shape", "llama-3.1-8b", "--json").stdout)
+    assert {offer["num_devices"] for offer in values["offers"]} == {1, 2, 4}
