@@ -183,6 +183,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "sharded.json")
     options = parser.parse_args()
     config, rows = config_of(options.layers, options.hidden), []
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": psutil.cpu_count(),
+        "torch": torch.__version__,
+    }
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
         spec = families.read(config, "config.json")
@@ -193,17 +198,12 @@ def main() -> None:
                 pair = [measure(folder, config, quantization, way, count) for way in WAYS]
                 sums = [row.pop("sum") for row in pair]
                 assert abs(sums[0] - sums[1]) <= 1e-6 * max(1.0, abs(sums[1])), f"other weights: {sums}"
+                rows += pair
                 for row in pair:
-                    rows.append(row)
                     print(_line(row), flush=True)
-    machine = {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": psutil.cpu_count(),
-        "torch": torch.__version__,
-    }
-    result = {"model_mb": size / MB, "config": config, "machine": machine, "rows": rows}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    _write_csv(options.out.with_suffix(".csv"), rows)
+                result = {"model_mb": size / MB, "config": config, "machine": machine, "rows": rows}
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
+                _write_csv(options.out.with_suffix(".csv"), rows)
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
