@@ -6,7 +6,9 @@ Run as a process of its own: kernels defined under TRITON_INTERPRET cannot be co
 import json
 import sys
 import threading
+from collections import Counter
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -17,7 +19,8 @@ from stoker.arch.families import read
 from stoker.data.batch import Batch
 from stoker.distributed.single import SingleDevice
 from stoker.kernels import rms_norm
-from stoker.kernels.ahead import can_compile_ahead, compiling_ahead
+from stoker.kernels.ahead import can_compile_ahead, compiling_ahead, is_compiling_ahead
+from stoker.kernels.offload import HostOffload
 from stoker.kernels.triton_support import KERNELS
 from stoker.models import native
 from stoker.optim import optimizers
@@ -98,8 +101,19 @@ if sys.argv[1] == "launch":
 else:
     run = strategy(compiling_ahead)
     before = torch.random.get_rng_state()
-    with compiling_ahead():
-        run._rehearse(batch)
+    # A batch that is cut short: kernels for it must be those of the whole one.
+    long = Batch(ids.repeat(3, 100), ids.roll(-1, 1).repeat(3, 100), None, 9600, 9600)
+    with compiling_ahead() as asked:
+        run._rehearse(long)
+        assert is_compiling_ahead()
+        assert not HostOffload().takes(torch.ones(2**20))
+    assert HostOffload().takes(torch.ones(2**20))
+    assert asked.num_kernels == len(compiled())
+    short = compiled()
+    with compiling_ahead() as asked:
+        whole = SimpleNamespace(shortened=lambda: long)
+        run._rehearse(whole)
+    assert asked.num_kernels == 0, sorted((Counter(compiled()) - Counter(short)).elements())
     grads = [name for name, parameter in run._trained.items() if parameter.grad is not None]
     kept = torch.equal(before, torch.random.get_rng_state())
     print(json.dumps({"compiled": compiled(), "grads": grads, "random_numbers_kept": kept}))

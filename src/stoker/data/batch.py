@@ -1,5 +1,6 @@
 """A micro-batch: token ids, what each position must predict, and where documents end."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,6 +73,48 @@ class Batch:
             targets=nn.functional.pad(self.targets, (0, length - width), value=IGNORED),
             row_tokens=self.row_tokens or (self.num_tokens // rows,) * rows,
         )
+
+    def shortened(self, num_rows: int = 2, length: int = 1024) -> "Batch":
+        """Returns a stand-in for a step whose results do not count: about `num_rows` rows of about `length` positions.
+
+        Kernels compiled for it are those of this batch: lengths and positions in all are the same modulo 16 (Triton
+        compiles for multiples of 16, and for 1), which may take more rows; one row stays one. Rows of several documents
+        keep as many as 16, shorter. Where something is trained, so are targets here, of the same values; in a row that
+        is cut they are put elsewhere. Token ids are those of the row's beginning.
+        """
+        width = self.input_ids.shape[1]
+        unit = self._rows_per_example
+        rows = min(-(-num_rows // unit) * unit, self.num_rows)
+        width = width if width <= length else length - (length - width) % 16
+        fewer = range(rows, self.num_rows, unit)
+        rows = next((count for count in fewer if (count - self.num_rows) * width % 16 == 0), self.num_rows)
+        if (rows, width) == tuple(self.input_ids.shape):
+            return self
+        ids = self.input_ids[:rows, :width].contiguous()
+        targets = self._some_targets(rows, width)
+        documents = self.document_lengths
+        if documents is not None and width < self.input_ids.shape[1]:
+            documents = tuple(_even_lengths(width, row, self.documents_per_example) for row in documents[:rows])
+        return replace(
+            self,
+            input_ids=ids,
+            targets=targets,
+            document_lengths=None if documents is None else documents[:rows],
+            num_tokens=ids.numel(),
+            num_trained_tokens=int((targets != IGNORED).sum()),
+            row_tokens=None,
+        )
+
+    def _some_targets(self, rows: int, width: int) -> Tensor:
+        """Targets `[rows, width]` of values that are there: all of them or, where not all are, every other one."""
+        trained = self.targets[self.targets != IGNORED]
+        targets = torch.full((rows, width), IGNORED, dtype=self.targets.dtype, device=self.targets.device)
+        if trained.numel():
+            step = 1 if trained.numel() == self.targets.numel() else 2
+            places = targets[:, step - 1 :: step]
+            index = torch.arange(places.numel(), device=targets.device) % trained.numel()
+            places.copy_(trained[index].view_as(places))
+        return targets
 
     def part(self, index: int, count: int) -> "Batch":
         """Returns part `index` of `count` of every row, for ranks that share rows; `document_lengths` stay whole rows'.
@@ -157,3 +200,10 @@ class Batch:
                 )
             )
         return parts
+
+
+def _even_lengths(width: int, documents: Sequence[int], unit: int) -> tuple[int, ...]:
+    """`width` as lengths of as many documents, at most 16 and a multiple of `unit` where there are as many."""
+    count = min(len(documents), 16)
+    count = max(count // unit * unit, 1)
+    return (*(width // count,) * (count - 1), width - width // count * (count - 1))

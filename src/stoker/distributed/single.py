@@ -1,6 +1,7 @@
 """One device of one process: a CPU, a CUDA GPU or an Apple GPU; fp32, or bf16 and fp16 autocast over fp32 weights."""
 
 import sys
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
@@ -12,6 +13,7 @@ from stoker.distributed import optimizer_state
 from stoker.distributed.flat_gradient import FlatGradient
 from stoker.distributed.graphs import MicroBatchGraphs
 from stoker.distributed.ranks import Ranks
+from stoker.distributed.rehearsal import Rehearsal
 from stoker.distributed.strategy import Batch, MakeOptimizer, Result, StepResult, StrategyState
 from stoker.errors import CheckpointError
 
@@ -30,8 +32,8 @@ class SingleDevice:
     `precision` is "fp32", or "bf16" or "fp16" for autocast over fp32 weights; fp16 scales the loss (arXiv:1710.03740).
     `on_discard` is called when a step is broken off, to let go of what else it holds. `cuda_graphs`: micro-batches of
     one shape are captured and replayed (`graphs.MicroBatchGraphs`; the task must be one that can be). An optimiser that
-    has a `layout` gets its gradient as one tensor (`flat_gradient.FlatGradient`). `rehearsing`: within it the first
-    micro-batch is run once before it counts.
+    has a `layout` gets its gradient as one tensor (`flat_gradient.FlatGradient`). `rehearsing`: within it a
+    shortened first micro-batch is run once before the first counts; `rehearsal` then says what that took.
     """
 
     device: torch.device
@@ -43,7 +45,7 @@ class SingleDevice:
         precision: str = "fp32",
         on_discard: Sequence[Callable[[], None]] = (),
         cuda_graphs: bool = False,
-        rehearsing: Callable[[], AbstractContextManager[None]] | None = None,
+        rehearsing: Callable[[], AbstractContextManager[Any]] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         if precision not in PRECISIONS:
@@ -54,6 +56,7 @@ class SingleDevice:
         self._uses_graphs = cuda_graphs
         self._graphs: MicroBatchGraphs | None = None
         self._rehearsing = rehearsing
+        self._rehearsal: Rehearsal | None = None
         self._dtype = PRECISIONS[precision]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
@@ -76,6 +79,11 @@ class SingleDevice:
     def splits_alone(self) -> bool:
         """Whether it is the only one; a strategy over several ranks says for itself when it needs them."""
         return self.world_size == 1
+
+    @property
+    def rehearsal(self) -> Rehearsal | None:
+        """What the rehearsal took, if there was one."""
+        return self._rehearsal
 
     def prepare(self, task: nn.Module, make_optimizer: MakeOptimizer | None = None) -> None:
         """Moves `task` to the device and makes the optimiser of the parameters that require a gradient."""
@@ -113,8 +121,13 @@ class SingleDevice:
         self._task.train()
         if self._rehearsing is not None:
             rehearsing, self._rehearsing = self._rehearsing, None
-            with rehearsing():
+            started = time.perf_counter()
+            with rehearsing() as asked:
                 self._rehearse(batch)
+                ran = time.perf_counter()
+            if asked is not None:
+                seconds = ran - started, time.perf_counter() - ran
+                self._rehearsal = Rehearsal(*seconds, asked.num_kernels, asked.num_threads)
         if self._graphs is not None:
             factor = self._scaler.scale(torch.full((), 1.0 / divisor, device=self.device))
             ran = self._graphs.run(cast("Any", batch.to(self.device)), factor)
@@ -131,8 +144,8 @@ class SingleDevice:
         return detached(result)
 
     def _rehearse(self, batch: Batch) -> None:
-        """Runs forward and backward of `batch` and forgets everything about it, random numbers drawn included."""
-        on_device = batch.to(self.device)
+        """Runs forward and backward of a short `batch` and forgets all about it, random numbers drawn included."""
+        on_device = batch.shortened().to(self.device)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             if self._graphs is not None:

@@ -18,6 +18,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from stoker.distributed.rehearsal import Rehearsal
+
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 """From the trained parameters, by name, to their optimiser."""
 
@@ -27,6 +29,9 @@ class Batch(Protocol):
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch with its tensors on `device`."""
+
+    def shortened(self) -> "Batch":
+        """Returns a small batch that needs the same kernels, for a rehearsal."""
 
 
 class Result(Protocol):
@@ -102,6 +107,10 @@ class Strategy(Protocol):
     @property
     def splits_alone(self) -> bool:
         """Whether this rank may run its micro-batches without the others: as many as it likes, but for the last."""
+
+    @property
+    def rehearsal(self) -> Rehearsal | None:
+        """What the rehearsal of the first micro-batch took; None where there was none."""
 
     def prepare(self, task: nn.Module, make_optimizer: MakeOptimizer | None = None) -> None:
         """Takes over `task`: places and wraps it, and makes the optimiser of its trained parameters.

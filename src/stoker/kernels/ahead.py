@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from stoker.kernels.triton_support import KERNELS
@@ -27,25 +28,54 @@ asynchronous: Any = _triton_async_compile
 MAX_THREADS = 16
 
 
+@dataclass
+class Asked:
+    """What was asked for while kernels were compiled ahead."""
+
+    num_kernels: int = 0
+    """Set on leaving: kernels that this process did not have yet, whether compiled or read from the cache on disk."""
+    num_threads: int = 0
+
+
+@dataclass
+class _State:
+    is_active: bool = False
+
+
+_state = _State()
+
+
+def is_compiling_ahead() -> bool:
+    """Whether launches only ask for their kernels now, in whichever thread: what depends on a result must not run."""
+    return _state.is_active
+
+
 def can_compile_ahead() -> bool:
     """Whether kernels can be compiled side by side: they are compiled at all, by a Triton that knows how."""
     return asynchronous is not None and any(hasattr(kernel, "device_caches") for kernel in KERNELS)
 
 
 @contextmanager
-def compiling_ahead() -> Iterator[None]:
+def compiling_ahead() -> Iterator[Asked]:
     """Within it a launch of a kernel, from any thread, only has it compiled; on leaving all of them are.
+
+    Triton compiles a kernel anew for integers that are 1, or multiples of 16: `Batch.shortened` keeps those. Kernels
+    whose sizes depend on the number of tokens in other ways are `jit_unspecialized` in them.
 
     Raises what the compiler raises.
     """
     kernels = [kernel for kernel in KERNELS if hasattr(kernel, "device_caches")]
     # Entered here, the mode's mark is this thread's alone, but autograd launches from threads of its own.
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool, asynchronous.AsyncCompileMode(pool) as mode:
+    asked = Asked(num_threads=min(MAX_THREADS, os.cpu_count() or 1))
+    with ThreadPoolExecutor(asked.num_threads) as pool, asynchronous.AsyncCompileMode(pool) as mode:
         try:
+            _state.is_active = True
             for kernel in kernels:
                 kernel.run = _asking(kernel.run, mode)
-            yield
+            yield asked
         finally:
+            _state.is_active = False
+            asked.num_kernels = len(mode.future_kernels)
             for kernel in kernels:
                 del kernel.run  # that of the instance, which hides its class's
 

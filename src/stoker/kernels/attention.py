@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from stoker.kernels.ahead import is_compiling_ahead
 from stoker.kernels.head_exchange import HeadExchange
 from stoker.kernels.scored_attention import FLEX_CHANNELS, Scores, capped, flex, last_positions, normalized
 from stoker.kernels.triton_support import check_implementation
@@ -96,7 +97,9 @@ def attention(
         # What is left there knows no shared heads, and the plain formula would make a matrix T x T.
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     scores = Scores(window, scale, softcap, sinks)
-    if not scores.are_plain and is_fast and q.is_cuda and min(q.shape[-1], v.shape[-1]) >= FLEX_CHANNELS:
+    # FlexAttention is compiled for the lengths that it first meets: not for those of a rehearsal.
+    has_flex = is_fast and q.is_cuda and not is_compiling_ahead()
+    if has_flex and not scores.are_plain and min(q.shape[-1], v.shape[-1]) >= FLEX_CHANNELS:
         return flex(q, k, v, rows, scores)
     with _fastest_kernels(q) if is_fast else nullcontext():
         return _attention(q, k, v, rows, scores)

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from stoker.kernels.chunked_scan_forward import STAGES, Inputs, between, decays, launch_states
 from stoker.kernels.recurrent import or_empty, sigmoid, softplus, sum_of_parts
-from stoker.kernels.triton_support import dot, jit, tl
+from stoker.kernels.triton_support import dot, jit_unspecialized, tl
 
 # Heads whose shares in the gradients of B and C one program adds up.
 HEADS_PER_PROGRAM = 12
 WARPS = 4
 
 
-@jit
+@jit_unspecialized("num_chunks")
 def _grad_inputs_kernel(  # noqa: PLR0915, PLR0917
     grad_ptr: tl.tensor,
     x_ptr: tl.tensor,
@@ -141,7 +141,7 @@ def _grad_inputs_kernel(  # noqa: PLR0915, PLR0917
         tl.store(grad_D_ptr + offset * num_channels + channel, share, mask=channel < num_channels)
 
 
-@jit
+@jit_unspecialized("num_batches", "num_chunks")
 def _grad_shared_kernel(  # noqa: PLR0917
     grad_ptr: tl.tensor,
     x_ptr: tl.tensor,

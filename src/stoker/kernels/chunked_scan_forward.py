@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stoker.kernels.recurrent import contiguous_channels, or_empty, softplus
-from stoker.kernels.triton_support import dot, jit, next_power_of_2, tl
+from stoker.kernels.triton_support import dot, jit, jit_unspecialized, next_power_of_2, tl
 
 Limits = tuple[float, float]
 
@@ -74,7 +74,7 @@ def between(  # noqa: PLR0917
     return tl.exp(tl.where(seen, logs[:, None] - logs[None, :], float("-inf")))
 
 
-@jit
+@jit_unspecialized("num_chunks")
 def _steps_kernel(  # noqa: PLR0917
     dt_ptr: tl.tensor,
     A_ptr: tl.tensor,
@@ -112,7 +112,7 @@ def _steps_kernel(  # noqa: PLR0917
     tl.store(logs_ptr + out, logs, mask=head[None, :] < num_heads)
 
 
-@jit
+@jit_unspecialized("num_chunks")
 def _states_kernel(  # noqa: PLR0917
     values_ptr: tl.tensor,
     keys_ptr: tl.tensor,
@@ -173,7 +173,7 @@ def _states_kernel(  # noqa: PLR0917
     tl.store(end_ptr + (batch * num_heads + head) * size + tile, state, mask=tile_mask)
 
 
-@jit
+@jit_unspecialized("num_chunks")
 def _output_kernel(  # noqa: PLR0917
     x_ptr: tl.tensor,
     B_ptr: tl.tensor,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stoker.kernels.triton_support import check_implementation, jit, next_power_of_2, tl, triton
+from stoker.kernels.triton_support import check_implementation, jit_unspecialized, next_power_of_2, tl, triton
 
 _STEPS = 1 << 16
 _VALUES_A_CALL = 8
@@ -61,7 +61,7 @@ def drop_reference(x: Tensor, *, rate: float, seed: int) -> Tensor:
     return kept.mul_(1 / (1 - rate)).mul_(x)
 
 
-@jit
+@jit_unspecialized("first_row", "seed")
 def _drop_kernel(  # noqa: PLR0917
     x_ptr: tl.tensor,
     out_ptr: tl.tensor,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stoker.kernels.triton_support import check_implementation, dot, jit, next_power_of_2, tl, triton
+from stoker.kernels.triton_support import check_implementation, dot, jit, jit_unspecialized, next_power_of_2, tl, triton
 
 MAX_RANK = 32
 """Above it the shares of dB no longer fit in registers beside a tile, nor the tiles in a T4's shared memory."""
@@ -116,7 +116,7 @@ def _grad_pair_kernel(  # noqa: PLR0917
     tl.store(out, share_b, mask=in_columns[:, None] & in_rank[None, :])
 
 
-@jit
+@jit_unspecialized("first_end", "second_end", "num_shares")
 def _sum_shares_kernel(  # noqa: PLR0917
     share_ptr: tl.tensor,
     out_ptr: tl.tensor,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stoker.kernels.ahead import is_compiling_ahead
 from stoker.kernels.pinned import empty_pinned
 
 # Copies under way at a time: the tensors of the layer before may still be leaving while this one's are handed over.
@@ -61,7 +62,12 @@ class HostOffload:
         return len(self._entries)
 
     def takes(self, tensor: Tensor) -> bool:
-        """Whether a tensor is large enough and, lying in memory without gaps, can be stored."""
+        """Whether a tensor is large enough and, lying in memory without gaps, can be stored.
+
+        None is in a rehearsal (`kernels.ahead`): it would leave pinned buffers of sizes that no step asks for.
+        """
+        if is_compiling_ahead():
+            return False
         return tensor.numel() * tensor.element_size() >= self._min_bytes and is_dense(tensor)
 
     def store(self, tensor: Tensor) -> int:

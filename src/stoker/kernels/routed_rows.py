@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stoker.kernels.triton_support import check_implementation, jit, next_power_of_2, tl, triton
+from stoker.kernels.triton_support import check_implementation, jit, jit_unspecialized, next_power_of_2, tl, triton
 
 ALPHA = 1.702
 """gpt-oss' factor inside the sigmoid."""
@@ -74,7 +74,7 @@ def _count_kernel(  # noqa: PLR0917
     tl.store(counts_ptr + block * EXPERTS + expert, count)
 
 
-@jit
+@jit_unspecialized("num_blocks")
 def _place_kernel(  # noqa: PLR0917
     chosen_ptr: tl.tensor,
     counts_ptr: tl.tensor,

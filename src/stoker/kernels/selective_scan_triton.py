@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stoker.kernels.recurrent import contiguous_channels, or_empty, sigmoid, softplus
-from stoker.kernels.triton_support import jit, next_power_of_2, tl
+from stoker.kernels.triton_support import jit, jit_unspecialized, next_power_of_2, tl
 
 # Positions a chunk and channels a program, two neighbours a thread: then the 32 threads of a warp lie side by side over
 # channels, and all positions of a channel are in one thread. (One channel a thread would leave Triton the choice, and
@@ -73,7 +73,7 @@ def _load_ids(documents_ptr: tl.tensor, batch: tl.tensor, token: tl.tensor, leng
     return tl.load(documents_ptr + batch * length + tl.minimum(tl.maximum(token, 0), length - 1))
 
 
-@jit
+@jit_unspecialized("num_chunks")
 def _chunk_states_kernel(  # noqa: PLR0917
     values_ptr: tl.tensor,
     gate_ptr: tl.tensor,
@@ -138,7 +138,7 @@ def _chunk_states_kernel(  # noqa: PLR0917
         tl.store(states_ptr + (program * num_states + state_index) * num_channels + channel, state, mask=columns)
 
 
-@jit
+@jit_unspecialized("num_chunks")
 def _carry_kernel(  # noqa: PLR0917
     states_ptr: tl.tensor,
     totals_ptr: tl.tensor,
@@ -181,7 +181,7 @@ def _carry_kernel(  # noqa: PLR0917
     tl.store(end_ptr + batch * size + element, state, mask=mask)
 
 
-@jit
+@jit_unspecialized("num_chunks")
 def _scan_kernel(  # noqa: PLR0917
     x_ptr: tl.tensor,
     gate_ptr: tl.tensor,
@@ -253,7 +253,7 @@ def _scan_kernel(  # noqa: PLR0917
     tl.store(out_ptr + out, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit_unspecialized("num_batches", "num_chunks")
 def _scan_backward_kernel(  # noqa: PLR0915, PLR0917
     grad_ptr: tl.tensor,
     x_ptr: tl.tensor,

@@ -163,7 +163,7 @@ class Trainer:
         self.state.num_trained_tokens += outcome.num_trained_tokens
         seconds = time.perf_counter() - started
         self._log(outcome, learning_rate, seconds)
-        if sentence := self._warm_up.after(seconds):
+        if sentence := self._warm_up.after(seconds, self._strategy.rehearsal):
             self._emit(Notice(sentence))
         self._loss_guard.check(outcome.loss, self.state.step)
 

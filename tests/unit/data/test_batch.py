@@ -81,3 +81,48 @@ def test_padding_adds_positions_that_train_nothing():
     assert padded.padded_to(7) is padded
     with pytest.raises(ValueError, match="cannot be padded to 3"):
         batch.padded_to(3)
+
+
+def _batch(rows, width, *, documents=None, trained=slice(None), unit=1):
+    ids = torch.arange(rows * width).view(rows, width) % 90
+    targets = torch.full_like(ids, IGNORED)
+    targets[:, trained] = ids[:, trained] + 1
+    return Batch(ids, targets, documents, ids.numel(), int((targets != IGNORED).sum()), documents_per_example=unit)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "shortened"),
+    [
+        (1, 56_000, (1, 1024)),
+        (1, 56_001, (1, 1009)),
+        (8, 4096, (2, 1024)),
+        (3, 4097, (3, 1009)),
+        (32, 1001, (16, 1001)),
+        (2, 512, (2, 512)),
+        (1, 1, (1, 1)),
+    ],
+)
+def test_shortened_keeps_what_kernels_are_compiled_for(rows, width, shortened):
+    short = _batch(rows, width).shortened()
+    assert tuple(short.input_ids.shape) == tuple(short.targets.shape) == shortened
+    assert (shortened[0] * shortened[1] - rows * width) % 16 == (shortened[1] - width) % 16 == 0
+    assert short.num_trained_tokens == short.num_tokens == shortened[0] * shortened[1]
+    assert short.targets.max() <= 90
+
+
+def test_shortened_trains_something_wherever_the_batch_does():
+    # Only the last positions of a long row are trained, as after a long prompt.
+    short = _batch(1, 8192, trained=slice(8000, None)).shortened()
+    assert short.num_trained_tokens == 512
+    assert not _batch(1, 8192, trained=slice(0)).shortened().num_trained_tokens
+
+
+def test_shortened_keeps_pairs_and_documents():
+    assert _batch(8, 4096, unit=2).shortened().num_rows == 2
+    documents = ((3000, 1000, 96),) * 4
+    short = _batch(4, 4096, documents=documents).shortened()
+    assert short.document_lengths == ((341, 341, 342),) * 2
+    many = _batch(1, 4080, documents=((120,) * 34,), unit=2).shortened()
+    assert len(many.document_lengths[0]) == 16
+    assert sum(many.document_lengths[0]) == many.input_ids.shape[1] == 1024
+    assert _batch(4, 512, documents=((500, 12),) * 4).shortened().document_lengths == ((500, 12),) * 2

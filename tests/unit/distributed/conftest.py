@@ -26,6 +26,9 @@ class ToyBatch:
     def to(self, device):
         return ToyBatch(self.x.to(device), self.y.to(device))
 
+    def shortened(self):
+        return ToyBatch(self.x[:1], self.y[:1])
+
     @staticmethod
     def random(rows, seed=0):
         generator = torch.Generator().manual_seed(seed)

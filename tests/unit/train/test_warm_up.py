@@ -1,5 +1,6 @@
 import pytest
 
+from stoker.distributed.rehearsal import Rehearsal
 from stoker.train.warm_up import WarmUp
 
 
@@ -15,3 +16,10 @@ def test_says_what_the_first_step_took_once():
 def test_says_nothing_of_a_step_like_the_others(steps):
     warm_up = WarmUp()
     assert [warm_up.after(seconds) for seconds in steps] == [None, None]
+
+
+def test_says_what_of_the_first_step_was_a_rehearsal():
+    warm_up = WarmUp()
+    rehearsal = Rehearsal(2.0, 1.0, 27, 16)
+    warm_up.after(8.24, rehearsal)
+    assert warm_up.after(0.5, rehearsal).endswith(f"the second 0.5 s. Of the first: {rehearsal.describe()}.")

@@ -131,6 +131,9 @@ def timed(
         losses.append(outcome.loss)
         norms.append(outcome.gradient_norm)
         tokens.append(outcome.num_trained_tokens if batches.is_packed else outcome.num_tokens)
+    if (rehearsal := engine.strategy.rehearsal) is not None:
+        rest = seconds[0] - rehearsal.seconds
+        notices.append(f"First step {seconds[0]:.1f} s: {rehearsal.describe()}; {rest:.1f} s the step itself.")
     peak_bytes = max(engine.strategy.gather_over_ranks(engine.strategy.peak_memory_bytes()))
     found = None if look is None else look(lambda: take(len(seconds) + 1, batches.batches[-1]), device)
     if wrong := fault(losses, min(norms)):
