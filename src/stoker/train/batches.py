@@ -25,6 +25,9 @@ class Batch(Protocol):
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch with its tensors on `device`."""
 
+    def shortened(self) -> "Batch":
+        """Returns a small batch that needs the same kernels, for a rehearsal."""
+
     @property
     def can_split(self) -> bool:
         """Whether it holds more than one row, or more than one document."""
