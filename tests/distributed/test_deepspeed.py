@@ -11,13 +11,17 @@ from types import SimpleNamespace
 
 import jobs
 import pytest
+import sharding_jobs
 import torch
 import yaml
 
+from stoker.adapters.lora import Awaited
 from stoker.compose import parallel
 from stoker.distributed.deepspeed import Zero
 from stoker.distributed.ranks import Ranks
 from stoker.errors import PlanError, TrainingError
+from stoker.models import native
+from stoker.models.streamed import StreamedDecoder
 from stoker.tasks.supervised import SupervisedTask
 
 pytestmark = [
@@ -72,6 +76,34 @@ def test_losses_norms_and_weights_are_those_of_one_device(results, world_size, k
     assert found["state"].optimizer.keys() == expected["state"].optimizer.keys()
     for key, value in expected["state"].optimizer.items():
         torch.testing.assert_close(found["state"].optimizer[key], value, atol=1e-5, rtol=1e-3)
+
+
+def streamed(ranks, folder):
+    """Trains adapters on bases that are read weight by weight into their parts; the losses by number format."""
+    found = {}
+    for kind in sharding_jobs.KINDS:
+        loaded = StreamedDecoder(
+            folder,
+            sharding_jobs.SPEC,
+            quantization=kind,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            gather=ranks.gather,
+        )
+        model = sharding_jobs.lora(loaded.decoder, Awaited("cpu", loaded.weight_of))
+        settings = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+        strategy = Zero(ranks, "cpu", settings=settings, model=model, layers=list(model.blocks), fill=loaded.fill)
+        found[kind] = jobs.train("lora", "zero3", model=model, strategy=strategy, steps=sharding_jobs.STEPS)["losses"]
+    return found
+
+
+def test_a_base_streamed_into_parts_trains_as_one_that_one_device_reads(tmp_path):
+    sharding_jobs.save(tmp_path / "model")
+    found = jobs.on_ranks(2, tmp_path, streamed, tmp_path / "model")
+    for kind, losses in found.items():
+        model = sharding_jobs.lora(native.load(tmp_path / "model", sharding_jobs.SPEC, quantization=kind))
+        alone = jobs.train("lora", "single", model=model, steps=sharding_jobs.STEPS)["losses"]
+        assert losses == pytest.approx(alone, abs=5e-6), kind
 
 
 def go_on(ranks, states):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from stoker.compose.model import Base
-    from stoker.distributed.fsdp2 import Hold, Sharding
+    from stoker.distributed.fsdp2 import Fill, Sharding
     from stoker.distributed.ranks import Place, Ranks
     from stoker.distributed.shared_rows import Sharing
     from stoker.distributed.strategy import Strategy
@@ -200,7 +200,7 @@ def make_strategy(
     ranks: "Ranks | None",
     *,
     on_discard: Sequence[Callable[[], None]] = (),
-    fill: "Callable[[Hold], None] | None" = None,
+    fill: "Fill | None" = None,
 ) -> "Strategy":
     """Returns the plan's strategy over `ranks`; `fill` gives a model on the meta device its weights."""
     import torch

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stoker.distributed.deepspeed_deal import deal_out, make_for_parts
 from stoker.distributed.deepspeed_hooks import gather_for_logits, gather_whole_layers
 from stoker.distributed.deepspeed_state import ZeroParts
-from stoker.distributed.fsdp2 import Hold, buffers_to_parameters
+from stoker.distributed.fsdp2 import Fill, buffers_to_parameters
 from stoker.distributed.ranks import Ranks
 from stoker.distributed.single import SingleDevice, check_weights, class_of, detached
 from stoker.distributed.strategy import Batch, MakeOptimizer, Result, StepResult, StrategyState
@@ -43,7 +43,7 @@ class Zero(SingleDevice):
         layers: Sequence[nn.Module],
         precision: str = "fp32",
         on_discard: Sequence[Callable[[], None]] = (),
-        fill: Callable[[Hold], None] | None = None,
+        fill: Fill | None = None,
     ) -> None:
         if precision == "fp16":
             raise ValueError("parts of gradients in fp16 have no common loss scale: use bf16 or fp32")

@@ -1,12 +1,12 @@
 """Weights dealt out to the ranks of DeepSpeed's stage 3 as they are read, so that no device holds the whole model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stoker.distributed.fsdp2 import Hold
+from stoker.distributed.fsdp2 import Fill
 from stoker.distributed.strategy import MakeOptimizer
 
 
@@ -15,7 +15,7 @@ def deal_out(
     settings: Mapping[str, Any],
     *,
     device: torch.device,
-    fill: Callable[[Hold], None] | None = None,
+    fill: Fill | None = None,
 ) -> None:
     """Leaves each rank its part of every parameter of `root`, by DeepSpeed's `settings`, and moves buffers to `device`.
 
@@ -24,7 +24,7 @@ def deal_out(
     dealer = _Dealer(settings, device)
     if fill is not None:
         with torch.no_grad():
-            fill(dealer.hold)
+            fill(dealer.hold, dealer.deal)
     dealer.deal(*root.parameters())
     for name, buffer in root.named_buffers():
         owner, _, short = name.rpartition(".")
@@ -32,7 +32,7 @@ def deal_out(
 
 
 class _Dealer:
-    """Gives memory for whole tensors, one at a time: the one before is dealt out when the next is asked for."""
+    """Gives memory for the whole tensors of one weight at a time, and deals them out once their values are there."""
 
     def __init__(self, settings: Mapping[str, Any], device: torch.device) -> None:
         self._settings, self._device = settings, device
@@ -41,7 +41,6 @@ class _Dealer:
 
     def hold(self, module: nn.Module, name: str) -> tuple[Tensor, int]:
         """Gives a tensor without memory some, all of its rows; see `Hold`."""
-        self.deal()
         memory = torch.empty_like(getattr(module, name), device=self._device)
         parameter = module._parameters.get(name)
         if parameter is None:

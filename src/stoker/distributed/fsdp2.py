@@ -8,7 +8,7 @@ gathered as the bytes that they are.
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,17 @@ from stoker.distributed.strategy import Rows, StrategyState
 
 Hold = Callable[[nn.Module, str], tuple[Tensor, int]]
 """From a tensor of a module, by name, to the memory of the rows that this rank keeps and the number of the first."""
+
+
+class Fill(Protocol):
+    """What gives a model on the meta device its weights, in the memory that `hold` gives for them.
+
+    Memory is taken for all of them first; with `filled`, which is called when the values of one are there, for one
+    weight at a time.
+    """
+
+    def __call__(self, hold: Hold, filled: Callable[[], None] | None = None) -> None:
+        """Reads the weights."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ class Sharded(SingleDevice):
         precision: str = "fp32",
         on_discard: Sequence[Callable[[], None]] = (),
         sharding: Sharding | None = None,
-        fill: Callable[[Hold], None] | None = None,
+        fill: Fill | None = None,
     ) -> None:
         super().__init__(device, precision=precision, on_discard=on_discard, ranks=ranks)
         self._model, self._layers, self._fill = model, layers, fill

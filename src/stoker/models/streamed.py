@@ -84,27 +84,35 @@ class StreamedDecoder:
     def _reader(self) -> Reader:
         return self._sources.reader
 
-    def fill(self, hold: Hold) -> None:
-        """Reads every weight into the memory that `hold` gives for it, and closes the files."""
-        # All memory that stays is taken first: what is made on the way would leave holes between.
-        held = {ours: self._held(ours, hold) for ours in self._sources.names}
+    def fill(self, hold: Hold, filled: Callable[[], None] | None = None) -> None:
+        """Reads every weight into the memory that `hold` gives for it, and closes the files.
+
+        All memory that stays is taken first: what is made on the way would leave holes between. With `filled`, which
+        is called when the values of a weight are there, memory is taken for one weight at a time.
+        """
+        held = {} if filled else {ours: self._held(ours, hold) for ours in self._sources.names}
         try:
             block = -1
             for ours, names in self._sources.names.items():
                 if block != _block(ours):
                     self._reader.let_go()
                     block = _block(ours)
-                if ours in self._stored:
-                    self._fill_stored(ours, held.pop(ours))
-                    continue
-                module, name = self._plain[ours]
-                memory, first = held.pop(ours)[name]
-                if ours in self._sources.stacked:
-                    self._fill_experts(names, memory, first, module.get_parameter(name).shape[0])
-                else:
-                    memory.copy_(fused_rows(self._reader, names, first, first + memory.shape[0]))
+                self._fill_one(ours, names, held.pop(ours) if ours in held else self._held(ours, hold))
+                if filled:
+                    filled()
         finally:
             self._reader.let_go()
+
+    def _fill_one(self, ours: str, names: Sequence[str], held: dict[str, tuple[Tensor, int]]) -> None:
+        if ours in self._stored:
+            self._fill_stored(ours, held)
+            return
+        module, name = self._plain[ours]
+        memory, first = held[name]
+        if ours in self._sources.stacked:
+            self._fill_experts(names, memory, first, module.get_parameter(name).shape[0])
+        else:
+            memory.copy_(fused_rows(self._reader, names, first, first + memory.shape[0]))
 
     def _held(self, ours: str, hold: Hold) -> dict[str, tuple[Tensor, int]]:
         """The memory of a parameter, or of all tensors of its stored form, by their names in their module."""

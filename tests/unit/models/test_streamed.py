@@ -64,6 +64,29 @@ def test_parts_put_together_are_the_weights_read_at_once(sharded, config, kind, 
         assert torch.equal(found[name], tensor), name
 
 
+def test_memory_is_taken_for_one_weight_at_a_time_where_each_is_taken_away(sharded, config):
+    spec = read(config, "config.json")
+    streamed = StreamedDecoder(sharded, spec, quantization="nf4")
+    waiting, taken = [], {}
+
+    def hold(module, name):
+        memory = torch.empty_like(getattr(module, name), device="cpu")
+        waiting.append(((id(module), name), memory))
+        return memory, 0
+
+    def filled():
+        assert len({module for (module, _), _ in waiting}) == 1
+        taken.update((key, memory.clone()) for key, memory in waiting)
+        waiting.clear()
+
+    owners = {id(module): path for path, module in streamed.decoder.named_modules()}
+    streamed.fill(hold, filled)
+    expected = whole(native.load(sharded, spec, quantization="nf4"))
+    found = {f"{owners[owner]}.{name}": tensor for (owner, name), tensor in taken.items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("kind", ["none", "nf4"])
 def test_experts_come_one_by_one(tmp_path, kind):
     spec = read(MIXTURE, "config.json")
