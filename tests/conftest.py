@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 
 import torch
 
@@ -11,3 +12,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     # Triton decides when a kernel is defined, at the package's import, whether it will run under its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What this machine has measured must not decide what tests see, nor tests what it keeps.
+os.environ["STOKER_CACHE"] = tempfile.mkdtemp(prefix="stoker-tests-")

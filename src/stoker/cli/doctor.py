@@ -5,6 +5,7 @@ import importlib.util
 import platform
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from stoker.errors import ConfigError
 
 REQUIRED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "datasets", "pydantic", "plotly")
 OPTIONAL = {
@@ -37,11 +40,22 @@ class Finding:
 
 def command(
     folder: Annotated[Path, typer.Option(help="Where runs will be written: its free space is shown.")] = Path(),
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine, under a minute; plans use what is found.")
+    ] = False,
+    gpus: Annotated[
+        int, typer.Option(min=1, help="With --calibrate: measure collectives over so many GPUs as well.")
+    ] = 1,
 ) -> None:
-    """Show versions, devices, what is missing, and the command that mends it.
+    """Show versions, devices, what is missing, and the command that mends it; or measure how fast this machine is.
 
-    Example: stoker doctor
+    Example: stoker doctor --calibrate
     """
+    if gpus > 1 and not calibrate:
+        raise ConfigError("--gpus says over how many GPUs collectives are measured.", fix="Add --calibrate.")
+    if calibrate:
+        _calibrate(folder, gpus)
+        return
     findings = [*packages(), *devices(), *places(folder)]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("", "what", "found", "to mend or add"):
@@ -51,6 +65,16 @@ def command(
     Console().print(table)
     if any(finding.state == "missing" for finding in findings):
         raise typer.Exit(1)
+
+
+def _calibrate(folder: Path, gpus: int) -> None:
+    from stoker.compose.calibrate import calibrate
+    from stoker.plan import calibration
+
+    start = time.perf_counter()
+    found = calibrate(folder, num_gpus=gpus, say=typer.echo)
+    path = calibration.save(found)
+    typer.echo(f"Measured in {time.perf_counter() - start:.0f} s and kept in {path}: plans for this machine use it.")
 
 
 def packages() -> list[Finding]:
@@ -112,6 +136,8 @@ def places(folder: Path) -> list[Finding]:
     """Returns free disk space where runs are written and whether Hugging Face's hub may be asked."""
     import huggingface_hub.constants as hub
 
+    from stoker.plan import calibration
+
     free = shutil.disk_usage(folder if folder.exists() else Path()).free / _GIB
     low = free < 5
     disk = Finding("disk", "warning" if low else "ok", f"{free:.1f} GiB free", "Free some space." if low else "")
@@ -119,4 +145,13 @@ def places(folder: Path) -> list[Finding]:
     access = (
         "offline (HF_HUB_OFFLINE is set): only local folders and cached models" if offline else "online when needed"
     )
-    return [disk, Finding("Hugging Face hub", "ok", access), Finding("model cache", "ok", str(hub.HF_HUB_CACHE))]
+    kept = sorted(one.name for one in calibration.folder().glob("calibration-*.json"))
+    measured = Finding("calibration", "ok", f"{calibration.folder()}: {', '.join(kept)}")
+    if not kept:
+        measured = Finding("calibration", "absent", "plans rest on data sheets", "stoker doctor --calibrate")
+    return [
+        disk,
+        measured,
+        Finding("Hugging Face hub", "ok", access),
+        Finding("model cache", "ok", str(hub.HF_HUB_CACHE)),
+    ]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stoker.arch.borrowed import AnySpec
     from stoker.config.load import Loaded
     from stoker.plan.catalogue import CatalogueDevice
+    from stoker.plan.efficiencies import Efficiencies
     from stoker.plan.survey import Offer, Request
     from stoker.plan.verdict import Verdict
 
@@ -68,6 +69,7 @@ def command(
     from stoker.cli.read import read
     from stoker.plan import catalogue, limits, survey, survey_text, verdict
     from stoker.plan import explain as explain_text
+    from stoker.plan.efficiencies import MEASURED
     from stoker.plan.memory import GIB
     from stoker.plan.workload import given
 
@@ -84,9 +86,9 @@ def command(
     known = catalogue.with_file(gpus) if gpus is not None else catalogue.shipped()
     own = {key: one.model_dump(exclude_none=True) for key, one in config.plan.devices.items()}
     known = catalogue.with_devices(own, f"{run_file}: plan.devices", known) if own else known
-    host_bytes = int(host_memory * GIB)
+    host_bytes, efficiencies = int(host_memory * GIB), MEASURED
     if here:
-        devices, host_bytes = _this_machine(known)
+        devices, host_bytes, efficiencies = _this_machine(known)
         gpus_per_node = gpus_per_node or _gpus_here()
     else:
         devices = _chosen(gpu, known)
@@ -107,6 +109,7 @@ def command(
         host_bytes=host_bytes,
         budget_usd=budget_usd,
         deadline_hours=deadline_hours,
+        efficiencies=efficiencies,
         nodes=nodes,
         per_node=gpus_per_node or 1,
     )
@@ -119,7 +122,7 @@ def command(
     elif explain is not None:
         typer.echo(_explained(request, offers, found, explain))
     else:
-        _print(request, offers, found, model_note, show_all=show_all)
+        _print(request, offers, found, model_note, show_all=show_all, only=devices[0].name if here else None)
         if html is not None:
             typer.echo(f"Charts: {html}")
     if not any(one.fits for one in offers):
@@ -204,14 +207,17 @@ def _chosen(names: str | None, known: "Mapping[str, CatalogueDevice]") -> "list[
     return catalogue.find([name for name in names.split(",") if name.strip()], known)
 
 
-def _this_machine(known: "Mapping[str, CatalogueDevice]") -> "tuple[list[CatalogueDevice], int]":
-    """Returns the device that a run here would use, by the catalogue's figures, and the host's free memory.
+def _this_machine(known: "Mapping[str, CatalogueDevice]") -> "tuple[list[CatalogueDevice], int, Efficiencies]":
+    """Returns the device that a run here would use, the host's free memory, and the shares that steps reach here.
+
+    Figures are those that `stoker doctor --calibrate` measured, or else the catalogue's.
 
     Raises:
         ConfigError: its GPU is not in the catalogue.
     """
     from stoker.compose.hardware import probe
-    from stoker.plan import catalogue
+    from stoker.plan import calibration, catalogue
+    from stoker.plan.rates import Rates
 
     hardware = probe()
     host = hardware.first("cpu")
@@ -221,14 +227,18 @@ def _this_machine(known: "Mapping[str, CatalogueDevice]") -> "tuple[list[Catalog
         cpu, threads = known["cpu"], hardware.num_threads
         rates = {dtype: rate * threads / 16 for dtype, rate in cpu.rates.items()}
         name = host.name if host is not None else cpu.name
-        return [replace(cpu, name=name, memory_bytes=host_bytes, rates=rates, price=None)], host_bytes
+        own = replace(cpu, name=name, memory_bytes=host_bytes, rates=rates, price=None)
+        measured = calibration.measured_here(name, Rates(own))
+        return [measured.device], host_bytes, measured.efficiencies
     found = catalogue.by_name(gpu.name, known)
     if found is None:
         raise ConfigError(
             f"{gpu.name} is not in the catalogue.",
             fix="Describe it in a file, in gpus.toml's form, and name it by --gpus.",
         )
-    return [replace(found, name=gpu.name, memory_bytes=gpu.memory_bytes, price=None)], host_bytes
+    own = replace(found, name=gpu.name, memory_bytes=gpu.memory_bytes, price=None)
+    measured = calibration.measured_here(gpu.name, Rates(own))
+    return [measured.device], host_bytes, measured.efficiencies
 
 
 def _gpus_here() -> int:
@@ -247,13 +257,16 @@ def _explained(request: "Request", offers: "Sequence[Offer]", found: "Verdict", 
     return explain.explain(request, one, category)
 
 
-def _print(request: "Request", offers: "Sequence[Offer]", found: "Verdict", note: str, *, show_all: bool) -> None:
+def _print(
+    request: "Request", offers: "Sequence[Offer]", found: "Verdict", note: str, *, show_all: bool, only: str | None
+) -> None:
     from stoker.arch import arithmetic
-    from stoker.plan import scaling, survey_text
+    from stoker.plan import scaling, survey_text, track_record
 
     count = arithmetic.num_parameters(request.spec) / 1e9
     typer.echo(f"{request.config.model.base}: {request.spec.family}, {count:,.2f} billion parameters")
-    for sentence in [*([f"Model: {note}."] if note else []), *survey_text.notes(request, offers)]:
+    quoted = [sentence] if (sentence := track_record.quote(only)) else []
+    for sentence in [*([f"Model: {note}."] if note else []), *survey_text.notes(request, offers), *quoted]:
         typer.echo(sentence)
     typer.echo("")
     if any(one.fits for one in offers):

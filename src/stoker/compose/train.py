@@ -12,7 +12,7 @@ from rich.console import Console
 
 import stoker
 from stoker.checkpoint.read import load as read
-from stoker.compose import agree, finish, launch, losses, parallel, resume
+from stoker.compose import agree, finish, launch, losses, parallel, predicted, resume
 from stoker.compose.data import Data, prepare_data, refuse_faults, refuse_rows_of_other_tasks, summary
 from stoker.compose.execution import borrowed_notices, fp8_notice, layers_not_in_fp8, let_segments_grow, warm_up_reason
 from stoker.compose.hardware import probe, with_loaded
@@ -29,6 +29,7 @@ from stoker.config.schema import RunConfig
 from stoker.errors import PlanError
 from stoker.observe import progress, trackers
 from stoker.observe.metrics import MetricsFile
+from stoker.observe.metrics import read as read_metrics
 from stoker.observe.observer import Observer
 from stoker.plan import limits
 from stoker.plan.adapter import loading_notice
@@ -168,7 +169,7 @@ def _train(
         raise MemoryPlanError(
             [replace(one, fix=f"{one.fix} --force tries it as it is.") for one in error.problems]
         ) from None
-    _say(console, plan.table())
+    _say(console, "\n".join([plan.table(), *predicted.known_here(plan)]))
     if plan.memory.total > plan.available_bytes:
         forced = f"By the plan this needs {size(plan.memory.total)} of {size(plan.available_bytes)}; --force tries it."
         warnings.append(forced)
@@ -200,7 +201,16 @@ def _train(
     )
     with closing(engine):
         return _run(
-            config, plan, model, engine, ranks, folder=folder, notes=notes, resume_run=resume_run, console=console
+            config,
+            plan,
+            model,
+            engine,
+            ranks,
+            data=data,
+            folder=folder,
+            notes=notes,
+            resume_run=resume_run,
+            console=console,
         )
 
 
@@ -273,6 +283,7 @@ def _run(
     engine: Engine,
     ranks: "Ranks",
     *,
+    data: Data,
     folder: RunFolder,
     notes: _Notes,
     resume_run: bool,
@@ -298,13 +309,20 @@ def _run(
                 at=at,
             )
             result = trainer.run(resume=resume_run)
+    memory = predicted.memory(plan, model.decoder, engine)
+    documents = data.train.lengths if data.windows is None else ()
+    mine = parallel.share_of_one(config, ranks.world_size)
+    seconds = predicted.step_seconds(mine, model.base.spec, plan, read_metrics(folder.metrics), documents)
     notes.add(
         outcome=result.reason,
         finished=now(),
         seconds=notes.facts.get("seconds", 0.0) + result.seconds,
         notices=[*notes.facts["notices"], *journal.notices],
-        memory={"predicted": plan.memory.total, "measured": engine.strategy.peak_memory_bytes()},
+        memory=memory,
+        step_seconds=seconds,
     )
+    if ranks.is_first and (sentence := predicted.remember(config, plan, memory, seconds)):
+        _say(console, sentence)
     if result.reason == "interrupted":
         if not ranks.is_first:
             return RunResult(folder.path, result.reason, result.step, result.seconds, {}, (), None, None)

@@ -10,7 +10,7 @@ from stoker.plan.spread import Spread
 
 # Of a link's figure, by collectives of tens of megabytes: NCCL's on NVLink, and over PCIe through the host where
 # devices have no link of their own; of a network by RDMA or sockets. Rules of thumb.
-_LINK_SHARE, _PCIE_SHARE, _NETWORK_SHARE = 0.75, 0.4, 0.8
+LINK_SHARE, _PCIE_SHARE, _NETWORK_SHARE = 0.75, 0.4, 0.8
 # Before the first byte of a collective moves, in a node and between nodes, seconds. Rules of thumb.
 _LATENCY, _NETWORK_LATENCY = 25e-6, 60e-6
 
@@ -25,7 +25,7 @@ class Links:
     @classmethod
     def of(cls, device: CatalogueDevice) -> "Links":
         """Those of a device of the catalogue."""
-        own = _LINK_SHARE * device.device_link / 2  # the catalogue's figure counts both directions
+        own = LINK_SHARE * device.device_link / 2  # the catalogue's figure counts both directions
         return cls(own or _PCIE_SHARE * device.host_link, _NETWORK_SHARE * device.network)
 
     def seconds(self, count: float, spread: Spread, *, collectives: int = 1, passes: int = 1) -> float:

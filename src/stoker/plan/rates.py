@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
-from stoker.plan import catalogue
+from stoker.plan import calibration, catalogue
 from stoker.plan.catalogue import CatalogueDevice
 from stoker.plan.efficiencies import MEASURED, Efficiencies
 from stoker.plan.hardware import Device
@@ -27,9 +27,14 @@ class Rates:
     is_known: bool = True
 
 
-@cache
 def of(device: Device, *, num_threads: int = _CORES) -> Rates:
-    """Returns the figures of a machine's device: by its name, or else those of the catalogue's most like it."""
+    """Returns the figures of a machine's device: as measured on this host, or else by the catalogue: those of its name,
+    or of the one that is most like it."""
+    return calibration.measured_here(device.name, _by_catalogue(device, num_threads))
+
+
+@cache
+def _by_catalogue(device: Device, num_threads: int) -> Rates:
     known = catalogue.shipped()
     if device.kind == "cpu":
         cpu = known["cpu"]

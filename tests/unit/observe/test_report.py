@@ -47,3 +47,12 @@ def test_report_survives_a_run_without_steps_or_with_a_loss_that_is_not_finite(t
 
 def test_smoothing_is_unbiased_at_the_start():
     assert report._smooth([4.0, 4.0, 4.0], window=10) == [4.0, 4.0, 4.0]
+
+
+def test_predictions_stand_beside_measurements(tmp_path):
+    memory = {name: {"predicted": 110 * 2**20, "measured": 100 * 2**20} for name in ("weights", "total")}
+    facts = {"memory": memory, "step_seconds": {"predicted": 0.96, "measured": 1.0}}
+    (run_folder(tmp_path) / "run.json").write_text(json.dumps(facts))
+    page = report.write(tmp_path).read_text()
+    for part in ("memory: weights", "110.0 MiB", "100.0 MiB", "+10.0%", "seconds of a step", "-4%"):
+        assert part in page

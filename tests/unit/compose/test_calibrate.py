@@ -1,0 +1,54 @@
+import dataclasses
+
+import pytest
+from typer.testing import CliRunner
+
+from stoker.cli.main import app
+from stoker.compose import calibrate
+from stoker.errors import ConfigError, OutputError
+from stoker.plan import calibration
+
+TINY = calibrate.Sizes(product=32, copy_mib=1, tokens=16, disk_mib=16, calls=20, collective_mib=1)
+
+
+@pytest.fixture(autouse=True)
+def machine_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibrate.Sizes, "of", classmethod(lambda cls, kind: TINY))
+
+
+def test_the_command_measures_keeps_and_the_plan_says_so(tmp_path):
+    result = CliRunner().invoke(app, ["doctor", "--calibrate", "--folder", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    for name in ("products in fp32", "attention", "memory", "a launch", "disk"):
+        assert f"  {name}" in result.output
+    here = calibrate.probe()
+    device = here.first("cuda") or here.first("cpu")
+    found = calibration.load(device.name)
+    assert all(rate > 0 for rate in (*found.products.values(), found.copy, found.attention, found.disk_read))
+    assert found.versions["torch"]
+    assert not list(tmp_path.glob(".stoker-disk*"))
+    planned = CliRunner().invoke(app, ["plan", "examples/quickstart.yaml", "--here"])
+    assert f"Efficiencies: {found.source}." in planned.output
+    assert "calibration-" in CliRunner().invoke(app, ["doctor"]).output.replace("\n", "")
+
+
+def test_a_disk_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"file/below cannot be measured"):
+        calibrate.calibrate(tmp_path / "file" / "below", sizes=TINY, say=lambda _: None)
+
+
+def test_gpus_without_calibrate_are_refused():
+    with pytest.raises(ConfigError, match="--calibrate"):
+        raise CliRunner().invoke(app, ["doctor", "--gpus", "2"]).exception
+
+
+@pytest.mark.slow
+def test_collectives_are_measured_over_processes(tmp_path):
+    lines = []
+    found = calibrate.calibrate(tmp_path, num_gpus=2, sizes=TINY, say=lines.append)
+    assert found.collectives["2"]["bus_bytes_per_second"] > 0
+    assert any("collectives over 2" in line for line in lines)
+    calibration.save(found)
+    assert dataclasses.asdict(calibration.load(found.device)) == dataclasses.asdict(found)
