@@ -113,7 +113,8 @@ def _products(machine: Device, device: "torch.device", sizes: Sizes, say: Say) -
         found[name] = 2 * size**3 / _sustained(lambda a=left, b=right: a @ b, device)
         say(f"  products in {name:<5} {found[name] / 1e12:10,.2f} TFLOP/s")
     torch.set_float32_matmul_precision(before)
-    if machine.kind == "cuda" and (machine.compute_capability or (0, 0)) >= (8, 9):
+    capability = machine.compute_capability
+    if machine.kind == "cuda" and capability is not None and capability >= (8, 9):
         found["fp8"] = _fp8(device, sizes.product)
         say(f"  products in fp8   {found['fp8'] / 1e12:10,.2f} TFLOP/s")
     return found
