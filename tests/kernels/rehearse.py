@@ -43,6 +43,11 @@ MIXTURE = {
 class Driver:
     """What Triton asks of a driver before a launch."""
 
+    launchers = []
+
+    def launcher_cls(self, source, metadata):
+        self.launchers.append((source.name, threading.current_thread() is threading.main_thread()))
+
     def get_current_device(self):
         return 0
 
@@ -93,7 +98,15 @@ if sys.argv[1] == "launch":
             thread.join()
         found.append(rms_norm.launch_forward(x, None, weight, 1e-6))
     assert len(found) == 2
-    print(json.dumps({"compiled": compiled(), "restored": all("run" not in vars(kernel) for kernel in KERNELS)}))
+    print(
+        json.dumps(
+            {
+                "compiled": compiled(),
+                "launchers": Driver.launchers,
+                "restored": all("run" not in vars(kernel) for kernel in KERNELS),
+            }
+        )
+    )
     # An index that only a kernel gives must not lead out of a tensor: on a GPU that would be the end of the process.
     for model_type in ("qwen3_moe", "gpt_oss"):
         with nothing_runs():

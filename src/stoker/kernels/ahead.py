@@ -4,18 +4,21 @@ Triton compiles a kernel when it is first launched, one after the other: some th
 core. A rehearsal runs a step in which a launch only asks for its kernel, which threads compile (most of the compiler
 runs without Python's lock), while libraries of matrix products and attention choose and load what they need. What a
 kernel would have written is left as it was, so that all results of a rehearsal are meaningless.
+
+Before 3.7 Triton also has the C compiler build what launches a kernel, a quarter of a second each, one after the other
+at first launches: the same threads build those, into Triton's cache on disk.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from stoker.kernels.triton_support import KERNELS
+from stoker.kernels.triton_support import KERNELS, triton
 
 try:
     from triton.runtime import _async_compile as _triton_async_compile
@@ -67,7 +70,7 @@ def compiling_ahead() -> Iterator[Asked]:
     kernels = [kernel for kernel in KERNELS if hasattr(kernel, "device_caches")]
     # Entered here, the mode's mark is this thread's alone, but autograd launches from threads of its own.
     asked = Asked(num_threads=min(MAX_THREADS, os.cpu_count() or 1))
-    with ThreadPoolExecutor(asked.num_threads) as pool, asynchronous.AsyncCompileMode(pool) as mode:
+    with ThreadPoolExecutor(asked.num_threads) as pool, asynchronous.AsyncCompileMode(_Compilers(pool)) as mode:
         try:
             _state.is_active = True
             for kernel in kernels:
@@ -78,6 +81,24 @@ def compiling_ahead() -> Iterator[Asked]:
             asked.num_kernels = len(mode.future_kernels)
             for kernel in kernels:
                 del kernel.run  # that of the instance, which hides its class's
+
+
+class _Compilers:
+    """What Triton hands its compilations to: threads, which then have built what launches the kernel."""
+
+    def __init__(self, pool: Executor) -> None:
+        self._pool = pool
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:
+        """Returns the kernel that will be there."""
+        return self._pool.submit(_with_launcher, compile_kernel)
+
+
+def _with_launcher(compile_kernel: Callable[[], Any]) -> Any:
+    kernel = compile_kernel()
+    # Its first launch makes it again, from the cache: loading needs the device, which this thread does not know.
+    triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+    return kernel
 
 
 def _asking(run: Callable[..., Any], mode: Any) -> Callable[..., Any]:
