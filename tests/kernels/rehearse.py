@@ -43,7 +43,8 @@ MIXTURE = {
 class Driver:
     """What Triton asks of a driver before a launch."""
 
-    launchers = []
+    def __init__(self):
+        self.launchers = []
 
     def launcher_cls(self, source, metadata):
         self.launchers.append((source.name, threading.current_thread() is threading.main_thread()))
@@ -87,7 +88,7 @@ def nothing_runs():
 
 ids = torch.arange(32).view(2, 16)
 batch = Batch(ids, ids.roll(-1, 1), None, ids.numel(), ids.numel())
-triton.runtime.driver.set_active(Driver())
+triton.runtime.driver.set_active(driver := Driver())
 assert can_compile_ahead()
 if sys.argv[1] == "launch":
     x, weight, found = torch.randn(4, 64), torch.ones(64), []
@@ -102,7 +103,7 @@ if sys.argv[1] == "launch":
         json.dumps(
             {
                 "compiled": compiled(),
-                "launchers": Driver.launchers,
+                "launchers": driver.launchers,
                 "restored": all("run" not in vars(kernel) for kernel in KERNELS),
             }
         )
