@@ -24,7 +24,7 @@ from stoker.config.document import dotted
         ("data.train.0.pth=x", "data.train[0].pth is not a setting. Did you mean path?"),
         ("train.gradient_accumulation_steps=4", f"train.gradient_accumulation_steps is not a setting. {foreign.NOT_A_SETTING['gradient_accumulation_steps']}"),
         ("engine.sequence_length=4", "engine.sequence_length is not a setting. It belongs elsewhere: data.sequence_length."),
-        ("output.xyzzy=4", "output.xyzzy is not a setting. What output may hold: folder, save_every_steps, save_every_epochs, keep_last, keep_best, trackers, wandb, hub_model_id, hub_revision, resume, questions."),
+        ("output.xyzzy=4", "output.xyzzy is not a setting. What output may hold: folder, save_every_steps, save_every_epochs, keep_last, save_in_background, keep_best, trackers, wandb, hub_model_id, hub_revision, resume, questions."),
         ("data.train.0.fields={content: 1}", 'data.train[0].fields.content = 1: must be text or null. Quote it: "1".'),
         ("train.learning_rate=.inf", "train.learning_rate = inf: must be a number above 0."),
     ],

@@ -6,9 +6,11 @@ Members of `fsdp_config` come with FSDP 1's prefix or without it; `fsdp` may be 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from stoker.config.axolotl import optimizer
 from stoker.config.axolotl.outcome import Outcome, Reading, UnreadableError
 from stoker.config.axolotl.values import advice, flag, text, whole
 from stoker.config.document import Path
+from stoker.config.rules import SHARED_OPTIMIZERS
 
 _STRATEGY: Path = ("engine", "strategy")
 _SECTION: Path = ("engine", "fsdp2")
@@ -34,7 +36,7 @@ def words(reading: Reading) -> Outcome:
     """`fsdp`: a list of words, one text of them, or true."""
     value = reading.value
     if isinstance(value, bool):
-        return _shared({}) if value else Outcome("no effect", "off, as it is here")
+        return _shared(reading, {}) if value else Outcome("no effect", "off, as it is here")
     found = [text(word) for word in value] if isinstance(value, list) else text(value).split()
     settings: dict[Path, Any] = {}
     for word in found:
@@ -45,10 +47,10 @@ def words(reading: Reading) -> Outcome:
             known = [known.lower() for known in (*_STRATEGIES, *_OTHER_WORDS)]
             raise UnreadableError(f"{word!r} is no word of FSDP's.", advice(word, known))
     if settings.get(_STRATEGY) == "ddp":
-        return _shared(settings)
+        return _shared(reading, settings)
     if any(word.upper() == "OFFLOAD" for word in found):
         settings[*_SECTION, "offload"] = "cpu"
-    return _shared(settings, _HYBRID_NOTE if any(_HYBRID in word.upper() for word in found) else "")
+    return _shared(reading, settings, _HYBRID_NOTE if any(_HYBRID in word.upper() for word in found) else "")
 
 
 def version(reading: Reading) -> Outcome:
@@ -67,6 +69,8 @@ def member(reading: Reading) -> Outcome:
 def replicas(reading: Reading) -> Mapping[Path, Any]:
     """Returns the settings of `dp_replicate_size` and `dp_shard_size`, beside what they do to the batch."""
     size = whole(reading.value)
+    if _steps_whole(reading):
+        return {}
     if str(reading.path[-1]) == "dp_shard_size":
         return {_STRATEGY: "fsdp2"} if size > 1 else {}
     is_shared = whole(reading.other("dp_shard_size") or 1) > 1 or bool(reading.other("fsdp_config"))
@@ -78,8 +82,18 @@ def _of_strategy(name: str) -> dict[Path, Any]:
     return {_STRATEGY: "ddp"} if reshards is None else {(*_SECTION, "reshard_after_forward"): reshards}
 
 
-def _shared(settings: Mapping[Path, Any], note: str = "") -> Outcome:
+def _steps_whole(reading: Reading) -> str:
+    """The file's optimiser, if it cannot step parts of matrices, which is all that a process has under fsdp2; or ""."""
+    kind = optimizer.kind(reading.whole)
+    return "" if kind in SHARED_OPTIMIZERS else kind
+
+
+def _shared(reading: Reading, settings: Mapping[Path, Any], note: str = "") -> Outcome:
     settings = {_STRATEGY: "fsdp2", **settings}
+    kind = _steps_whole(reading)
+    if kind and settings[_STRATEGY] == "fsdp2":
+        why = f"fsdp2 holds parts of matrices, which {kind} steps whole; engine.strategy stays auto"
+        return Outcome("no effect", f"{why}, which is ddp on several GPUs. For fsdp2 use adamw_torch_fused")
     shown = ", ".join(f"{'.'.join(map(str, path))}: {_yaml(value)}" for path, value in settings.items())
     return Outcome("honoured", f"{shown}{'; ' if note else ''}{note}", settings, note)
 
@@ -95,17 +109,17 @@ def _strategy(reading: Reading) -> Outcome:
     name = text(value).upper()
     if name not in _STRATEGIES:
         raise UnreadableError("it is no sharding strategy.", _advice(name, _STRATEGIES))
-    return _shared(_of_strategy(name), _HYBRID_NOTE if _HYBRID in name else "")
+    return _shared(reading, _of_strategy(name), _HYBRID_NOTE if _HYBRID in name else "")
 
 
 def _reshard(reading: Reading) -> Outcome:
     if isinstance(reading.value, str) and reading.value.upper() in _STRATEGIES:
         return _strategy(reading)
-    return _shared({(*_SECTION, "reshard_after_forward"): flag(reading.value)})
+    return _shared(reading, {(*_SECTION, "reshard_after_forward"): flag(reading.value)})
 
 
 def _offload(reading: Reading) -> Outcome:
-    return _shared({(*_SECTION, "offload"): "cpu" if flag(reading.value) else "none"})
+    return _shared(reading, {(*_SECTION, "offload"): "cpu" if flag(reading.value) else "none"})
 
 
 def _one_of(known: tuple[str, ...], why: str) -> Callable[[Reading], Outcome]:
