@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from docs import from_axolotl, plan_anchors
+from docs import choosing, from_axolotl, plan_anchors
 
 from stoker.arch import support
 from stoker.cli.init import Answers, starter
@@ -25,6 +25,7 @@ FROM_AXOLOTL = ROOT / "docs" / "from_axolotl.md"
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 PLAN = ROOT / "docs" / "plan.md"
+CHOOSING = ROOT / "docs" / "choosing.md"
 MAIN_JOB = ROOT / "benchmarks" / "results" / "main_job.json"
 SINGLE_GPU = ROOT / "benchmarks" / "results" / "single_gpu.json"
 ARCHITECTURES = ROOT / "benchmarks" / "results" / "architectures.json"
@@ -184,6 +185,11 @@ def plan_page() -> str:
     return _with_tables(PLAN, {"anchors": plan_anchors.tables() + "\n"})
 
 
+def choosing_page() -> str:
+    """Returns the page on which engine to take with its YAMLs and plans renewed."""
+    return _with_tables(CHOOSING, choosing.blocks())
+
+
 def _with_tables(page: Path, tables: dict[str, str]) -> str:
     text = page.read_text(encoding="utf-8")
     for name, table in tables.items():
@@ -273,6 +279,7 @@ def main() -> int:
         README: readme,
         BENCHMARKS: benchmarks_page,
         PLAN: plan_page,
+        CHOOSING: choosing_page,
     }
     drifted = [path for path, text in pages.items() if not _is_same(path, text())]
     for path in drifted:

@@ -8,7 +8,7 @@ from stoker.builtin import is_builtin, resolve_model, resolve_rows
 from stoker.config.load import load
 
 FOLDER = Path(__file__).parents[2] / "examples"
-EXAMPLES = sorted([*FOLDER.glob("*.yaml"), *FOLDER.glob("models/*.yaml")])
+EXAMPLES = sorted([*FOLDER.glob("*.yaml"), *FOLDER.glob("models/*.yaml"), *FOLDER.glob("choosing/*.yaml")])
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

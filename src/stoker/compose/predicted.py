@@ -55,11 +55,17 @@ def _bytes(decoder: "Model", device: str) -> int:
 
 
 def step_seconds(
-    config: RunConfig, spec: AnySpec, plan: Plan, records: Sequence[Mapping[str, Any]], lengths: Iterable[int]
+    config: RunConfig,
+    spec: AnySpec,
+    plan: Plan,
+    records: Sequence[Mapping[str, Any]],
+    lengths: Iterable[int],
+    *,
+    rows_a_step: int | None = None,
 ) -> dict[str, float]:
     """Returns the predicted and the median measured seconds of a step; nothing for a run too short to tell.
 
-    What was predicted is for rows as they came: `records` (of metrics.jsonl) say how full they were, `lengths` how long
+    `config` has the rows of one process; `rows_a_step`: those of all, which `records` count (None: there is one). What was predicted is for rows as they came: `records` (of metrics.jsonl) say how full they were, `lengths` how long
     documents are.
     """
     steps = [one for one in records if "loss" in one and "padding_share" in one and one["num_tokens"]]
@@ -69,7 +75,7 @@ def step_seconds(
     tokens = sum(one["num_tokens"] for one in steps)
     positions = sum(one["num_tokens"] / (1.0 - one["padding_share"]) for one in steps)
     trained = sum(one["num_trained_tokens"] for one in steps)
-    rows = config.train.batch_size * len(steps)
+    rows = (rows_a_step or config.train.batch_size) * len(steps)
     each = [int(one) for one in lengths]
     felt = sum(one * one for one in each) / sum(each) if sum(each) else tokens / rows
     work = speed.Rows(positions / rows, min(felt, positions / rows), trained / positions)

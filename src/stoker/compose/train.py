@@ -312,7 +312,14 @@ def _run(
     memory = predicted.memory(plan, model.decoder, engine)
     documents = data.train.lengths if data.windows is None else ()
     mine = parallel.share_of_one(config, ranks.world_size)
-    seconds = predicted.step_seconds(mine, model.base.spec, plan, read_metrics(folder.metrics), documents)
+    seconds = predicted.step_seconds(
+        mine,
+        model.base.spec,
+        plan,
+        read_metrics(folder.metrics),
+        documents,
+        rows_a_step=config.train.batch_size,
+    )
     notes.add(
         outcome=result.reason,
         finished=now(),
