@@ -65,8 +65,9 @@ def step_seconds(
 ) -> dict[str, float]:
     """Returns the predicted and the median measured seconds of a step; nothing for a run too short to tell.
 
-    `config` has the rows of one process; `rows_a_step`: those of all, which `records` count (None: there is one). What was predicted is for rows as they came: `records` (of metrics.jsonl) say how full they were, `lengths` how long
-    documents are.
+    What was predicted is for rows as they came: `records` (of metrics.jsonl) say how full they were, `lengths` how long
+    documents are. `config` has the rows of one process; `rows_a_step`: those of all, which `records` count (None: there
+    is one).
     """
     steps = [one for one in records if "loss" in one and "padding_share" in one and one["num_tokens"]]
     steps = steps[_FIRST_STEPS:] if len(steps) > 2 * _FIRST_STEPS else steps[1:]
