@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from stoker.adapters.fused_block import fuse_blocks
 from stoker.adapters.lora import add_lora
 from stoker.adapters.merge import merge_into
 from stoker.arch.families import read
@@ -127,11 +128,14 @@ def test_our_configuration_names_the_layers_that_pefts_does(ours, theirs, tmp_pa
     assert sorted(summary.names) == sorted(model.base_model.targeted_module_names)
 
 
+@pytest.mark.parametrize("keep", [None, "all", "input"], ids=["op by op", "fused, all kept", "fused, input kept"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_training_with_adamw_gives_pefts_losses_and_weights(ours, theirs, ids, tmp_path, folder, variant):
+def test_training_with_adamw_gives_pefts_losses_and_weights(ours, theirs, ids, tmp_path, folder, variant, keep):
     add_lora(ours, rank=3, alpha=5, targets="all-linear", **VARIANTS[variant])
     perturb(ours)
     adapter.save(ours, tmp_path / "start", base_name=str(folder))
+    if keep is not None:
+        fuse_blocks(ours, keep=keep, implementation="reference")
     model = PeftModel.from_pretrained(theirs, tmp_path / "start", is_trainable=True)
 
     def train(module, logits):

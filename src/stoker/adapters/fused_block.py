@@ -65,7 +65,7 @@ class FusedBlock(Block):
 def why_not_fused(model: nn.Module) -> str | None:
     """Returns what keeps every layer of `model` from the layer kernel (None: some can run through it).
 
-    That is DoRA, or the shape of the layers themselves.
+    That is the shape of the layers themselves.
     """
     reasons = [_why_not(block) for block in cast("nn.ModuleList", model.blocks)]
     return reasons[0] if reasons and all(reasons) else None
@@ -73,9 +73,6 @@ def why_not_fused(model: nn.Module) -> str | None:
 
 def _why_not(block: nn.Module) -> str | None:
     """Returns what of the layer the kernel cannot run, or None."""
-    for module in block.modules():
-        if isinstance(module, LoraLinear) and module.settings.dora:
-            return "DoRA scales the rows of the sum of weight and update"
     return None if _is_llama(block) else "layers that are not shaped as Llama's"
 
 
@@ -169,4 +166,6 @@ def _projection(layer: nn.Module) -> Projection:
     slices = tuple(base.slices[part] for part in adapter.parts)
     rate = adapter.settings.dropout if adapter.training else 0.0
     seed = draw_seed() if rate > 0.0 else 0
-    return Projection(weight, base.bias, adapter.lora_a, adapter.lora_b, adapter.settings.scaling, slices, rate, seed)
+    scale = None if adapter.magnitude is None else adapter.dora_scale()
+    low_rank = (adapter.lora_a, adapter.lora_b, adapter.settings.scaling, slices)
+    return Projection(weight, base.bias, *low_rank, rate, seed, scale)

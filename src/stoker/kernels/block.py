@@ -14,7 +14,8 @@ channels, F the feed-forward's width; rows of statistics and LoRA's N r products
     "attention"   attended and its statistics                  2N HE              norms, qkv, rotation, out, gate_up
     "input"       nothing                                      0                  the same and attention
 
-Where heads are normed, the first two rungs keep q, k and v as the projection gave them instead, and turn them again.
+Where heads are normed, or DoRA scales them, the first two rungs keep q, k and v as the projection gave them instead,
+and turn them again. With DoRA the backward runs `out` and `down` again for the gradient of their magnitudes.
 
 No rung runs `down` or the activation again for their own sake: the backward reads only what goes into them, and
 the activation's backward writes it on the way. Every tensor of the result is the same bit for bit on all rungs, as
@@ -43,6 +44,9 @@ from stoker.kernels.projection import (
     grad_a,
     grad_input,
     grad_product,
+    grad_scale,
+    grad_scale_of_input,
+    grad_unscaled,
     product_of,
     project,
     project_onto,
@@ -104,7 +108,8 @@ def block(
         layout = layout._replace(options=replace(options, keep="input", offload=None))
     with torch.autocast(device, enabled=False):
         norms = (weights.attention_norm, weights.feed_forward_norm, weights.q_norm, weights.k_norm)
-        return _Block.apply(x, cos, sin, layout, *norms, *tensors)
+        scales = tuple(projection.scale for projection in projections)
+        return _Block.apply(x, cos, sin, layout, *norms, *scales, *tensors)
 
 
 class _Fixed(NamedTuple):
@@ -125,7 +130,9 @@ class _Layout(NamedTuple):
     document_lengths: DocumentLengths | None
 
 
-def _projections(layout: _Layout, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Projection]:
+def _projections(
+    layout: _Layout, scales: Sequence[Tensor | None], tensors: Sequence[Tensor | None], dtype: torch.dtype
+) -> list[Projection]:
     """The four projections with their tensors, which are cast to the working dtype."""
     result = []
     for index, fixed in enumerate(layout.projections):
@@ -133,7 +140,7 @@ def _projections(layout: _Layout, tensors: Sequence[Tensor | None], dtype: torch
         matrix = fixed.weight if weight is None else weight
         if matrix is None:
             raise ValueError("a projection has no weight")
-        result.append(Projection(matrix, bias, a, b, *fixed[1:]))
+        result.append(Projection(matrix, bias, a, b, *fixed[1:], scales[index]))
     return result
 
 
@@ -187,24 +194,26 @@ class _Block(torch.autograd.Function):
         k_norm: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        """x: [B, T, D]; tensors: weight, bias, a and b of each projection."""
+        """x: [B, T, D]; tensors: the scale of each projection, then weight, bias, a and b of each."""
+        scales, tensors = tensors[:4], tensors[4:]
         options = layout.options
         dtypes = [None if t is None else t.dtype for t in tensors]
         tensors = _narrowed(tensors, x.dtype)
-        projections = _projections(layout, tensors, x.dtype)
+        projections = _projections(layout, scales, tensors, x.dtype)
         rows = as_rows(x)
         normed, rstd_x = _norm(rows, attention_norm, options.epsilons[0], options.implementation)
         turn = _Turn(options, (cos, sin), q_norm, k_norm)
         qkv, product_qkv = project(projections[0], normed, Piece(options.implementation))
         qkv = qkv.view(*x.shape[:2], -1)
         heads = _to_heads(layout, turn(qkv))
-        kept_qkv = qkv if turn.norms and options.keep in ("all", "mixer") else None
+        keeps_qkv = turn.norms or scales[0] is not None
+        kept_qkv = qkv if keeps_qkv and options.keep in ("all", "mixer") else None
         del qkv
         attended = None
         if options.keep == "input":
             values = _attend(layout)(*heads)
         else:
-            forget = options.keep == "attention" or turn.norms
+            forget = options.keep == "attention" or keeps_qkv
             attended = KeptAttention(_attend(layout), heads, forget=forget, offload=options.offload)
             values = attended.values()
         out, values = projections[1], _to_rows(layout, values)
@@ -221,9 +230,13 @@ class _Block(torch.autograd.Function):
         away, held = _put_away((x, kept_qkv), options.offload)
         norms = (attention_norm, feed_forward_norm, q_norm, k_norm)
         ctx.layout, ctx.ran, ctx.away = layout, False, away
-        ctx.dtypes = (*(None if norm is None else norm.dtype for norm in norms), *dtypes)
+        ctx.dtypes = (
+            *(None if norm is None else norm.dtype for norm in norms),
+            *(None if scale is None else scale.dtype for scale in scales),
+            *dtypes,
+        )
         kept = (kept_mid, kept_gate_up, rstd_x, rstd_mid, *products)
-        ctx.save_for_backward(*held, cos, sin, *norms, *kept, *tensors)
+        ctx.save_for_backward(*held, cos, sin, *norms, *scales, *kept, *tensors)
         return output.view(x.shape)
 
     @staticmethod
@@ -235,19 +248,19 @@ class _Block(torch.autograd.Function):
             raise RuntimeError("block: its backward ran already, and what it needs was overwritten")
         ctx.ran = True
         x, qkv, cos, sin, *rest = ctx.saved_tensors
-        norms, kept, tensors = rest[:4], rest[4:12], rest[12:]
+        norms, scales, kept, tensors = rest[:4], rest[4:8], rest[8:16], rest[16:]
         offload = ctx.layout.options.offload
         x, qkv = (
             held if handle is None else offload.fetch(handle) for held, handle in zip((x, qkv), ctx.away, strict=True)
         )
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
-        run = _Backward(ctx.layout, norms, tensors, needs, x, (cos, sin))
+        run = _Backward(ctx.layout, norms, scales, tensors, needs, x, (cos, sin))
         attended, ctx.attended = ctx.attended, None
         grad_x = run(grads[0], attended, _Kept(kept[0], kept[1], (kept[2], kept[3]), tuple(kept[4:]), qkv))
         for handle in ctx.away:
             if handle is not None:
                 offload.release(handle)
-        pairs = zip((*run.norm_grads, *run.grads), ctx.dtypes, strict=True)
+        pairs = zip((*run.norm_grads, *run.scale_grads, *run.grads), ctx.dtypes, strict=True)
         return grad_x, None, None, None, *(None if g is None or d is None else g.to(d) for g, d in pairs)
 
 
@@ -258,6 +271,7 @@ class _Backward:
         self,
         layout: _Layout,
         norms: Sequence[Tensor | None],
+        scales: Sequence[Tensor | None],
         tensors: Sequence[Tensor | None],
         needs: Sequence[bool],
         x: Tensor,
@@ -266,8 +280,9 @@ class _Backward:
         self.layout, self.x = layout, x
         self.norms = [norm for norm in norms[:2] if norm is not None]
         self.turn = _Turn(layout.options, tables, *norms[2:])
-        self.needs_x, self.needs_norms, self.needs = needs[0], needs[1:5], needs[5:]
-        self.projections = _projections(layout, tensors, x.dtype)
+        self.needs_x, self.needs_norms, self.needs = needs[0], needs[1:5], needs[9:]
+        self.projections = _projections(layout, scales, tensors, x.dtype)
+        self.scale_grads: list[Tensor | None] = [None] * len(scales)
         self.norm_grads: list[Tensor | None] = [None, None, None, None]
         self.grads: list[Tensor | None] = [None] * len(tensors)
 
@@ -298,8 +313,11 @@ class _Backward:
         grad_heads = self._grad_heads(attended, grad_attended.view(*self.x.shape[:2], -1), heads)
         del heads, attended, grad_attended
         grad_qkv, *self.norm_grads[2:] = self.turn.backward(grad_heads, before, needs_weights=any(self.needs_norms[2:]))
-        del before, grad_heads
         grad_qkv = grad_qkv.flatten(0, 1)
+        if before is not None:
+            self._add_scale(0, grad_scale(qkv, grad_qkv, before.flatten(0, 1)))
+        del before, grad_heads
+        grad_qkv = grad_unscaled(qkv, grad_qkv)
         grads = grad_product(qkv, grad_qkv, kept.products[0], implementation=options.implementation)
         piece = Piece(options.implementation)
         # Only a weight that is trained, or dropout, reads the normed rows themselves.
@@ -327,7 +345,9 @@ class _Backward:
             piece = Piece(self.layout.options.implementation)
             before, _ = project(self.projections[0], normed, piece, product=kept.products[0])
             before = before.view(*self.x.shape[:2], -1)
-        return _to_heads(self.layout, self.turn(before)), before if self.turn.norms else None
+        return _to_heads(self.layout, self.turn(before)), before if self.turn.norms or self.projections[
+            0
+        ].scale is not None else None
 
     def _norm(self, rows: Tensor, index: int) -> tuple[Tensor, Tensor]:
         options = self.layout.options
@@ -370,15 +390,22 @@ class _Backward:
             values, _ = project(gate_up, normed, piece, product=product)
         if values is None:
             raise RuntimeError("block: neither gate_up's output nor what makes it was kept")
-        grad_down, grad_b = grad_product(down, grad, product_down, implementation=implementation)
+        grad_output = grad_unscaled(down, grad)
+        grad_down, grad_b = grad_product(down, grad_output, product_down, implementation=implementation)
         self._add(4 * 3 + 3, grad_b)
-        grad_activated = grad_input(down, grad, grad_down, piece)
+        grad_activated = grad_input(down, grad_output, grad_down, piece)
+        # The activation's backward writes over its input, which DoRA's reads afterwards.
+        before = values.clone() if gate_up.scale is not None else None
         grad_gate_up, activated = glu.gated_backward(
             values, grad_activated, activation=self.layout.options.activation, implementation=implementation
         )
-        self._weight_grads(3, grad, activated, grad_down, piece)
+        self._add_scale(3, grad_scale_of_input(down, grad, activated, product_down, piece))
+        if before is not None:
+            self._add_scale(2, grad_scale(gate_up, grad_gate_up, before))
+        grad_gate_up = grad_unscaled(gate_up, grad_gate_up)
+        self._weight_grads(3, grad_output, activated, grad_down, piece)
         grads = grad_product(gate_up, grad_gate_up, product, implementation=implementation)
-        del grad_activated, activated
+        del grad_activated, activated, before, grad_output
         self._grads_after_norm(2, grad_gate_up, grads, _Normed(mid, rstd, normed), piece)
         del normed
         return self._norm_backward(1, grad_input(gate_up, grad_gate_up, grads[0], piece), mid, rstd, grad)
@@ -411,6 +438,8 @@ class _Backward:
     def _projection(self, index: int, grad: Tensor, x: Tensor, product: Tensor | None) -> Tensor:
         """Gradient of a projection's input x [N, in], and the gradients of its tensors."""
         projection, piece = self.projections[index], Piece(self.layout.options.implementation)
+        self._add_scale(index, grad_scale_of_input(projection, grad, x, product, piece))
+        grad = grad_unscaled(projection, grad)
         grad_p, grad_b = grad_product(projection, grad, product, implementation=piece.implementation)
         self._add(4 * index + 3, grad_b)
         self._weight_grads(index, grad, x, grad_p, piece)
@@ -422,9 +451,15 @@ class _Backward:
         if self.needs[first] and x is not None:
             self._add(first, grad.t() @ x)
         if self.needs[first + 1]:
-            self._add(first + 1, grad.sum(0, dtype=torch.float32))
+            scale, total = self.projections[index].scale, grad.sum(0, dtype=torch.float32)
+            self._add(first + 1, total if scale is None else total / scale)
         if grad_p is not None and x is not None:
             self._add(first + 2, grad_a(self.projections[index], x, grad_p, piece))
+
+    def _add_scale(self, index: int, grad: Tensor | None) -> None:
+        """The same for a projection's scale, whose gradient is in fp32."""
+        before = self.scale_grads[index]
+        self.scale_grads[index] = grad if before is None or grad is None else before + grad
 
     def _add(self, index: int, grad: Tensor | None) -> None:
         """Adds to the gradient of a tensor: once, or once a tile."""

@@ -4,7 +4,12 @@
     dA_i = dP_iᵀ X'        dB_i = s dY_iᵀ P_i
 
 for each adapted part i, a slice of the output's columns (LoRA, arXiv:2106.09685); X' = drop(X), whose mask is made
-again from its seed wherever it is needed. `kernels/lora.py` is the same under autograd, for one layer on its own.
+again from its seed wherever it is needed. With a scale c of columns, as DoRA (arXiv:2402.09353) has it,
+
+    Y = c Z + bias,  Z = X Wᵀ + updates        dZ = c dY, in place of dY above        dc = Σ_n dY Z
+
+where Z is not kept: (Y - bias) / c where Y is at hand, or else the products again. `kernels/lora.py` is the same
+under autograd, for one layer on its own.
 """
 
 from __future__ import annotations
@@ -60,7 +65,8 @@ class Projection(NamedTuple):
     """A linear layer `[in]` to `[out]`, with low-rank updates of the rows in `slices` when `a` is there.
 
     `weight` `[out, in]`, `bias` `[out]` or None, `a` `[n r, in]`, `b` `[sum of the slices' sizes, r]`; `rate` and
-    `seed` of the dropout on what the updates read.
+    `seed` of the dropout on what the updates read; `scale` fp32 `[out]`, DoRA's magnitude / norm of each row of weight
+    and update, or None for ones.
     """
 
     weight: Tensor | FrozenMatrix
@@ -71,6 +77,12 @@ class Projection(NamedTuple):
     slices: tuple[slice, ...] = ()
     rate: float = 0.0
     seed: int = 0
+    scale: Tensor | None = None
+
+    @property
+    def unscaled(self) -> Projection:
+        """The layer that gives Z: without scale and bias."""
+        return self._replace(scale=None, bias=None)
 
 
 class Piece(NamedTuple):
@@ -108,6 +120,10 @@ def project(
     projection: Projection, x: Tensor, piece: Piece = WHOLE, *, product: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns (output [N, out], P [N, n r] or None without adapters) for x [N, in]; `product` is P if it is known."""
+    if projection.scale is not None:
+        output, product = project(projection.unscaled, x, piece, product=product)
+        torch.mul(output, projection.scale, out=output)
+        return output if projection.bias is None else output.add_(projection.bias), product
     product = product_of(projection, x, piece) if product is None else product
     if product is None:
         return project_base(projection, x), None
@@ -134,6 +150,8 @@ def project_onto(
     projection: Projection, x: Tensor, residual: Tensor, product: Tensor | None, *, implementation: str = "reference"
 ) -> Tensor:
     """Returns `residual` plus the layer's output [N, out], with `product` = P; for a layer of one part."""
+    if projection.scale is not None:
+        return project(projection, x, Piece(implementation), product=product)[0].add_(residual)
     if product is None or projection.b is None:
         return project_base(projection, x).add_(residual)
     b, scaling = projection.b, projection.scaling
@@ -228,3 +246,33 @@ def grad_input(projection: Projection, grad: Tensor, grad_product: Tensor | None
     if projection.rate == 0.0:
         return grad_x.addmm_(grad_product, projection.a)
     return _dropped(projection, grad_product @ projection.a, piece, onto=grad_x)
+
+
+def grad_unscaled(projection: Projection, grad: Tensor) -> Tensor:
+    """Returns dZ [N, out] from dY: a new tensor, or `grad` itself where the layer has no scale."""
+    if projection.scale is None:
+        return grad
+    return torch.mul(grad, projection.scale, out=torch.empty_like(grad))
+
+
+def grad_scale(projection: Projection, grad: Tensor, output: Tensor) -> Tensor | None:
+    """Returns dc [out], fp32, from dY and Y [N, out]; None without a scale.
+
+    A scale of exactly 0 leaves nothing of Z in Y: its gradient is 0, and its column stays as it is.
+    """
+    if projection.scale is None:
+        return None
+    total = (grad * output).sum(0, dtype=torch.float32)
+    if projection.bias is not None:
+        total -= grad.sum(0, dtype=torch.float32) * projection.bias
+    return torch.where(projection.scale == 0.0, 0.0, total / projection.scale)
+
+
+def grad_scale_of_input(
+    projection: Projection, grad: Tensor, x: Tensor, product: Tensor | None, piece: Piece = WHOLE
+) -> Tensor | None:
+    """Returns the same from the input X [N, in] and P, by the layer's products again."""
+    if projection.scale is None:
+        return None
+    unscaled, _ = project(projection.unscaled, x, piece, product=product)
+    return unscaled.mul_(grad).sum(0, dtype=torch.float32)

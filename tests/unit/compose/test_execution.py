@@ -153,7 +153,9 @@ def test_plan_and_layer_kernel_agree_on_what_runs_op_by_op(changes):
     adapter = parse(values).adapter
     model = native.build(SPEC)
     add_lora(model, rank=2, alpha=4, dropout=adapter.dropout, dora=adapter.kind == "dora")
-    assert bool(execution.why_op_by_op(adapter, SPEC)) == (why_not_fused(model) is not None)
+    assert why_not_fused(model) is None
+    # The layer kernel scales DoRA's rows, too; the plan does not count on it yet.
+    assert bool(execution.why_op_by_op(adapter, SPEC)) == (adapter.kind == "dora")
 
 
 @pytest.fixture
