@@ -15,6 +15,7 @@ from stoker.errors import ConfigError, ModelError
 if TYPE_CHECKING:
     from stoker.arch.borrowed import AnySpec
     from stoker.config.load import Loaded
+    from stoker.plan.advice import Case
     from stoker.plan.catalogue import CatalogueDevice
     from stoker.plan.efficiencies import Efficiencies
     from stoker.plan.survey import Offer, Request
@@ -58,6 +59,9 @@ def command(
     explain: Annotated[
         str | None, typer.Option(metavar="CATEGORY", help="A figure's formula with its numbers.")
     ] = None,
+    advice: Annotated[
+        bool, typer.Option("--advice", help="What others measured of methods, ranks, rates and epochs for such data.")
+    ] = False,
     show_all: Annotated[bool, typer.Option("--all", help="Show every candidate.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="PLAN.HTML", help="Write the charts to this page.")] = None,
@@ -118,11 +122,15 @@ def command(
     if html is not None:
         _write_page(html, survey_text.to_dict(request, offers, found))
     if json_output:
-        typer.echo(json.dumps(survey_text.to_dict(request, offers, found), indent=1, default=str))
+        facts = survey_text.to_dict(request, offers, found)
+        facts |= {"advice": _advice_as_json(request, devices)} if advice else {}
+        typer.echo(json.dumps(facts, indent=1, default=str))
     elif explain is not None:
         typer.echo(_explained(request, offers, found, explain))
     else:
-        _print(request, offers, found, model_note, show_all=show_all, only=devices[0].name if here else None)
+        told = ["", *_advice(request, devices)] if advice else []
+        only = devices[0].name if here else None
+        _print(request, offers, found, model_note, show_all=show_all, only=only, advice=told)
         if html is not None:
             typer.echo(f"Charts: {html}")
     if not any(one.fits for one in offers):
@@ -258,7 +266,14 @@ def _explained(request: "Request", offers: "Sequence[Offer]", found: "Verdict", 
 
 
 def _print(
-    request: "Request", offers: "Sequence[Offer]", found: "Verdict", note: str, *, show_all: bool, only: str | None
+    request: "Request",
+    offers: "Sequence[Offer]",
+    found: "Verdict",
+    note: str,
+    *,
+    show_all: bool,
+    only: str | None,
+    advice: "Sequence[str]",
 ) -> None:
     from stoker.arch import arithmetic
     from stoker.plan import scaling, survey_text, track_record
@@ -276,8 +291,31 @@ def _print(
         typer.echo(f"does not fit  {sentence}")
     typer.echo("")
     more = [] if found.best is None else scaling.lines(found.best, offers)
-    for sentence in [*more, *([""] if more else []), *survey_text.summary(request, found)]:
+    for sentence in [*more, *([""] if more else []), *survey_text.summary(request, found), *advice]:
         typer.echo(sentence)
+
+
+def _advice(request: "Request", devices: "Sequence[CatalogueDevice]") -> list[str]:
+    from stoker.plan import advice
+
+    return advice.lines(_case(request, devices))
+
+
+def _advice_as_json(request: "Request", devices: "Sequence[CatalogueDevice]") -> list[dict[str, object]]:
+    from dataclasses import asdict
+
+    from stoker.plan import advice
+
+    return [asdict(one) for one in advice.advise(_case(request, devices))]
+
+
+def _case(request: "Request", devices: "Sequence[CatalogueDevice]") -> "Case":
+    from stoker.plan import advice
+
+    largest = max((one.memory_bytes for one in devices if one.vendor != "cpu"), default=0)
+    rows = None if request.documents is None else request.documents.count
+    together = largest * request.nodes * request.per_node
+    return advice.case_of(request.config, request.spec, request.work(1), rows=rows, device_bytes=together)
 
 
 def _write_page(path: Path, survey: "Mapping[str, object]") -> None:

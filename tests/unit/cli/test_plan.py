@@ -159,9 +159,21 @@ def test_a_model_in_the_hubs_cache_is_read_from_there(write_run, tmp_path, monke
 def test_all_gpus_of_this_machine_are_planned_for(write_run, monkeypatch):
     from stoker.cli import plan as command
     from stoker.plan.catalogue import shipped
+    from stoker.plan.efficiencies import MEASURED
 
-    monkeypatch.setattr(command, "_this_machine", lambda known: ([shipped()["h100"]], 64 * 2**30))
+    monkeypatch.setattr(command, "_this_machine", lambda known: ([shipped()["h100"]], 64 * 2**30, MEASURED))
     monkeypatch.setattr(command, "_gpus_here", lambda: 4)
     run = write_run(extra="adapter: {}")
     values = json.loads(plan(run, "--here", "--methods", "lora", "--shape", "llama-3.1-8b", "--json").stdout)
     assert {offer["num_devices"] for offer in values["offers"]} == {1, 2, 4}
+
+
+def test_advice_is_given_when_asked_for_and_cites_its_sources(write_run):
+    run = write_run(base="meta-llama/Llama-3.1-8B", extra="adapter: {}")
+    asked = plan(run, "--gpu", "t4", "--advice", *ROWS).stdout
+    assert "nothing of it is applied" in asked
+    assert "QLoRA (model.quantization: nf4)" in asked
+    assert "[1] QLoRA, https://arxiv.org/abs/2305.14314" in asked
+    assert "Advice" not in plan(run, "--gpu", "t4", *ROWS).stdout
+    values = json.loads(plan(run, "--gpu", "h100", "--advice", "--json", *ROWS).stdout)
+    assert {one["question"] for one in values["advice"]} >= {"method", "rank", "learning rate", "epochs"}
