@@ -301,7 +301,7 @@ def _advice(request: "Request", devices: "Sequence[CatalogueDevice]") -> list[st
     return advice.lines(_case(request, devices))
 
 
-def _advice_as_json(request: "Request", devices: "Sequence[CatalogueDevice]") -> list[dict[str, object]]:
+def _advice_as_json(request: "Request", devices: "Sequence[CatalogueDevice]") -> "list[Mapping[str, object]]":
     from dataclasses import asdict
 
     from stoker.plan import advice
