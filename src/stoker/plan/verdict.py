@@ -12,6 +12,8 @@ from stoker.plan.survey import Offer, Request, hardware_of, offer, simplest, sta
 _QUANTISED_MUST_GAIN = 1.1
 # How much faster something must be to be worth a sentence.
 _WORTH_SAYING = 1.05
+# A price so many times today's is no answer to "what would change this".
+_NO_PRICE_GOES_SO_FAR = 10.0
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,16 @@ def verdict(request: Request, offers: Sequence[Offer]) -> Verdict:
         return Verdict(None, None, _why_none(request, fitting), "", ())
     ranked = sorted(_worth_it(request, eligible), key=lambda one: _score(request, one, eligible))
     best = ranked[0]
-    # Another device says more than another method on the same one, which `_changes` speaks of.
-    others = [one for one in ranked if one.device.key != best.device.key]
+    # Other devices, or another number, say more than another method on the same ones, which `_changes` speaks of.
+    others = [one for one in ranked if (one.device.key, one.num_devices) != (best.device.key, best.num_devices)]
     second = next(iter([*others, *ranked[1:]]), None)
+    rival = next((one for one in ranked if one.device.key != best.device.key), None)
     return Verdict(
         best,
         second,
         _because(request, eligible),
         "" if second is None else _lost(best, second),
-        tuple(_changes(request, best, second, fitting)),
+        tuple(_changes(request, best, rival, fitting)),
     )
 
 
@@ -130,19 +133,19 @@ def _lost(best: Offer, second: Offer) -> str:
     return f"{second.name} {time}" + (" and has no price here" if second.usd_per_step is None else "")
 
 
-def _changes(request: Request, best: Offer, second: Offer | None, fitting: Sequence[Offer]) -> list[str]:
-    """Sentences on what would make another answer right."""
+def _changes(request: Request, best: Offer, rival: Offer | None, fitting: Sequence[Offer]) -> list[str]:
+    """Sentences on what would make another answer right; `rival`: the best of another kind of device."""
     said = []
     if (more := _with_more_memory(request, best)) is not None:
         said.append(more)
-    if second is not None and best.usd_per_step and second.usd_per_step and request.budget_usd is None:
+    if rival is not None and best.usd_per_step and rival.usd_per_step and request.budget_usd is None:
         price = best.device.price
         assert price is not None
-        factor = _score(request, second, [best])[1] / _score(request, best, [best])[1]
-        if second.device.key != best.device.key:
+        factor = _score(request, rival, [best])[1] / _score(request, best, [best])[1]
+        if factor < _NO_PRICE_GOES_SO_FAR:
             here = f"here ${price.usd_per_hour:.2f}, {price.kind}, {price.date}"
             limit = f"above ${price.usd_per_hour * factor:.2f} an hour for each {best.device.name} ({here})"
-            said.append(f"{limit}, {second.name} would win")
+            said.append(f"{limit}, {rival.name} would win")
     same = [one for one in fitting if (one.device.key, one.num_devices) == (best.device.key, best.num_devices)]
     plain = next((one for one in same if one.method == "lora"), None)
     if best.method not in ("full", "lora") and plain is not None and plain.step and best.step:
