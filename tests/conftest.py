@@ -1,6 +1,8 @@
 """Choices that must be made before any test imports the package."""
 
+import atexit
 import os
+import shutil
 import signal
 import tempfile
 
@@ -15,3 +17,4 @@ if not torch.cuda.is_available():
 
 # What this machine has measured must not decide what tests see, nor tests what it keeps.
 os.environ["STOKER_CACHE"] = tempfile.mkdtemp(prefix="stoker-tests-")
+atexit.register(shutil.rmtree, os.environ["STOKER_CACHE"], ignore_errors=True)

@@ -156,7 +156,7 @@ def _attention(device: "torch.device", dtype: str, sizes: Sizes, say: Say) -> fl
     weight = torch.randn_like(q)
 
     def run() -> None:
-        torch.autograd.grad((attention(q, k, v) * weight).sum(), (q, k, v))
+        torch.autograd.grad(attention(q, k, v), (q, k, v), weight)
 
     pairs = rows * sizes.tokens * (sizes.tokens + 1) / 2
     # Two products forward and four backward of 2 * head_dim a pair (arXiv:2204.02311, appendix B).

@@ -81,7 +81,8 @@ def planned_processes(config: RunConfig, gpus: Sequence[Device]) -> tuple[int, s
             continue
         rows = speed.Rows(plan.row_tokens, plan.row_tokens)
         figures = rates.of(smallest)
-        found[count] = speed.step(mine, base.spec, plan, figures.device, rows=rows).seconds
+        step = speed.step(mine, base.spec, plan, figures.device, rows=rows, efficiencies=figures.efficiencies)
+        found[count] = step.seconds
     if not found:
         return 1, ""  # whose plan says what is missing
     fastest = min(found.values())

@@ -95,6 +95,8 @@ def remember(
     method = "full" if config.adapter is None else config.adapter.kind
     if plan.quantization != "none":
         method += f" on {plan.quantization}"
+    if plan.num_processes > 1:
+        method += f", {plan.strategy} over {plan.num_processes}"
     total = found["total"]
     one = track_record.Outcome(
         device=plan.device_name,
