@@ -102,9 +102,9 @@ def linear_cross_entropy(
     CUDA graph needs (the selection also waits for the GPU). Under autocast the matmuls run in its dtype.
     `implementation`: "reference" or "triton"; ValueError for an unknown one.
     """
-    setting = _setting(hidden, weight, chunk_tokens, ignore_index, options, check_implementation(implementation))
+    setting = make_setting(hidden, weight, chunk_tokens, ignore_index, options, check_implementation(implementation))
     setting = setting._replace(select_rows=select_rows)
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, setting, torch.is_grad_enabled())
+    return LinearCrossEntropy.apply(hidden, weight, bias, targets, setting, torch.is_grad_enabled())
 
 
 def token_log_probabilities(
@@ -126,11 +126,11 @@ def token_log_probabilities(
     """
     if options is not None and (options.label_smoothing or options.z_loss):
         raise ValueError("label_smoothing and z_loss change the loss, not the log-probabilities")
-    setting = _setting(hidden, weight, chunk_tokens, ignore_index, options, check_implementation(implementation))
+    setting = make_setting(hidden, weight, chunk_tokens, ignore_index, options, check_implementation(implementation))
     return _TokenLogProbabilities.apply(hidden, weight, bias, targets, setting, torch.is_grad_enabled())
 
 
-def _setting(  # noqa: PLR0917 - private, in the order of the public arguments
+def make_setting(  # noqa: PLR0917 - in the order of the public arguments
     hidden: Tensor,
     weight: Tensor,
     chunk_tokens: int | None,
@@ -138,6 +138,7 @@ def _setting(  # noqa: PLR0917 - private, in the order of the public arguments
     options: LossOptions | None,
     triton: bool,
 ) -> _Setting:
+    """Returns how the loss of these tensors runs; None for `chunk_tokens`: as many as fit the implementation's budget."""
     if chunk_tokens is None and triton:
         is_trained = weight.requires_grad and torch.is_grad_enabled()
         most = max(TRITON_CHUNK_BYTES, 2 * weight.numel()) if is_trained else TRITON_CHUNK_BYTES
@@ -153,7 +154,7 @@ def _working_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward, for the inputs that need them."""
 
     @staticmethod
