@@ -138,7 +138,7 @@ def make_setting(  # noqa: PLR0917 - in the order of the public arguments
     options: LossOptions | None,
     triton: bool,
 ) -> _Setting:
-    """Returns how the loss of these tensors runs; None for `chunk_tokens`: as many as fit the implementation's budget."""
+    """Returns how the loss of these tensors runs; `chunk_tokens` None: as many as fit the implementation's budget."""
     if chunk_tokens is None and triton:
         is_trained = weight.requires_grad and torch.is_grad_enabled()
         most = max(TRITON_CHUNK_BYTES, 2 * weight.numel()) if is_trained else TRITON_CHUNK_BYTES
