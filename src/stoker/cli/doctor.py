@@ -71,6 +71,7 @@ def _calibrate(folder: Path, gpus: int) -> None:
     from stoker.compose.calibrate import calibrate
     from stoker.plan import calibration
 
+    calibration.make_folder()  # before a minute is spent
     start = time.perf_counter()
     found = calibrate(folder, num_gpus=gpus, say=typer.echo)
     path = calibration.save(found)

@@ -64,13 +64,13 @@ def calibrate(where: Path, *, num_gpus: int = 1, sizes: Sizes | None = None, say
     sizes = sizes or Sizes.of(machine.kind)
     device = torch.device(machine.kind)
     say(f"measuring {machine.name}")
+    written, read = _disk(where, sizes, say)  # first: it is what can be refused
     products = _products(machine, device, sizes, say)
     dtype = "bf16" if machine.bf16 and machine.kind == "cuda" else "fp16" if machine.kind == "cuda" else "fp32"
     attention = _attention(device, dtype, sizes, say)
     copy = _copy(device, sizes, say)
     call = _call(device, sizes, say)
     to_device, to_host = _host_link(device, sizes, say)
-    written, read = _disk(where, sizes, say)
     collectives = {}
     if num_gpus > 1:
         from stoker.compose.collectives import measure

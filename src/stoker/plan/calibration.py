@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stoker.errors import OutputError
 from stoker.plan.efficiencies import Efficiencies
 from stoker.plan.links import LINK_SHARE
 
@@ -94,6 +95,17 @@ def folder() -> Path:
     return Path(os.environ.get("STOKER_CACHE") or "~/.cache/stoker/machine").expanduser()
 
 
+def make_folder() -> None:
+    """Makes the folder of what is known of this machine; raises OutputError where it cannot be written."""
+    path = folder()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be made: {error.strerror or error}.", fix="Name another folder by STOKER_CACHE."
+        ) from None
+
+
 def path_of(device: str) -> Path:
     """Returns the file of a device of this host."""
     name = re.sub(r"[^a-z0-9]+", "-", f"{platform.node()}-{device}".lower()).strip("-")
@@ -101,9 +113,13 @@ def path_of(device: str) -> Path:
 
 
 def save(one: Calibration) -> Path:
-    """Writes what was measured, in place of what was measured before, and returns the file."""
+    """Writes what was measured, in place of what was measured before, and returns the file.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
     path = path_of(one.device)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder()
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(asdict(one), indent=1), encoding="utf-8")
     beside.replace(path)
