@@ -127,6 +127,10 @@ _LIMA = Source(
 )
 
 
+def _count(number: float) -> str:
+    return f"{number / 1e6:,.1f} million" if number >= 1e6 else f"{number:,.0f}"
+
+
 def _full(case: Case) -> bool:
     return case.exceeds_adapters
 
@@ -164,8 +168,8 @@ RULES: tuple[Rule, ...] = (
         "rank",
         lambda case: True,
         lambda case: (
-            f"{case.rank}: {case.rank * case.values_per_rank / 1e6:,.0f} million values for "
-            f"{(case.tokens or 0) / 1e6:,.1f} million trained tokens"
+            f"{case.rank}: {_count(case.rank * case.values_per_rank)} values for "
+            f"{_count(case.tokens or 0)} trained tokens"
         ),
         (_CAPACITY,),
     ),

@@ -39,6 +39,15 @@ def test_a_disk_that_cannot_be_written_is_named(tmp_path):
         calibrate.calibrate(tmp_path / "file" / "below", sizes=TINY, say=lambda _: None)
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "file" / "below"))
+    result = CliRunner().invoke(app, ["doctor", "--calibrate", "--folder", str(tmp_path)])
+    assert isinstance(result.exception, OutputError)
+    assert "STOKER_CACHE" in str(result.exception)
+    assert "measuring" not in result.output
+
+
 def test_gpus_without_calibrate_are_refused():
     with pytest.raises(ConfigError, match="--calibrate"):
         raise CliRunner().invoke(app, ["doctor", "--gpus", "2"]).exception
