@@ -1,12 +1,14 @@
 import dataclasses
+import time
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from stoker.cli.main import app
 from stoker.compose import calibrate
 from stoker.errors import ConfigError, OutputError
-from stoker.plan import calibration
+from stoker.plan import calibration, catalogue
 
 TINY = calibrate.Sizes(product=32, copy_mib=1, tokens=16, disk_mib=16, calls=20, collective_mib=1)
 
@@ -61,3 +63,20 @@ def test_collectives_are_measured_over_processes(tmp_path):
     assert any("collectives over 2" in line for line in lines)
     calibration.save(found)
     assert dataclasses.asdict(calibration.load(found.device)) == dataclasses.asdict(found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_is_measured_in_a_minute_at_figures_that_its_maker_allows(tmp_path, monkeypatch):
+    monkeypatch.undo()  # real sizes
+    device = calibrate.probe().first("cuda")
+    start = time.perf_counter()
+    found = calibrate.calibrate(tmp_path, say=lambda _: None)
+    assert time.perf_counter() - start < 60
+    known = catalogue.by_name(device.name, catalogue.shipped())
+    if known is None:
+        pytest.skip(f"{device.name} is not in the catalogue")
+    for dtype in ("bf16" if known.bf16 else "fp16",):
+        assert 0.3 * known.rates[dtype] < found.products[dtype] < 1.05 * known.rates[dtype]
+    assert 0.5 * known.bandwidth < found.copy < 1.05 * known.bandwidth
+    assert 0 < found.attention < found.products[found.attention_dtype]
