@@ -90,7 +90,10 @@ def test_usual_files_train(tmp_path, tiny_model, tiny_mixture, name):
     path = tmp_path / "their.yml"
     model = tiny_mixture if "Mixtral" in CASES[name]["base_model"] else tiny_model
     path.write_text(yaml.safe_dump(swapped(CASES[name], tmp_path, model), sort_keys=False))
-    loaded = load_with_origins(path, ["engine.device=cpu", "engine.num_threads=1", "output.trackers=[]"])
+    overrides = ["engine.device=cpu", "engine.num_threads=1", "output.trackers=[]"]
+    if CASES[name].get("context_parallel_size"):
+        overrides.append("engine.context_parallel=1")  # one process has nobody to share rows with
+    loaded = load_with_origins(path, overrides)
 
     result = train(loaded, console=Console(file=io.StringIO()))
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100_000_000
+"""Bytes; the format allows no more."""
 _SINGLE = "model.safetensors"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _AGAIN = "Fetch the model again."
@@ -155,13 +157,24 @@ def _shard_names(folder: Path, shard: str) -> set[str]:
 
 
 def _tensor_names(path: Path) -> set[str]:
-    from safetensors import SafetensorError, safe_open
+    """The names in a safetensors file's header, without the library, which loads numpy or torch.
 
+    Eight bytes hold the header's length, then comes a JSON object of tensors and where their bytes lie
+    (https://huggingface.co/docs/safetensors).
+    """
     try:
-        with safe_open(path, framework="np") as file:  # names alone: torch is not needed
-            return set(file.keys())
-    except (SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > _MAX_HEADER:
+                raise ValueError(f"its header would have {length:,} bytes")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if path.stat().st_size != end:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, and its header speaks of {end:,}")
+    except (ValueError, OSError, AttributeError, KeyError, TypeError, IndexError) as error:
         raise ModelError(f"this is not a whole safetensors file ({error}).", where=str(path), fix=_AGAIN) from error
+    return set(header)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -90,7 +90,8 @@ class Decoder(nn.Module):
             input_ids = cache.take(input_ids)
         start = 0 if cache is None else cache.length
         exchange = self.exchange if cache is None else None
-        length = num_new if exchange is None else num_new * exchange.size
+        # A cache may give ids back that are to be computed again.
+        length = input_ids.shape[1] * (1 if exchange is None else exchange.size)
         x = self._embed(input_ids, document_lengths, positions, start, length)
         tables = self._rotary_tables(input_ids, document_lengths, positions, start, length)
         for index, block in enumerate(self.blocks):
