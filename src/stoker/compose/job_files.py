@@ -194,7 +194,7 @@ def _kubernetes_job(job: Job, *, image: str, claim: str) -> dict[str, Any]:
         "workingDir": _SHARED,
         "command": ["/bin/sh", "-c", _pod_command(job)],
         "env": [{"name": name, "value": value} for name, value in _ENVIRONMENT.items()],
-        "resources": {"limits": gpus, "requests": gpus},
+        "resources": {"limits": gpus, "requests": dict(gpus)},
         "volumeMounts": [{"name": "shared", "mountPath": _SHARED}, {"name": "shm", "mountPath": "/dev/shm"}],
     }
     return {
