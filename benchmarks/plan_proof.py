@@ -14,6 +14,7 @@ import argparse
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from plan_cells import CPU, FRONTIERS, GIB, GRID, Cell, Frontier, hardware, most_rows, predict
 
+from stoker.errors import StokerError, TrainingError
 from stoker.plan import speed
 from stoker.plan.choose import choose
 from stoker.plan.hardware import Device
@@ -59,35 +61,51 @@ def main() -> int:
 def run(options: argparse.Namespace) -> int:
     """Measures the cells that OUT.json lacks."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # Asked through NVML, whether there is a GPU does not start CUDA in the parent, which a fork would not survive.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     end = time.monotonic() + options.seconds
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {"cells": {}}
     asked = [one for one in _asked(options.cells) if "error" in found["cells"].get(one.name, {"error": ""})]
-    found |= _facts(options.commit)
+    # A process forked for each model, and for each frontier: what ran out of memory there goes with it. The imports
+    # are made once, here, before any of them; the GPU is first touched in a child.
+    context = multiprocessing.get_context("fork")
+    import stoker.compose.bench.rows
+    import stoker.compose.trainer
+    import stoker.models.native  # noqa: F401
+
     left_out = 0
-    for _, group in itertools.groupby(sorted(asked, key=_model_of), key=_model_of):
-        cells = list(group)
-        if time.monotonic() > end:
-            left_out += len(cells)
-            continue
-        cell = cells[0].cell if isinstance(cells[0], Frontier) else cells[0]
-        started = time.monotonic()
-        decoder = build(cell)
-        print(f"== {cell.shape} {cell.method}: built in {time.monotonic() - started:.1f} s", flush=True)
-        for one in cells:
-            if time.monotonic() > end:
-                left_out += 1
-                continue
-            started = time.monotonic()
-            facts = _guarded(one, decoder)
-            facts["wall_seconds"] = time.monotonic() - started
-            found["cells"][one.name] = facts
-            options.out.write_text(json.dumps(found, indent=1) + "\n")
-            print(f"{one.name}: {_line(facts)}", flush=True)
-        del decoder
-        _free()
+    groups = [list(group) for _, group in itertools.groupby(sorted(asked, key=_model_of), key=_model_of)]
+    for cells in groups:
+        grid = [one for one in cells if isinstance(one, Cell)]
+        for together in ([grid] if grid else []) + [[one] for one in cells if isinstance(one, Frontier)]:
+            if time.monotonic() < end:
+                child = context.Process(target=_group, args=(together, options.out, end, options.commit))
+                child.start()
+                child.join()
+                found = json.loads(options.out.read_text()) if options.out.is_file() else found
+            left_out += sum(one.name not in found["cells"] for one in together)
     failed = sum("error" in facts for facts in found["cells"].values())
     print(f"{len(found['cells'])} cells, {failed} failed, {left_out} left out", flush=True)
     return 1 if failed or left_out else 0
+
+
+def _group(cells: "list[Cell | Frontier]", out: Path, end: float, commit: str | None) -> None:
+    """Measures cells that share a model, and adds each to the file. Runs in a process of its own."""
+    found: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"cells": {}}
+    found |= _facts(commit)
+    first = cells[0].cell if isinstance(cells[0], Frontier) else cells[0]
+    started = time.monotonic()
+    decoder = build(first)
+    print(f"== {first.shape} {first.method}: built in {time.monotonic() - started:.1f} s", flush=True)
+    for one in cells:
+        if time.monotonic() > end:
+            return
+        started = time.monotonic()
+        facts = _guarded(one, decoder)
+        facts["wall_seconds"] = time.monotonic() - started
+        found["cells"][one.name] = facts
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{one.name}: {_line(facts)}", flush=True)
 
 
 def _asked(names: str) -> list[Cell | Frontier]:
@@ -135,11 +153,10 @@ def _line(facts: dict[str, Any]) -> str:
 
 def _guarded(one: Cell | Frontier, decoder: "Decoder") -> dict[str, Any]:
     """Measures, or says what went wrong, so that one cell cannot end the others."""
-    import torch
 
     try:
         return frontier(one, decoder) if isinstance(one, Frontier) else measure(one, decoder)
-    except (RuntimeError, ValueError, torch.OutOfMemoryError) as error:
+    except (RuntimeError, ValueError, StokerError) as error:
         return {"error": f"{type(error).__name__}: {error}"[:500]}
     finally:
         _free()
@@ -346,13 +363,13 @@ def frontier(one: Frontier, decoder: "Decoder") -> dict[str, Any]:
     try:
         facts |= _train(cell, plan, decoder, data, rows=rows, limit_gib=limit)
         facts["trains"] = True
-    except (RuntimeError, torch.OutOfMemoryError) as error:
+    except (RuntimeError, TrainingError) as error:
         return facts | {"trains": False, "why": str(error)[:300], "one_more_fails": None, "peak_reserved_bytes": 0}
     _free()
     try:
         beyond = _train(cell, more, decoder, data, rows=rows + 1, limit_gib=limit)
         facts |= {"one_more_fails": False, "one_more_peak_bytes": beyond["peak_bytes"]}
-    except (RuntimeError, torch.OutOfMemoryError) as error:
+    except (RuntimeError, TrainingError) as error:
         facts |= {"one_more_fails": True, "why": str(error)[:300]}
     return facts
 
