@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stoker.kernels.chunked_scan import chunked_scan, chunked_scan_step
 from stoker.kernels.gated_norm import gated_rms_norm
@@ -13,6 +12,7 @@ from stoker.nn.causal_conv import CausalConv
 from stoker.nn.linear import FusedLinear
 from stoker.nn.rotary import Documents
 from stoker.nn.state_cache import StateCache
+from stoker.nn.state_space import StateSpace
 
 
 class GatedNorm(nn.Module):
@@ -45,17 +45,13 @@ class GatedNorm(nn.Module):
         nn.init.ones_(self.weight)
 
 
-class Mamba2(nn.Module):
+class Mamba2(StateSpace):
     """A state space of `num_heads` heads of `head_dim` channels, each channel with `state_size` states.
 
     B and C are shared by the heads of each of `num_groups`. `in_names`, `out_names`: the Hugging Face module names of
     the linear layers. `norm`: of the result, gated; None: the gate alone. `multipliers` of z, x, B, C and the step
     sizes as they leave the input projection.
-
-    A_log, D and the step sizes' bias stay fp32 in a model of any dtype; the state is computed in fp32.
     """
-
-    keeps_float32 = ("A_log", "D", "dt_bias")
 
     def __init__(
         self,
@@ -75,8 +71,7 @@ class Mamba2(nn.Module):
         multipliers: Sequence[float] | None = None,
         kernels: str = "reference",
     ) -> None:
-        super().__init__()
-        self.kernels = kernels
+        super().__init__(kernels=kernels)
         self.head_dim = head_dim
         self.state_size = state_size
         self.time_step_limit = time_step_limit
@@ -91,54 +86,19 @@ class Mamba2(nn.Module):
         self.norm = norm
         self.out_proj = FusedLinear(inner_size, (hidden_size,), names=out_names, bias=bias, by_name_only=True)
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor | None = None,
-        sin: Tensor | None = None,
-        *,
-        document_lengths: Documents | None = None,
-        cache: StateCache | None = None,
-        cache_length: int = 0,
-    ) -> Tensor:
-        """x [B, T, D] to [B, T, D]; convolution and state start anew in every document, and there are no positions.
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Heads, channels of a head, states."""
+        return self.sizes[-1], self.head_dim, self.state_size
 
-        With a cache, x continues the positions that it has seen, and it is brought up to date.
-        """
-        projected = self.in_proj(x)
-        if cache is not None:
-            return self.out_proj(self._continued(projected, cache))
-        if torch.is_grad_enabled():
-            # What lies between is several times as wide as the projection, quick to compute again and draws nothing.
-            inner = checkpoint(self._mixed, projected, document_lengths, use_reentrant=False, preserve_rng_state=False)
-            return self.out_proj(inner)
-        return self.out_proj(self._mixed(projected, document_lengths))
-
-    def reset_parameters(self) -> None:
-        """Gives the heads rates of 1 to H, a skip of one, and step sizes of a hundredth."""
-        with torch.no_grad():
-            self.A_log.copy_(torch.arange(1.0, self.A_log.shape[0] + 1).log())
-        nn.init.ones_(self.D)
-        nn.init.constant_(self.dt_bias, math.log(math.expm1(0.01)))
-
-    def new_cache(self, *, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device) -> StateCache:
-        """An empty cache; `capacity` has no part in it, because a state has one size."""
-        return StateCache(
-            batch_size,
-            window_shape=self.conv.window_shape,
-            state_shape=(self.sizes[-1], self.head_dim, self.state_size),
-            dtype=dtype,
-            device=device,
-        )
-
-    def _mixed(self, projected: Tensor, document_lengths: Documents | None) -> Tensor:
-        """The output before its projection, [B, T, H P], of the input's projection."""
+    def mixed(self, projected: Tensor, document_lengths: Documents | None) -> Tensor:
+        """[B, T, all sizes] to [B, T, H P]."""
         gate, convolved, dt = self._split(projected)
         x, B, C = self._convolved(convolved, document_lengths=document_lengths)
         mixed, _ = chunked_scan(
             x,
             dt,
-            self._decay(),
+            self.decay(),
             B,
             C,
             D=self.D,
@@ -149,17 +109,17 @@ class Mamba2(nn.Module):
         )
         return self._gated(mixed, gate)
 
-    def _continued(self, projected: Tensor, cache: StateCache) -> Tensor:
-        """The same from the cache's state on; a single position, as in decoding, takes one step of the recurrence."""
+    def continued(self, projected: Tensor, cache: StateCache) -> Tensor:
+        """The same with a cache."""
         gate, convolved, dt = self._split(projected)
         x, B, C = self._convolved(convolved, cache=cache)
         constant = {"D": self.D, "dt_bias": self.dt_bias, "dt_limits": self.time_step_limit}
         if x.shape[1] == 1:
             x, dt, B, C = (one[:, 0] for one in (x, dt, B, C))
-            mixed = chunked_scan_step(cache.state, x, dt, self._decay(), B, C, **constant)[:, None]
+            mixed = chunked_scan_step(cache.state, x, dt, self.decay(), B, C, **constant)[:, None]
         else:
             mixed, cache.state = chunked_scan(
-                x, dt, self._decay(), B, C, initial_state=cache.state, implementation=self.kernels, **constant
+                x, dt, self.decay(), B, C, initial_state=cache.state, implementation=self.kernels, **constant
             )
         return self._gated(mixed, gate)
 
@@ -184,7 +144,3 @@ class Mamba2(nn.Module):
     def _gated(self, mixed: Tensor, gate: Tensor) -> Tensor:
         mixed = mixed.flatten(2)
         return mixed * nn.functional.silu(gate) if self.norm is None else self.norm(mixed, gate)
-
-    def _decay(self) -> Tensor:
-        """A [H], negative, fp32."""
-        return -self.A_log.float().exp()
