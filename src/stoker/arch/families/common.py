@@ -1,10 +1,25 @@
-"""Settings that many families share in `config.json`: heads, activations, windows by layer, and what is refused."""
+"""What many families share in `config.json`: attention, feed-forwards, the whole of the decoder, and what is refused.
+
+A family of plain layers is a table of its model types' defaults, and what it has otherwise:
+
+    reader = ConfigReader(config, where, _DEFAULTS)
+    norm = NormSpec(epsilon=reader.positive("rms_norm_eps"))
+    attention = read_attention(reader, rope=read_head_rope(reader), qkv_bias=True)
+    return read_decoder(reader, LayerSpec(attention, read_gated(reader), norm), family="qwen", final_norm=norm)
+
+Nothing here has a default for a size: an absent key has the one in the family's table, or is an error.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 from stoker.arch.families.reader import ConfigReader
+from stoker.arch.families.rope import read_rope
 from stoker.arch.families.stored import stored_quantization
-from stoker.arch.spec import Activation
+from stoker.arch.spec import Activation, ArchSpec, AttentionSpec, GatedSpec, LayerSpec, NormSpec, RopeSpec
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""Transformers' names of layers' kinds."""
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -18,23 +33,59 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def read_heads(
-    reader: ConfigReader,
-    hidden_size: int,
-    *,
-    num_heads: int = 32,
-    heads_key: str = "num_attention_heads",
-    kv_heads_key: str = "num_key_value_heads",
-) -> tuple[int, int, int]:
-    """Number of query heads, number of key/value heads, and channels of a head; `num_heads` if the key is absent."""
-    heads = reader.size(heads_key, num_heads)
-    kv_heads = reader.optional_size(kv_heads_key) or heads
+def read_decoder(
+    reader: ConfigReader, layers: LayerSpec | Sequence[LayerSpec], *, family: str, final_norm: NormSpec, **fields: Any
+) -> ArchSpec:
+    """The model of these layers; one stands for `num_hidden_layers` of it. `fields` are more of `ArchSpec`'s, or other.
+
+    Reads vocab_size, hidden_size, max_position_embeddings and tie_word_embeddings.
+    """
+    if isinstance(layers, LayerSpec):
+        layers = (layers,) * reader.size("num_hidden_layers")
+    usual: dict[str, Any] = {
+        "vocab_size": reader.size("vocab_size"),
+        "hidden_size": reader.size("hidden_size"),
+        "tied_head": reader.flag("tie_word_embeddings"),
+    }
+    if "max_positions" not in fields:
+        usual["max_positions"] = reader.size("max_position_embeddings")
+    return ArchSpec(
+        family=family,
+        model_type=reader.config["model_type"],
+        layers=tuple(layers),
+        final_norm=final_norm,
+        **(usual | fields),
+    )
+
+
+def read_attention(reader: ConfigReader, *, rope: RopeSpec | None, **fields: Any) -> AttentionSpec:
+    """Attention of the heads that `read_heads` finds; `fields` are more of `AttentionSpec`'s."""
+    num_heads, num_kv_heads, head_dim = read_heads(reader)
+    return AttentionSpec(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, rope=rope, **fields)
+
+
+def read_gated(reader: ConfigReader, **fields: Any) -> GatedSpec:
+    """A gated feed-forward of intermediate_size channels and the activation hidden_act, SiLU if that is absent."""
+    return GatedSpec(reader.size("intermediate_size"), read_activation(reader, "silu"), **fields)
+
+
+def read_head_rope(reader: ConfigReader, **options: Any) -> RopeSpec:
+    """The rope of heads as `read_heads` finds them, for max_position_embeddings; `options` are those of `read_rope`."""
+    _, _, head_dim = read_heads(reader)
+    max_positions = reader.size("max_position_embeddings")
+    return read_rope(reader, head_dim=head_dim, max_positions=max_positions, **options)
+
+
+def read_heads(reader: ConfigReader) -> tuple[int, int, int]:
+    """Number of query heads, number of key/value heads (absent: as many), and channels of a head."""
+    heads, hidden_size = reader.size("num_attention_heads"), reader.size("hidden_size")
+    kv_heads = reader.optional_size("num_key_value_heads") or heads
     head_dim = reader.optional_size("head_dim")
     if heads % kv_heads:
-        raise reader.error(f"{heads_key} = {heads} is not a multiple of {kv_heads_key} = {kv_heads}.")
+        raise reader.error(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}.")
     if head_dim is None:
         if hidden_size % heads:
-            raise reader.error(f"hidden_size = {hidden_size} is not a multiple of {heads_key} = {heads}.")
+            raise reader.error(f"hidden_size = {hidden_size} is not a multiple of num_attention_heads = {heads}.")
         head_dim = hidden_size // heads
     if head_dim % 2:
         raise reader.error(f"head_dim = {head_dim} is odd, and rotary embeddings turn pairs of channels.")
@@ -50,14 +101,14 @@ def read_activation(reader: ConfigReader, default: str, *, key: str = "hidden_ac
 
 
 def layer_kinds(
-    reader: ConfigReader, num_layers: int, allowed: Sequence[str], default: Sequence[str]
+    reader: ConfigReader, default: Sequence[str], *, allowed: Sequence[str] = (SLIDING, FULL)
 ) -> tuple[str, ...]:
     """The kind of each layer by `layer_types`, or `default` where that is absent; each must be one of `allowed`."""
     kinds = reader.get("layer_types")
     if kinds is None:
         return tuple(default)
-    if not isinstance(kinds, list) or len(kinds) != num_layers or not set(map(str, kinds)) <= set(allowed):
-        raise reader.error(f"layer_types must name, for each of {num_layers} layers, one of {', '.join(allowed)}.")
+    if not isinstance(kinds, list) or len(kinds) != len(default) or not set(map(str, kinds)) <= set(allowed):
+        raise reader.error(f"layer_types must name, for each of {len(default)} layers, one of {', '.join(allowed)}.")
     return tuple(map(str, kinds))
 
 

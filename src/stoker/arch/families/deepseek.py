@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from stoker.arch.families.common import refuse_dropout
+from stoker.arch.families.common import read_decoder, refuse_dropout
 from stoker.arch.families.mixtures import read_auxiliary_loss
 from stoker.arch.families.names import SEPARATE, ExpertNames, Held, Names, entries
 from stoker.arch.families.reader import ConfigReader
@@ -33,6 +33,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "intermediate_size": 11008,
         "moe_intermediate_size": 1407,
         "num_hidden_layers": 32,
+        "tie_word_embeddings": False,
         "num_attention_heads": 32,
         "max_position_embeddings": 2048,
         "q_lora_rank": 1536,
@@ -48,6 +49,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "intermediate_size": 18432,
         "moe_intermediate_size": 2048,
         "num_hidden_layers": 61,
+        "tie_word_embeddings": False,
         "num_attention_heads": 128,
         "max_position_embeddings": 4096,
         "q_lora_rank": 1536,
@@ -91,19 +93,9 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     num_dense = reader.get("first_k_dense_replace")
     if not isinstance(num_dense, int) or num_dense < 0:
         raise reader.error(f"first_k_dense_replace = {num_dense!r} is not a number of layers.")
-    return ArchSpec(
-        family="deepseek",
-        model_type=model_type,
-        vocab_size=reader.size("vocab_size"),
-        hidden_size=reader.size("hidden_size"),
-        max_positions=reader.size("max_position_embeddings"),
-        layers=tuple(
-            LayerSpec(attention, dense if index < num_dense else experts, norm)
-            for index in range(reader.size("num_hidden_layers"))
-        ),
-        final_norm=norm,
-        tied_head=reader.flag("tie_word_embeddings", False),
-    )
+    num_layers = reader.size("num_hidden_layers")
+    layers = [LayerSpec(attention, dense if index < num_dense else experts, norm) for index in range(num_layers)]
+    return read_decoder(reader, layers, family="deepseek", final_norm=norm)
 
 
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:

@@ -7,7 +7,7 @@ Falcon 3 has Llama's model type. Falcon-RW's linear biases (alibi) are not nativ
 from collections.abc import Mapping
 from typing import Any
 
-from stoker.arch.families.common import read_activation, refuse_dropout
+from stoker.arch.families.common import read_activation, read_decoder, refuse_dropout
 from stoker.arch.families.names import Names, entries
 from stoker.arch.families.reader import ConfigReader
 from stoker.arch.families.rope import read_rope
@@ -22,34 +22,36 @@ _LAYERS = {
     "feed_forward.down": "mlp.dense_4h_to_h",
 }
 _TWO_NORMS = {**_LAYERS, "attention_norm": "ln_attn", "feed_forward_norm": "ln_mlp"}
+_DEFAULTS = {
+    "vocab_size": 65024,
+    "hidden_size": 4544,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 71,
+    "max_position_embeddings": 2048,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "bias": False,
+    "new_decoder_architecture": False,
+    "multi_query": True,
+    "parallel_attn": True,
+}
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     """The spec of a "falcon" configuration; raises ModelError for what it does not compute."""
-    reader = ConfigReader(config, where, {})
+    reader = ConfigReader(config, where, _DEFAULTS)
     refuse_dropout(reader, "attention_dropout", "hidden_dropout")
     reader.require("alibi", False, fix="Positions by linear biases (ALiBi) are not native.")
-    hidden_size = reader.size("hidden_size", 4544)
-    max_positions = reader.size("max_position_embeddings", 2048)
-    norm = NormSpec("layer", reader.positive("layer_norm_epsilon", 1e-5), bias=True)
-    bias = reader.flag("bias", False)
-    inner = reader.optional_size("ffn_hidden_size") or 4 * hidden_size
+    norm = NormSpec("layer", reader.positive("layer_norm_epsilon"), bias=True)
+    bias = reader.flag("bias")
+    inner = reader.optional_size("ffn_hidden_size") or 4 * reader.size("hidden_size")
     layer = LayerSpec(
-        mixer=_attention(reader, hidden_size, max_positions, bias=bias),
+        mixer=_attention(reader, bias=bias),
         feed_forward=PlainSpec(inner, read_activation(reader, "gelu", key="activation"), bias),
         norm=norm,
         placement=_placement(reader),
     )
-    return ArchSpec(
-        family="falcon",
-        model_type="falcon",
-        vocab_size=reader.size("vocab_size", 65024),
-        hidden_size=hidden_size,
-        max_positions=max_positions,
-        layers=(layer,) * reader.size("num_hidden_layers", 32),
-        final_norm=norm,
-        tied_head=reader.flag("tie_word_embeddings", True),
-    )
+    return read_decoder(reader, layer, family="falcon", final_norm=norm)
 
 
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
@@ -64,13 +66,13 @@ def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
     return entries(spec, names)
 
 
-def _attention(reader: ConfigReader, hidden_size: int, max_positions: int, *, bias: bool) -> AttentionSpec:
-    num_heads = reader.size("num_attention_heads", 71)
+def _attention(reader: ConfigReader, *, bias: bool) -> AttentionSpec:
+    hidden_size, num_heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     if hidden_size % num_heads or hidden_size // num_heads % 2:
         raise reader.error(f"hidden_size = {hidden_size} does not make {num_heads} heads of an even size.")
     num_kv_heads = reader.optional_size("num_kv_heads") or num_heads
-    if not reader.flag("new_decoder_architecture", False):
-        num_kv_heads = 1 if reader.flag("multi_query", True) else num_heads
+    if not reader.flag("new_decoder_architecture"):
+        num_kv_heads = 1 if reader.flag("multi_query") else num_heads
     if num_heads % num_kv_heads:
         raise reader.error(f"num_attention_heads = {num_heads} is not a multiple of num_kv_heads = {num_kv_heads}.")
     head_dim = hidden_size // num_heads
@@ -78,7 +80,7 @@ def _attention(reader: ConfigReader, hidden_size: int, max_positions: int, *, bi
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rope=read_rope(reader, head_dim=head_dim, max_positions=max_positions),
+        rope=read_rope(reader, head_dim=head_dim, max_positions=reader.size("max_position_embeddings")),
         qkv_bias=bias,
         out_bias=bias,
         # With one key/value head, groups and blocks are the same.
@@ -87,7 +89,7 @@ def _attention(reader: ConfigReader, hidden_size: int, max_positions: int, *, bi
 
 
 def _placement(reader: ConfigReader) -> Placement:
-    is_new, is_parallel = reader.flag("new_decoder_architecture", False), reader.flag("parallel_attn", True)
+    is_new, is_parallel = reader.flag("new_decoder_architecture"), reader.flag("parallel_attn")
     num_norms = reader.optional_size("num_ln_in_parallel_attn") or (2 if is_new else 1)
     if is_new and is_parallel and num_norms in (1, 2):
         return "parallel" if num_norms == 2 else "parallel_one_norm"

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from stoker.arch.families import state_space
-from stoker.arch.families.common import read_heads, refuse_dropout
+from stoker.arch.families.common import read_attention, read_decoder, read_head_rope, refuse_dropout
 from stoker.arch.families.names import Names, entries
 from stoker.arch.families.reader import ConfigReader
-from stoker.arch.families.rope import read_rope
 from stoker.arch.spec import ArchSpec, GatedSpec, LayerSpec, NormSpec, SideBySideSpec, WeightEntry
 
 _NAMES = Names(
@@ -25,36 +24,39 @@ _NAMES = Names(
     },
     final_norm="model.final_layernorm",
 )
+_DEFAULTS = {
+    "vocab_size": 128000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     """The spec of a "falcon_h1" configuration; raises ModelError for what it does not compute."""
-    reader = ConfigReader(config, where, {"num_key_value_heads": 8})
+    reader = ConfigReader(config, where, _DEFAULTS)
     reader.require("hidden_act", "silu", fix="Only silu is native.")
     refuse_dropout(reader, "attention_dropout")
-    hidden_size = reader.size("hidden_size", 4096)
-    max_positions = reader.size("max_position_embeddings", 8192)
-    norm = NormSpec(epsilon=reader.positive("rms_norm_eps", 1e-5))
+    norm = NormSpec(epsilon=reader.positive("rms_norm_eps"))
     gate_scale, down_scale = _numbers(reader, "mlp_multipliers", 2)
-    layer = LayerSpec(
-        mixer=_mixer(reader, hidden_size, max_positions, norm),
-        feed_forward=GatedSpec(
-            intermediate_size=reader.size("intermediate_size", 14336),
-            bias=reader.flag("mlp_bias", False),
-            gate_scale=gate_scale,
-            down_scale=down_scale,
-        ),
-        norm=norm,
+    feed_forward = GatedSpec(
+        reader.size("intermediate_size"),
+        bias=reader.flag("mlp_bias"),
+        gate_scale=gate_scale,
+        down_scale=down_scale,
     )
-    return ArchSpec(
+    return read_decoder(
+        reader,
+        LayerSpec(_mixer(reader, norm), feed_forward, norm),
         family="falcon_h1",
-        model_type=config["model_type"],
-        vocab_size=reader.size("vocab_size", 128000),
-        hidden_size=hidden_size,
-        max_positions=max_positions,
-        layers=(layer,) * reader.size("num_hidden_layers", 32),
         final_norm=norm,
-        tied_head=reader.flag("tie_word_embeddings", False),
         embedding_scale=_number(reader, "embedding_multiplier"),
         logit_scale=_number(reader, "lm_head_multiplier"),
     )
@@ -65,22 +67,16 @@ def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
     return entries(spec, _NAMES)
 
 
-def _mixer(reader: ConfigReader, hidden_size: int, max_positions: int, norm: NormSpec) -> SideBySideSpec:
+def _mixer(reader: ConfigReader, norm: NormSpec) -> SideBySideSpec:
     bias = reader.flag("mamba_proj_bias", False)
     if bias != reader.flag("projectors_bias", False):
         raise reader.error("mamba_proj_bias and projectors_bias differ.", fix="Only both or neither are native.")
-    _, _, head_dim = read_heads(reader, hidden_size)
+    attention_bias = reader.flag("attention_bias")
     inner_size = reader.optional_size("mamba_d_ssm") if "mamba_d_ssm" in reader.config else 1024
     return SideBySideSpec(
-        attention=state_space.attention(
-            reader,
-            hidden_size,
-            rope=read_rope(reader, head_dim=head_dim, max_positions=max_positions),
-            bias=reader.flag("attention_bias", False),
-        ),
+        attention=read_attention(reader, rope=read_head_rope(reader), qkv_bias=attention_bias, out_bias=attention_bias),
         state_space=state_space.mamba2(
             reader,
-            hidden_size,
             inner_size=inner_size,
             norm=norm if reader.flag("mamba_rms_norm", False) else None,
             gate_before_norm=not reader.flag("mamba_norm_before_gate", True),

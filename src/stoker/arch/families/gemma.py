@@ -8,14 +8,28 @@ transformers 5.24: the configurations and models of "gemma", "gemma2" and "gemma
 from collections.abc import Mapping
 from typing import Any
 
-from stoker.arch.families.common import layer_kinds, read_activation, read_heads, refuse_dropout
+from stoker.arch.families.common import (
+    FULL,
+    SLIDING,
+    layer_kinds,
+    read_activation,
+    read_attention,
+    read_decoder,
+    read_head_rope,
+    refuse_dropout,
+)
 from stoker.arch.families.names import SANDWICH, SEPARATE, Names, entries
 from stoker.arch.families.reader import ConfigReader
-from stoker.arch.families.rope import read_rope
 from stoker.arch.spec import ArchSpec, AttentionSpec, GatedSpec, LayerSpec, NormSpec, RopeSpec, WeightEntry
 
-_SLIDING, _FULL = "sliding_attention", "full_attention"
+_ALL: dict[str, Any] = {
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+}
 _SECOND: dict[str, Any] = {
+    **_ALL,
     "hidden_size": 2304,
     "intermediate_size": 9216,
     "num_hidden_layers": 26,
@@ -24,6 +38,7 @@ _SECOND: dict[str, Any] = {
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma": {
+        **_ALL,
         "vocab_size": 256000,
         "hidden_size": 3072,
         "intermediate_size": 24576,
@@ -46,33 +61,27 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     """The spec of a Gemma configuration of any of the three types; raises ModelError for what it does not compute."""
     model_type = config["model_type"]
-    reader = ConfigReader(config, where, {"head_dim": 256, **_DEFAULTS[model_type]})
+    reader = ConfigReader(config, where, _DEFAULTS[model_type])
     refuse_dropout(reader, "attention_dropout")
     reader.require("use_bidirectional_attention", False, fix="Only causal attention is trained.")
-    hidden_size = reader.size("hidden_size")
-    max_positions = reader.size("max_position_embeddings")
-    norm = NormSpec(epsilon=reader.positive("rms_norm_eps", 1e-6), weight_offset=1.0)
+    norm = NormSpec(epsilon=reader.positive("rms_norm_eps"), weight_offset=1.0)
     is_first = model_type == "gemma"
     kinds = _kinds(reader, model_type)
     layers = {
         kind: LayerSpec(
-            mixer=_attention(reader, kind, hidden_size, max_positions, norm),
+            mixer=_attention(reader, kind, norm),
             feed_forward=GatedSpec(reader.size("intermediate_size"), _activation(reader, is_first)),
             norm=norm,
             placement="pre" if is_first else "sandwich",
         )
         for kind in kinds
     }
-    return ArchSpec(
+    return read_decoder(
+        reader,
+        [layers[kind] for kind in kinds],
         family="gemma",
-        model_type=model_type,
-        vocab_size=reader.size("vocab_size"),
-        hidden_size=hidden_size,
-        max_positions=max_positions,
-        layers=tuple(layers[kind] for kind in kinds),
         final_norm=norm,
-        tied_head=reader.flag("tie_word_embeddings", True),
-        embedding_scale=hidden_size**0.5,
+        embedding_scale=reader.size("hidden_size") ** 0.5,
         logit_softcap=None if is_first else _optional(reader, "final_logit_softcapping"),
     )
 
@@ -82,21 +91,18 @@ def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
     return entries(spec, Names(SEPARATE if spec.model_type == "gemma" else SANDWICH))
 
 
-def _attention(reader: ConfigReader, kind: str, hidden_size: int, max_positions: int, norm: NormSpec) -> AttentionSpec:
-    num_heads, num_kv_heads, head_dim = read_heads(reader, hidden_size)
+def _attention(reader: ConfigReader, kind: str, norm: NormSpec) -> AttentionSpec:
     model_type = reader.get("model_type")
     is_first, is_third = model_type == "gemma", model_type == "gemma3_text"
     if is_third:  # its code reads the setting and does not use it
         reader.require("attn_logit_softcapping", None, fix="Set it to null, as Transformers computes the model.")
-    bias = reader.flag("attention_bias", False)
-    return AttentionSpec(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rope=_rope_of(reader, kind, head_dim, max_positions, by_kind=is_third),
+    bias = reader.flag("attention_bias")
+    return read_attention(
+        reader,
+        rope=_rope_of(reader, kind) if is_third else read_head_rope(reader),
         qkv_bias=bias,
         out_bias=bias,
-        window=(reader.optional_size("sliding_window") or 4096) if kind == _SLIDING else None,
+        window=(reader.optional_size("sliding_window") or 4096) if kind == SLIDING else None,
         scale=None if is_first else reader.positive("query_pre_attn_scalar", 256) ** -0.5,
         softcap=_optional(reader, "attn_logit_softcapping") if model_type == "gemma2" else None,
         qk_norm=norm if is_third else None,
@@ -107,23 +113,19 @@ def _kinds(reader: ConfigReader, model_type: str) -> tuple[str, ...]:
     """Which layers have a window."""
     num_layers = reader.size("num_hidden_layers")
     if model_type == "gemma":
-        return (_FULL,) * num_layers
+        return (FULL,) * num_layers
     every = 2 if model_type == "gemma2" else reader.get("sliding_window_pattern", 6)
-    default = [_SLIDING if (index + 1) % every else _FULL for index in range(num_layers)]
-    return layer_kinds(reader, num_layers, (_SLIDING, _FULL), default)
+    return layer_kinds(reader, [SLIDING if (index + 1) % every else FULL for index in range(num_layers)])
 
 
-def _rope_of(reader: ConfigReader, kind: str, head_dim: int, max_positions: int, *, by_kind: bool) -> RopeSpec:
-    """The rope of a kind of layer; Gemma 3 has one for each, of which only that of full attention may be scaled."""
-    sizes = {"head_dim": head_dim, "max_positions": max_positions}
-    if not by_kind:
-        return read_rope(reader, **sizes)
+def _rope_of(reader: ConfigReader, kind: str) -> RopeSpec:
+    """Gemma 3's rope of a kind of layer; only that of full attention may be scaled."""
     given = reader.get("rope_parameters") or {}
     parameters = dict(given.get(kind) or {}) if isinstance(given, Mapping) else {}
-    if kind == _SLIDING:
-        return read_rope(reader, **sizes, parameters=parameters, theta=reader.get("rope_local_base_freq", 10_000.0))
+    if kind == SLIDING:
+        return read_head_rope(reader, parameters=parameters, theta=reader.get("rope_local_base_freq", 10_000.0))
     parameters |= reader.get("rope_scaling") or {}
-    return read_rope(reader, **sizes, parameters=parameters, theta=reader.get("rope_theta", 1_000_000.0))
+    return read_head_rope(reader, parameters=parameters, theta=reader.get("rope_theta", 1_000_000.0))
 
 
 def _activation(reader: ConfigReader, is_first: bool) -> Any:

@@ -6,11 +6,10 @@ Checked against transformers 5.24: `configuration_gpt_neox.py`, `modeling_gpt_ne
 from collections.abc import Mapping
 from typing import Any
 
-from stoker.arch.families.common import read_activation, read_heads, refuse_dropout
+from stoker.arch.families.common import read_activation, read_attention, read_decoder, read_head_rope, refuse_dropout
 from stoker.arch.families.names import Names, entries
 from stoker.arch.families.reader import ConfigReader
-from stoker.arch.families.rope import read_rope
-from stoker.arch.spec import ArchSpec, AttentionSpec, LayerSpec, NormSpec, PlainSpec, WeightEntry
+from stoker.arch.spec import ArchSpec, LayerSpec, NormSpec, PlainSpec, WeightEntry
 
 _NAMES = Names(
     {
@@ -26,48 +25,36 @@ _NAMES = Names(
     final_norm="gpt_neox.final_layer_norm",
     head="embed_out",
 )
+_DEFAULTS = {
+    "vocab_size": 50432,
+    "hidden_size": 6144,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 44,
+    "num_attention_heads": 64,
+    "max_position_embeddings": 2048,
+    "layer_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "attention_bias": True,
+    "use_parallel_residual": True,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10_000.0,
+}
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     """The spec of a "gpt_neox" configuration; raises ModelError for what it does not compute."""
-    reader = ConfigReader(config, where, {})
+    reader = ConfigReader(config, where, _DEFAULTS)
     refuse_dropout(reader, "attention_dropout", "hidden_dropout")
-    hidden_size = reader.size("hidden_size", 6144)
-    max_positions = reader.size("max_position_embeddings", 2048)
-    norm = NormSpec("layer", reader.positive("layer_norm_eps", 1e-5), bias=True)
-    num_heads, num_kv_heads, head_dim = read_heads(reader, hidden_size, num_heads=64)
-    rope = read_rope(
-        reader,
-        head_dim=head_dim,
-        max_positions=max_positions,
-        partial=reader.get("rotary_pct", 0.25),
-        theta=reader.get("rotary_emb_base", 10_000.0),
-    )
-    bias = reader.flag("attention_bias", True)
+    norm = NormSpec("layer", reader.positive("layer_norm_eps"), bias=True)
+    rope = read_head_rope(reader, partial=reader.get("rotary_pct"), theta=reader.get("rotary_emb_base"))
+    bias = reader.flag("attention_bias")
     layer = LayerSpec(
-        mixer=AttentionSpec(
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            rope=rope,
-            qkv_bias=bias,
-            out_bias=bias,
-            qkv_layout="grouped",
-        ),
-        feed_forward=PlainSpec(reader.size("intermediate_size", 24576), read_activation(reader, "gelu")),
+        mixer=read_attention(reader, rope=rope, qkv_bias=bias, out_bias=bias, qkv_layout="grouped"),
+        feed_forward=PlainSpec(reader.size("intermediate_size"), read_activation(reader, "gelu")),
         norm=norm,
-        placement="parallel" if reader.flag("use_parallel_residual", True) else "pre",
+        placement="parallel" if reader.flag("use_parallel_residual") else "pre",
     )
-    return ArchSpec(
-        family="gpt_neox",
-        model_type="gpt_neox",
-        vocab_size=reader.size("vocab_size", 50432),
-        hidden_size=hidden_size,
-        max_positions=max_positions,
-        layers=(layer,) * reader.size("num_hidden_layers", 44),
-        final_norm=norm,
-        tied_head=reader.flag("tie_word_embeddings", False),
-    )
+    return read_decoder(reader, layer, family="gpt_neox", final_norm=norm)
 
 
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:

@@ -8,15 +8,30 @@ The Hub's folders hold experts in MXFP4, which is not read: save them in bf16 fi
 from collections.abc import Mapping
 from typing import Any
 
-from stoker.arch.families.common import layer_kinds, read_heads, refuse_dropout
+from stoker.arch.families.common import (
+    FULL,
+    SLIDING,
+    layer_kinds,
+    read_attention,
+    read_decoder,
+    read_head_rope,
+    refuse_dropout,
+)
 from stoker.arch.families.mixtures import read_auxiliary_loss
 from stoker.arch.families.names import SEPARATE, ExpertNames, Names, entries
 from stoker.arch.families.reader import ConfigReader
-from stoker.arch.families.rope import read_rope
-from stoker.arch.spec import ArchSpec, AttentionSpec, ExpertsSpec, LayerSpec, NormSpec, RouterSpec, WeightEntry
+from stoker.arch.spec import ArchSpec, ExpertsSpec, LayerSpec, NormSpec, RouterSpec, WeightEntry
 
 _ALPHA = 1.702
 _DEFAULTS = {
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "attention_bias": True,
     "num_attention_heads": 64,
     "num_key_value_heads": 8,
     "head_dim": 64,
@@ -56,49 +71,25 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     reader = ConfigReader(config, where, _DEFAULTS)
     refuse_dropout(reader, "attention_dropout")
     reader.require("swiglu_alpha", _ALPHA, fix=f"The experts' gate is native for swiglu_alpha = {_ALPHA}.")
-    hidden_size, num_layers = reader.size("hidden_size", 2880), reader.size("num_hidden_layers", 36)
-    max_positions = reader.size("max_position_embeddings", 131072)
-    num_heads, num_kv_heads, head_dim = read_heads(reader, hidden_size)
-    norm = NormSpec(epsilon=reader.positive("rms_norm_eps", 1e-5))
-    has_bias, window = reader.flag("attention_bias", True), reader.optional_size("sliding_window")
-    rope = read_rope(reader, head_dim=head_dim, max_positions=max_positions)
+    norm = NormSpec(epsilon=reader.positive("rms_norm_eps"))
+    bias, rope = reader.flag("attention_bias"), read_head_rope(reader)
     experts = ExpertsSpec(
         num_experts=reader.size("num_local_experts", 128),
         top_k=reader.size("num_experts_per_tok", 4),
-        intermediate_size=reader.size("intermediate_size", 2880),
+        intermediate_size=reader.size("intermediate_size"),
         router=RouterSpec(score="softmax_of_chosen", bias=True),
         bias=True,
         gate_limit=reader.positive("swiglu_limit", 7.0),
         auxiliary_loss=read_auxiliary_loss(reader),
     )
-    usual = ["full_attention" if index % 2 else "sliding_attention" for index in range(num_layers)]
-    layers = [
-        LayerSpec(
-            AttentionSpec(
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                rope=rope,
-                qkv_bias=has_bias,
-                out_bias=has_bias,
-                window=window if kind == "sliding_attention" else None,
-                sinks=True,
-            ),
-            experts,
-            norm,
+    layers = {
+        kind: LayerSpec(
+            read_attention(reader, rope=rope, qkv_bias=bias, out_bias=bias, window=window, sinks=True), experts, norm
         )
-        for kind in layer_kinds(reader, num_layers, ("sliding_attention", "full_attention"), usual)
-    ]
-    return ArchSpec(
-        family="gpt_oss",
-        model_type="gpt_oss",
-        vocab_size=reader.size("vocab_size", 201088),
-        hidden_size=hidden_size,
-        max_positions=max_positions,
-        layers=tuple(layers),
-        final_norm=norm,
-        tied_head=reader.flag("tie_word_embeddings", False),
-    )
+        for kind, window in ((SLIDING, reader.optional_size("sliding_window")), (FULL, None))
+    }
+    kinds = layer_kinds(reader, [FULL if index % 2 else SLIDING for index in range(reader.size("num_hidden_layers"))])
+    return read_decoder(reader, [layers[kind] for kind in kinds], family="gpt_oss", final_norm=norm)
 
 
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:

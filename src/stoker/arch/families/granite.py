@@ -10,15 +10,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stoker.arch.families.common import read_activation, read_heads, refuse_dropout
+from stoker.arch.families.common import read_attention, read_decoder, read_gated, read_head_rope, refuse_dropout
 from stoker.arch.families.names import Names, entries
 from stoker.arch.families.reader import ConfigReader
-from stoker.arch.families.rope import read_rope
-from stoker.arch.spec import ArchSpec, AttentionSpec, GatedSpec, LayerSpec, NormSpec, WeightEntry
+from stoker.arch.spec import ArchSpec, LayerSpec, NormSpec, WeightEntry
 
+_SIZES: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "granite": {"rms_norm_eps": 1e-6, "tie_word_embeddings": False},
-    "minicpm": {"rms_norm_eps": 1e-6, "tie_word_embeddings": True},
+    "granite": {**_SIZES, "tie_word_embeddings": False},
+    "minicpm": {**_SIZES, "tie_word_embeddings": True},
 }
 
 
@@ -32,41 +42,24 @@ class _Multipliers:
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     """The spec of a "granite" or "minicpm" configuration; raises ModelError for what it does not compute."""
-    model_type = config["model_type"]
-    reader = ConfigReader(config, where, _DEFAULTS[model_type])
+    reader = ConfigReader(config, where, _DEFAULTS[config["model_type"]])
     refuse_dropout(reader, "attention_dropout")
-    hidden_size = reader.size("hidden_size", 4096)
-    num_layers = reader.size("num_hidden_layers", 32)
-    max_positions = reader.size("max_position_embeddings", 2048)
     norm = NormSpec(epsilon=reader.positive("rms_norm_eps"))
-    num_heads, num_kv_heads, head_dim = read_heads(reader, hidden_size)
-    multipliers = _multipliers(reader, hidden_size, num_layers)
-    bias = reader.flag("attention_bias", False)
+    multipliers = _multipliers(reader)
+    bias = reader.flag("attention_bias")
     layer = LayerSpec(
-        mixer=AttentionSpec(
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            rope=read_rope(reader, head_dim=head_dim, max_positions=max_positions),
-            qkv_bias=bias,
-            out_bias=bias,
-            scale=multipliers.scores,
+        mixer=read_attention(
+            reader, rope=read_head_rope(reader), qkv_bias=bias, out_bias=bias, scale=multipliers.scores
         ),
-        feed_forward=GatedSpec(
-            reader.size("intermediate_size", 11008), read_activation(reader, "silu"), reader.flag("mlp_bias", False)
-        ),
+        feed_forward=read_gated(reader, bias=reader.flag("mlp_bias")),
         norm=norm,
         residual_scale=multipliers.residual,
     )
-    return ArchSpec(
+    return read_decoder(
+        reader,
+        layer,
         family="granite",
-        model_type=model_type,
-        vocab_size=reader.size("vocab_size", 32000),
-        hidden_size=hidden_size,
-        max_positions=max_positions,
-        layers=(layer,) * num_layers,
         final_norm=norm,
-        tied_head=reader.flag("tie_word_embeddings", False),
         embedding_scale=multipliers.embedding,
         logit_scale=multipliers.logits,
     )
@@ -77,7 +70,7 @@ def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
     return entries(spec, Names())
 
 
-def _multipliers(reader: ConfigReader, hidden_size: int, num_layers: int) -> _Multipliers:
+def _multipliers(reader: ConfigReader) -> _Multipliers:
     if reader.config["model_type"] == "granite":
         return _Multipliers(
             embedding=reader.positive("embedding_multiplier", 1.0),
@@ -86,9 +79,10 @@ def _multipliers(reader: ConfigReader, hidden_size: int, num_layers: int) -> _Mu
             scores=reader.positive("attention_multiplier", 1.0),
         )
     reader.require("num_experts", 0, fix="MiniCPM's mixtures of experts are not native.")
+    hidden_size = reader.size("hidden_size")
     return _Multipliers(
         embedding=reader.positive("scale_emb", 1.0),
-        residual=reader.positive("scale_depth", 1.0) / num_layers**0.5,
+        residual=reader.positive("scale_depth", 1.0) / reader.size("num_hidden_layers") ** 0.5,
         logits=reader.positive("dim_model_base", hidden_size) / hidden_size,
         scores=None,
     )

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from stoker.arch.families import state_space
-from stoker.arch.families.common import read_heads, refuse_dropout
+from stoker.arch.families.common import FULL, read_attention, read_decoder, read_head_rope, refuse_dropout
 from stoker.arch.families.mixtures import read_auxiliary_loss
 from stoker.arch.families.names import SEPARATE, ExpertNames, Names, entries
 from stoker.arch.families.reader import ConfigReader
-from stoker.arch.families.rope import read_rope
 from stoker.arch.spec import (
     ArchSpec,
     AttentionSpec,
@@ -43,34 +42,32 @@ _NAMES = Names(
         ),
     }
 )
+_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+}
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     """The spec of a "granitemoehybrid" configuration; raises ModelError for what it does not compute."""
-    reader = ConfigReader(config, where, {})
+    reader = ConfigReader(config, where, _DEFAULTS)
     reader.require("hidden_act", "silu", fix="Only silu is native.")
     refuse_dropout(reader, "attention_dropout")
-    hidden_size = reader.size("hidden_size", 4096)
-    max_positions = reader.size("max_position_embeddings", 2048)
-    norm = NormSpec(epsilon=reader.positive("rms_norm_eps", 1e-6))
-    mixers = {
-        "full_attention": _attention(reader, hidden_size, max_positions),
-        "linear_attention": state_space.mamba2(reader, hidden_size, norm=norm),
-    }
+    norm = NormSpec(epsilon=reader.positive("rms_norm_eps"))
+    mixers = {FULL: _attention(reader), state_space.LINEAR: state_space.mamba2(reader, norm=norm)}
     feed_forward = _feed_forward(reader)
     residual_scale = reader.positive("residual_multiplier", 1.0)
-    return ArchSpec(
+    return read_decoder(
+        reader,
+        [LayerSpec(mixers[kind], feed_forward, norm, residual_scale=residual_scale) for kind in _kinds(reader)],
         family="granite_hybrid",
-        model_type=config["model_type"],
-        vocab_size=reader.size("vocab_size", 32000),
-        hidden_size=hidden_size,
-        max_positions=max_positions,
-        layers=tuple(
-            LayerSpec(mixer=mixers[kind], feed_forward=feed_forward, norm=norm, residual_scale=residual_scale)
-            for kind in _kinds(reader)
-        ),
         final_norm=norm,
-        tied_head=reader.flag("tie_word_embeddings", False),
         embedding_scale=reader.positive("embedding_multiplier", 1.0),
         logit_scale=1 / reader.positive("logits_scaling", 1.0),
     )
@@ -96,23 +93,20 @@ def _feed_forward(reader: ConfigReader) -> FeedForwardSpec:
 
 
 def _kinds(reader: ConfigReader) -> list[str]:
-    num_layers = reader.size("num_hidden_layers", 32)
-    values = reader.get("layer_types", reader.get("layers_block_type")) or ["linear_attention"] * num_layers
+    num_layers = reader.size("num_hidden_layers")
+    values = reader.get("layer_types", reader.get("layers_block_type")) or [state_space.LINEAR] * num_layers
     kinds = state_space.layer_types(reader, values)
     if len(kinds) != num_layers:
         raise reader.error(f"layer_types has {len(kinds)} entries, but num_hidden_layers = {num_layers}.")
     return kinds
 
 
-def _attention(reader: ConfigReader, hidden_size: int, max_positions: int) -> AttentionSpec:
-    rope = None
-    if reader.get("position_embedding_type") == "rope":
-        _, _, head_dim = read_heads(reader, hidden_size)
-        rope = read_rope(reader, head_dim=head_dim, max_positions=max_positions)
-    return state_space.attention(
+def _attention(reader: ConfigReader) -> AttentionSpec:
+    bias = reader.flag("attention_bias")
+    return read_attention(
         reader,
-        hidden_size,
-        rope=rope,
-        bias=reader.flag("attention_bias", False),
+        rope=read_head_rope(reader) if reader.get("position_embedding_type") == "rope" else None,
+        qkv_bias=bias,
+        out_bias=bias,
         scale=reader.positive("attention_multiplier", 1.0),
     )

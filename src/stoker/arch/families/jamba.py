@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stoker.arch.families import state_space
-from stoker.arch.families.common import refuse_dropout
+from stoker.arch.families.common import read_attention, read_decoder, refuse_dropout
 from stoker.arch.families.mixtures import read_auxiliary_loss
 from stoker.arch.families.names import SEPARATE, ExpertNames, Names, entries
 from stoker.arch.families.reader import ConfigReader
@@ -42,25 +42,27 @@ _NAMES = Names(
     },
     final_norm="model.final_layernorm",
 )
+_DEFAULTS = {
+    "vocab_size": 65536,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "num_experts": 16,
+}
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     """The spec of a "jamba" configuration; raises ModelError for what it does not compute."""
-    reader = ConfigReader(config, where, {"num_key_value_heads": 8})
+    reader = ConfigReader(config, where, _DEFAULTS)
     reader.require("hidden_act", "silu", fix="Only silu is native.")
     refuse_dropout(reader, "attention_dropout")
-    hidden_size = reader.size("hidden_size", 4096)
-    norm = NormSpec(epsilon=reader.positive("rms_norm_eps", 1e-6))
-    return ArchSpec(
-        family="jamba",
-        model_type=config["model_type"],
-        vocab_size=reader.size("vocab_size", 65536),
-        hidden_size=hidden_size,
-        max_positions=reader.size("max_position_embeddings", 262144),
-        layers=_layers(reader, hidden_size, norm),
-        final_norm=norm,
-        tied_head=reader.flag("tie_word_embeddings", False),
-    )
+    norm = NormSpec(epsilon=reader.positive("rms_norm_eps"))
+    return read_decoder(reader, _layers(reader, norm), family="jamba", final_norm=norm)
 
 
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
@@ -68,13 +70,13 @@ def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
     return entries(spec, _NAMES)
 
 
-def _layers(reader: ConfigReader, hidden_size: int, norm: NormSpec) -> tuple[LayerSpec, ...]:
-    attention = state_space.attention(reader, hidden_size, rope=None)
-    state_space_mixer = _state_space(reader, hidden_size, norm)
-    dense = GatedSpec(intermediate_size=reader.size("intermediate_size", 14336))
-    experts = _experts(reader, dense.intermediate_size) if reader.size("num_experts", 16) > 1 else dense
+def _layers(reader: ConfigReader, norm: NormSpec) -> tuple[LayerSpec, ...]:
+    attention = read_attention(reader, rope=None)
+    state_space_mixer = _state_space(reader, norm)
+    dense = GatedSpec(reader.size("intermediate_size"))
+    experts = _experts(reader, dense.intermediate_size) if reader.size("num_experts") > 1 else dense
     layers = []
-    for index in range(reader.size("num_hidden_layers", 32)):
+    for index in range(reader.size("num_hidden_layers")):
         is_attention = _falls_on(reader, "attn_layer", index, period=8, offset=4)
         has_experts = _falls_on(reader, "expert_layer", index, period=2, offset=1)
         mixer: MixerSpec = attention if is_attention else state_space_mixer
@@ -84,7 +86,7 @@ def _layers(reader: ConfigReader, hidden_size: int, norm: NormSpec) -> tuple[Lay
 
 def _experts(reader: ConfigReader, intermediate_size: int) -> ExpertsSpec:
     return ExpertsSpec(
-        num_experts=reader.size("num_experts", 16),
+        num_experts=reader.size("num_experts"),
         top_k=reader.size("num_experts_per_tok", 2),
         intermediate_size=intermediate_size,
         router=RouterSpec(normalized=False),
@@ -92,7 +94,8 @@ def _experts(reader: ConfigReader, intermediate_size: int) -> ExpertsSpec:
     )
 
 
-def _state_space(reader: ConfigReader, hidden_size: int, norm: NormSpec) -> Mamba1Spec:
+def _state_space(reader: ConfigReader, norm: NormSpec) -> Mamba1Spec:
+    hidden_size = reader.size("hidden_size")
     return Mamba1Spec(
         inner_size=reader.size("mamba_expand", 2) * hidden_size,
         state_size=reader.size("mamba_d_state", 16),

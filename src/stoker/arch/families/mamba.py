@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stoker.arch.families import state_space
+from stoker.arch.families.common import read_decoder
 from stoker.arch.families.names import Names, entries
 from stoker.arch.families.reader import ConfigReader
 from stoker.arch.families.stored import stored_quantization
@@ -21,14 +22,15 @@ NAMES = Names(
     embedding="backbone.embeddings",
     final_norm="backbone.norm_f",
 )
+_DEFAULTS = {"vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 32, "tie_word_embeddings": True}
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     """The spec of a "mamba" or "falcon_mamba" configuration; raises ModelError for what it does not compute."""
-    reader = ConfigReader(config, where, {})
+    reader = ConfigReader(config, where, _DEFAULTS)
     reader.require("hidden_act", "silu", fix="Only silu is native.")
     stored_quantization(config, where)
-    hidden_size = reader.size("hidden_size", 768)
+    hidden_size = reader.size("hidden_size")
     is_falcon = config["model_type"] == "falcon_mamba"
     mixer = Mamba1Spec(
         # A configuration may carry an inner size that is not `expand` times the hidden size; it counts.
@@ -41,16 +43,9 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
         parameter_norm=NormSpec(epsilon=reader.positive("mixer_rms_eps", 1e-6), weight=False) if is_falcon else None,
     )
     norm = NormSpec(epsilon=reader.positive("layer_norm_epsilon", 1e-5))
-    return ArchSpec(
-        family="mamba",
-        model_type=config["model_type"],
-        vocab_size=reader.size("vocab_size", 50280),
-        hidden_size=hidden_size,
-        max_positions=state_space.UNBOUNDED_POSITIONS,
-        layers=(LayerSpec(mixer=mixer, feed_forward=None, norm=norm),) * reader.size("num_hidden_layers", 32),
-        final_norm=norm,
-        tied_head=reader.flag("tie_word_embeddings", True),
-    )
+    layer = LayerSpec(mixer=mixer, feed_forward=None, norm=norm)
+    unbounded = state_space.UNBOUNDED_POSITIONS
+    return read_decoder(reader, layer, family="mamba", final_norm=norm, max_positions=unbounded)
 
 
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:

@@ -8,20 +8,22 @@ from dataclasses import replace
 from typing import Any
 
 from stoker.arch.families import mamba, state_space
+from stoker.arch.families.common import read_decoder
 from stoker.arch.families.names import entries
 from stoker.arch.families.reader import ConfigReader
 from stoker.arch.families.stored import stored_quantization
 from stoker.arch.spec import ArchSpec, LayerSpec, Mamba2Spec, NormSpec, WeightEntry
 
 _NAMES = replace(mamba.NAMES, layers={"mixer_norm": "norm", **state_space.mamba2_names(theirs="mixer")})
+_DEFAULTS = {"vocab_size": 32768, "hidden_size": 4096, "num_hidden_layers": 64, "tie_word_embeddings": False}
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     """The spec of a "mamba2" configuration; raises ModelError for what it does not compute."""
-    reader = ConfigReader(config, where, {})
+    reader = ConfigReader(config, where, _DEFAULTS)
     reader.require("hidden_act", "silu", fix="Only silu is native.")
     stored_quantization(config, where)
-    hidden_size = reader.size("hidden_size", 4096)
+    hidden_size = reader.size("hidden_size")
     num_heads, head_dim = reader.size("num_heads", 128), reader.size("head_dim", 64)
     num_groups = reader.size("n_groups", 8)
     if num_heads * head_dim != reader.size("expand", 2) * hidden_size:
@@ -42,16 +44,9 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
         norm_groups=num_groups,
         time_step_limit=state_space.time_step_limit(reader),
     )
-    return ArchSpec(
-        family="mamba2",
-        model_type=config["model_type"],
-        vocab_size=reader.size("vocab_size", 32768),
-        hidden_size=hidden_size,
-        max_positions=state_space.UNBOUNDED_POSITIONS,
-        layers=(LayerSpec(mixer=mixer, feed_forward=None, norm=norm),) * reader.size("num_hidden_layers", 64),
-        final_norm=norm,
-        tied_head=reader.flag("tie_word_embeddings", False),
-    )
+    layer = LayerSpec(mixer=mixer, feed_forward=None, norm=norm)
+    unbounded = state_space.UNBOUNDED_POSITIONS
+    return read_decoder(reader, layer, family="mamba2", final_norm=norm, max_positions=unbounded)
 
 
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:

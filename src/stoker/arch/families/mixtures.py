@@ -8,10 +8,17 @@ compute is refused. Checked against transformers 5.24: `configuration_*.py` and 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from stoker.arch.families.common import layer_kinds, read_heads, refuse_dropout
+from stoker.arch.families.common import (
+    FULL,
+    SLIDING,
+    layer_kinds,
+    read_attention,
+    read_decoder,
+    read_head_rope,
+    refuse_dropout,
+)
 from stoker.arch.families.names import SEPARATE, ExpertNames, Held, Names, entries
 from stoker.arch.families.reader import ConfigReader
-from stoker.arch.families.rope import read_rope
 from stoker.arch.spec import (
     ArchSpec,
     AttentionSpec,
@@ -43,6 +50,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_size": 4096,
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
+        "tie_word_embeddings": False,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
@@ -55,6 +63,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {
         **_QWEN,
         "intermediate_size": 5632,
+        "tie_word_embeddings": False,
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
         "moe_intermediate_size": 1408,
@@ -66,6 +75,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         **_QWEN,
         "intermediate_size": 6144,
+        "tie_word_embeddings": False,
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
         "moe_intermediate_size": 768,
@@ -78,6 +88,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_size": 2048,
         "intermediate_size": 2048,
         "num_hidden_layers": 16,
+        "tie_word_embeddings": False,
         "num_attention_heads": 16,
         "num_key_value_heads": None,
         "max_position_embeddings": 4096,
@@ -92,6 +103,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_size": 4096,
         "intermediate_size": 11008,
         "num_hidden_layers": 32,
+        "tie_word_embeddings": False,
         "num_attention_heads": 32,
         "num_key_value_heads": None,
         "max_position_embeddings": 2048,
@@ -159,28 +171,23 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     reader = ConfigReader(config, where, _DEFAULTS[model_type])
     refuse_dropout(reader, "attention_dropout", "router_jitter_noise")
     reader.require("hidden_act", "silu", fix="Only SwiGLU experts (silu) are native.")
-    hidden_size, num_layers = reader.size("hidden_size"), reader.size("num_hidden_layers")
     norm = NormSpec(epsilon=reader.positive("rms_norm_eps"))
     experts = _experts(reader, model_type)
     residual_scale = reader.positive("residual_multiplier", 1.0) if model_type == "granitemoe" else 1.0
-    layers = tuple(
+    layers = [
         LayerSpec(attention, feed_forward, norm, residual_scale=residual_scale)
         for attention, feed_forward in zip(
-            _attentions(reader, model_type, hidden_size, norm),
-            _feed_forwards(reader, num_layers, experts, has_dense=model_type.startswith("qwen")),
+            _attentions(reader, model_type, norm),
+            _feed_forwards(reader, experts, has_dense=model_type.startswith("qwen")),
             strict=True,
         )
-    )
+    ]
     is_granite = model_type == "granitemoe"
-    return ArchSpec(
+    return read_decoder(
+        reader,
+        layers,
         family="mixtures",
-        model_type=model_type,
-        vocab_size=reader.size("vocab_size"),
-        hidden_size=hidden_size,
-        max_positions=reader.size("max_position_embeddings"),
-        layers=layers,
         final_norm=norm,
-        tied_head=reader.flag("tie_word_embeddings", False),
         embedding_scale=reader.positive("embedding_multiplier", 1.0) if is_granite else 1.0,
         logit_scale=1.0 / reader.positive("logits_scaling", 1.0) if is_granite else 1.0,
     )
@@ -197,17 +204,14 @@ def read_auxiliary_loss(reader: ConfigReader) -> float:
     return reader.positive("router_aux_loss_coef", 0.001) if asked and reader.get("router_aux_loss_coef") else 0.0
 
 
-def _attentions(reader: ConfigReader, model_type: str, hidden_size: int, norm: NormSpec) -> list[AttentionSpec]:
-    num_heads, num_kv_heads, head_dim = read_heads(reader, hidden_size)
+def _attentions(reader: ConfigReader, model_type: str, norm: NormSpec) -> list[AttentionSpec]:
     has_biases = model_type != "mixtral" and reader.flag("attention_bias", False)
-    rope = read_rope(reader, head_dim=head_dim, max_positions=reader.size("max_position_embeddings"))
+    rope = read_head_rope(reader)
     qk_norm = norm if model_type in ("qwen3_moe", "olmoe") else None
     clip = reader.get("clip_qkv") if model_type == "olmoe" else None
     return [
-        AttentionSpec(
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
+        read_attention(
+            reader,
             rope=rope,
             qkv_bias=reader.flag("qkv_bias", True) if model_type == "qwen2_moe" else has_biases,
             out_bias=model_type != "qwen2_moe" and has_biases,
@@ -232,9 +236,8 @@ def _windows(reader: ConfigReader, model_type: str) -> list[int | None]:
     if model_type == "qwen3_moe" or window is None:
         return [window] * num_layers
     last = reader.size("max_window_layers", 28)
-    usual = ["sliding_attention" if not i % 2 and i < last else "full_attention" for i in range(num_layers)]
-    kinds = layer_kinds(reader, num_layers, ("sliding_attention", "full_attention"), usual)
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    kinds = layer_kinds(reader, [SLIDING if not i % 2 and i < last else FULL for i in range(num_layers)])
+    return [window if kind == SLIDING else None for kind in kinds]
 
 
 def _experts(reader: ConfigReader, model_type: str) -> ExpertsSpec:
@@ -255,10 +258,9 @@ def _experts(reader: ConfigReader, model_type: str) -> ExpertsSpec:
     )
 
 
-def _feed_forwards(
-    reader: ConfigReader, num_layers: int, experts: ExpertsSpec, *, has_dense: bool
-) -> list[FeedForwardSpec]:
+def _feed_forwards(reader: ConfigReader, experts: ExpertsSpec, *, has_dense: bool) -> list[FeedForwardSpec]:
     """Of each layer; Qwen's may be dense every so often, or where the configuration says so."""
+    num_layers = reader.size("num_hidden_layers")
     if not has_dense:
         return [experts] * num_layers
     step, only = reader.size("decoder_sparse_step", 1), reader.get("mlp_only_layers") or []

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from stoker.arch.families import state_space
-from stoker.arch.families.common import refuse_dropout
+from stoker.arch.families.common import FULL, read_attention, read_decoder, refuse_dropout
 from stoker.arch.families.names import Names, entries
 from stoker.arch.families.reader import ConfigReader
 from stoker.arch.spec import ArchSpec, LayerSpec, Mamba2Spec, NormSpec, PlainSpec, WeightEntry
@@ -30,8 +30,19 @@ _NAMES = Names(
     embedding="model.embeddings",
     final_norm="model.norm_f",
 )
-_PATTERN = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
-_DEFAULTS = {"num_key_value_heads": 8, "head_dim": 128}
+_PATTERN = {"M": state_space.LINEAR, "*": FULL, "-": "mlp", "E": "moe"}
+_DEFAULTS = {
+    "vocab_size": 131072,
+    "hidden_size": 4096,
+    "intermediate_size": 21504,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": False,
+    "mlp_bias": False,
+}
 # The names that older files have for the same settings.
 _OLD_NAMES = {"n_groups": "mamba_n_groups", "conv_kernel": "mamba_d_conv", "use_conv_bias": "mamba_conv_bias"}
 
@@ -45,29 +56,14 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     reader.require("mamba_hidden_act", "silu", fix="Only silu is native.")
     reader.require("sliding_window", None, fix="Only full attention is native.")
     refuse_dropout(reader, "attention_dropout")
-    hidden_size = reader.size("hidden_size", 4096)
-    norm = NormSpec(epsilon=reader.positive("layer_norm_epsilon", 1e-5))
-    attention = state_space.attention(reader, hidden_size, rope=None)
-    plain = PlainSpec(
-        intermediate_size=reader.size("intermediate_size", 21504),
-        activation="relu_squared",
-        bias=reader.flag("mlp_bias", False),
-    )
+    norm = NormSpec(epsilon=reader.positive("layer_norm_epsilon"))
+    plain = PlainSpec(reader.size("intermediate_size"), "relu_squared", bias=reader.flag("mlp_bias"))
     parts = {
-        "linear_attention": LayerSpec(mixer=_state_space(reader, norm), feed_forward=None, norm=norm),
-        "full_attention": LayerSpec(mixer=attention, feed_forward=None, norm=norm),
+        state_space.LINEAR: LayerSpec(mixer=_state_space(reader, norm), feed_forward=None, norm=norm),
+        FULL: LayerSpec(mixer=read_attention(reader, rope=None), feed_forward=None, norm=norm),
         "mlp": LayerSpec(mixer=None, feed_forward=plain, norm=norm),
     }
-    return ArchSpec(
-        family="nemotron_h",
-        model_type=config["model_type"],
-        vocab_size=reader.size("vocab_size", 131072),
-        hidden_size=hidden_size,
-        max_positions=reader.size("max_position_embeddings", 4096),
-        layers=tuple(parts[kind] for kind in _kinds(reader)),
-        final_norm=norm,
-        tied_head=reader.flag("tie_word_embeddings", False),
-    )
+    return read_decoder(reader, [parts[kind] for kind in _kinds(reader)], family="nemotron_h", final_norm=norm)
 
 
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:

@@ -6,11 +6,10 @@ Checked against transformers 5.24: `configuration_phi.py`, `modeling_phi.py`.
 from collections.abc import Mapping
 from typing import Any
 
-from stoker.arch.families.common import read_activation, read_heads, refuse_dropout
+from stoker.arch.families.common import read_activation, read_attention, read_decoder, read_head_rope, refuse_dropout
 from stoker.arch.families.names import SEPARATE, Names, entries
 from stoker.arch.families.reader import ConfigReader
-from stoker.arch.families.rope import read_rope
-from stoker.arch.spec import ArchSpec, AttentionSpec, LayerSpec, NormSpec, PlainSpec, WeightEntry
+from stoker.arch.spec import ArchSpec, LayerSpec, NormSpec, PlainSpec, WeightEntry
 
 _NAMES = Names(
     {
@@ -23,42 +22,39 @@ _NAMES = Names(
     },
     final_norm="model.final_layernorm",
 )
+_DEFAULTS = {
+    "vocab_size": 51200,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "layer_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "qk_layernorm": False,
+}
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     """The spec of a "phi" configuration; raises ModelError for what it does not compute."""
-    reader = ConfigReader(config, where, {})
+    reader = ConfigReader(config, where, _DEFAULTS)
     refuse_dropout(reader, "attention_dropout")
     reader.require("tie_word_embeddings", False, fix="The head has a bias of its own; only an untied one is computed.")
-    hidden_size = reader.size("hidden_size", 2048)
-    max_positions = reader.size("max_position_embeddings", 2048)
-    norm = NormSpec("layer", reader.positive("layer_norm_eps", 1e-5), bias=True)
-    num_heads, num_kv_heads, head_dim = read_heads(reader, hidden_size)
+    norm = NormSpec("layer", reader.positive("layer_norm_eps"), bias=True)
     layer = LayerSpec(
-        mixer=AttentionSpec(
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            rope=read_rope(reader, head_dim=head_dim, max_positions=max_positions, partial=0.5),
+        mixer=read_attention(
+            reader,
+            rope=read_head_rope(reader, partial=0.5),
             qkv_bias=True,
             out_bias=True,
-            qk_norm=norm if reader.flag("qk_layernorm", False) else None,
+            qk_norm=norm if reader.flag("qk_layernorm") else None,
         ),
-        feed_forward=PlainSpec(reader.size("intermediate_size", 8192), read_activation(reader, "gelu_new")),
+        feed_forward=PlainSpec(reader.size("intermediate_size"), read_activation(reader, "gelu_new")),
         norm=norm,
         placement="parallel_one_norm",
     )
-    return ArchSpec(
-        family="phi",
-        model_type="phi",
-        vocab_size=reader.size("vocab_size", 51200),
-        hidden_size=hidden_size,
-        max_positions=max_positions,
-        layers=(layer,) * reader.size("num_hidden_layers", 24),
-        final_norm=norm,
-        head_bias=True,
-        left_out=reader.left_out("resid_pdrop", "embd_pdrop"),
-    )
+    left_out = reader.left_out("resid_pdrop", "embd_pdrop")
+    return read_decoder(reader, layer, family="phi", final_norm=norm, head_bias=True, left_out=left_out)
 
 
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:

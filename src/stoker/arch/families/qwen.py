@@ -7,57 +7,51 @@ The upper layers may have a sliding window. Checked against transformers 5.24: `
 from collections.abc import Mapping
 from typing import Any
 
-from stoker.arch.families.common import layer_kinds, read_activation, read_heads, refuse_dropout
+from stoker.arch.families.common import (
+    FULL,
+    SLIDING,
+    layer_kinds,
+    read_attention,
+    read_decoder,
+    read_gated,
+    read_head_rope,
+    refuse_dropout,
+)
 from stoker.arch.families.names import Names, entries
 from stoker.arch.families.reader import ConfigReader
-from stoker.arch.families.rope import read_rope
-from stoker.arch.spec import ArchSpec, AttentionSpec, GatedSpec, LayerSpec, NormSpec, WeightEntry
+from stoker.arch.spec import ArchSpec, LayerSpec, NormSpec, WeightEntry
 
-_SLIDING, _FULL = "sliding_attention", "full_attention"
-_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096}
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_THIRD: dict[str, Any] = {**_DEFAULTS, "head_dim": 128, "attention_bias": False}
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     """The spec of a "qwen2" or "qwen3" configuration; raises ModelError for what it does not compute."""
-    is_qwen3 = config["model_type"] == "qwen3"
-    reader = ConfigReader(config, where, {**_DEFAULTS, "head_dim": 128 if is_qwen3 else None})
+    is_third = config["model_type"] == "qwen3"
+    reader = ConfigReader(config, where, _THIRD if is_third else _DEFAULTS)
     refuse_dropout(reader, "attention_dropout")
-    hidden_size = reader.size("hidden_size", 4096)
-    num_layers = reader.size("num_hidden_layers", 32)
-    max_positions = reader.size("max_position_embeddings", 32768)
-    norm = NormSpec(epsilon=reader.positive("rms_norm_eps", 1e-6))
-    num_heads, num_kv_heads, head_dim = read_heads(reader, hidden_size)
-    bias = reader.flag("attention_bias", False) if is_qwen3 else False
-    rope = read_rope(reader, head_dim=head_dim, max_positions=max_positions)
-    feed_forward = GatedSpec(reader.size("intermediate_size", 22016), read_activation(reader, "silu"))
-    windows = _windows(reader, num_layers)
+    norm = NormSpec(epsilon=reader.positive("rms_norm_eps"))
+    bias = is_third and reader.flag("attention_bias")
+    special = {"qkv_bias": bias, "out_bias": bias, "qk_norm": norm} if is_third else {"qkv_bias": True}
+    rope, windows = read_head_rope(reader), _windows(reader)
     layers = {
-        window: LayerSpec(
-            mixer=AttentionSpec(
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                rope=rope,
-                qkv_bias=bias or not is_qwen3,
-                out_bias=bias,
-                window=window,
-                qk_norm=norm if is_qwen3 else None,
-            ),
-            feed_forward=feed_forward,
-            norm=norm,
-        )
+        window: LayerSpec(read_attention(reader, rope=rope, window=window, **special), read_gated(reader), norm)
         for window in windows
     }
-    return ArchSpec(
-        family="qwen",
-        model_type=config["model_type"],
-        vocab_size=reader.size("vocab_size", 151936),
-        hidden_size=hidden_size,
-        max_positions=max_positions,
-        layers=tuple(layers[window] for window in windows),
-        final_norm=norm,
-        tied_head=reader.flag("tie_word_embeddings", False),
-    )
+    return read_decoder(reader, [layers[window] for window in windows], family="qwen", final_norm=norm)
 
 
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
@@ -65,10 +59,10 @@ def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
     return entries(spec, Names())
 
 
-def _windows(reader: ConfigReader, num_layers: int) -> list[int | None]:
+def _windows(reader: ConfigReader) -> list[int | None]:
     """The sliding window of each layer; None: full attention."""
-    window = reader.optional_size("sliding_window") if reader.flag("use_sliding_window", False) else None
-    first = num_layers if window is None else reader.get("max_window_layers", 28)
-    default = [_SLIDING if index >= first else _FULL for index in range(num_layers)]
-    kinds = layer_kinds(reader, num_layers, (_SLIDING, _FULL), default)
-    return [window if kind == _SLIDING else None for kind in kinds]
+    num_layers = reader.size("num_hidden_layers")
+    window = reader.optional_size("sliding_window") if reader.flag("use_sliding_window") else None
+    first = num_layers if window is None else reader.get("max_window_layers")
+    kinds = layer_kinds(reader, [SLIDING if index >= first else FULL for index in range(num_layers)])
+    return [window if kind == SLIDING else None for kind in kinds]

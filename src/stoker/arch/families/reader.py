@@ -39,7 +39,7 @@ class ConfigReader:
             raise self.error(f"{key} = {value!r} is not a number greater than {bound:g}.")
         return float(value)
 
-    def flag(self, key: str, default: bool) -> bool:
+    def flag(self, key: str, default: bool | None = None) -> bool:
         """True or false."""
         value = self.get(key, default)
         if not isinstance(value, bool):

@@ -8,48 +8,47 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from stoker.arch.families.common import read_activation, read_heads, refuse_dropout
+from stoker.arch.families.common import read_attention, read_decoder, read_gated, read_head_rope, refuse_dropout
 from stoker.arch.families.names import SEPARATE, Names, entries
 from stoker.arch.families.reader import ConfigReader
-from stoker.arch.families.rope import read_rope
-from stoker.arch.spec import ArchSpec, AttentionSpec, GatedSpec, LayerSpec, NormSpec, WeightEntry
+from stoker.arch.spec import ArchSpec, AttentionSpec, LayerSpec, NormSpec, WeightEntry
 
 _HEAD_NORMS = ("q_norm", "k_norm")
 _NAMES = Names({**SEPARATE, **{f"attention.{name}": f"self_attn.{name[0]}_layernorm" for name in _HEAD_NORMS}})
+_DEFAULTS = {
+    "vocab_size": 50304,
+    "hidden_size": 2560,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "layer_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "use_qkv_bias": False,
+    "qk_layernorm": False,
+    "use_parallel_residual": False,
+}
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     """The spec of a "stablelm" configuration; raises ModelError for what it does not compute."""
-    reader = ConfigReader(config, where, {"num_key_value_heads": 32, "hidden_size": 2560})
+    reader = ConfigReader(config, where, _DEFAULTS)
     refuse_dropout(reader, "attention_dropout", "hidden_dropout")
-    hidden_size = reader.size("hidden_size")
-    max_positions = reader.size("max_position_embeddings", 4096)
-    norm = NormSpec("layer", reader.positive("layer_norm_eps", 1e-5), bias=True)
-    num_heads, num_kv_heads, head_dim = read_heads(reader, hidden_size)
+    norm = NormSpec("layer", reader.positive("layer_norm_eps"), bias=True)
     layer = LayerSpec(
-        mixer=AttentionSpec(
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            rope=read_rope(reader, head_dim=head_dim, max_positions=max_positions, partial=0.25),
-            qkv_bias=reader.flag("use_qkv_bias", False),
-            qk_norm=replace(norm, bias=False) if reader.flag("qk_layernorm", False) else None,
+        mixer=read_attention(
+            reader,
+            rope=read_head_rope(reader, partial=0.25),
+            qkv_bias=reader.flag("use_qkv_bias"),
+            qk_norm=replace(norm, bias=False) if reader.flag("qk_layernorm") else None,
             qk_norm_over="each_head",
         ),
-        feed_forward=GatedSpec(reader.size("intermediate_size", 6912), read_activation(reader, "silu")),
+        feed_forward=read_gated(reader),
         norm=norm,
-        placement="parallel_one_norm" if reader.flag("use_parallel_residual", False) else "pre",
+        placement="parallel_one_norm" if reader.flag("use_parallel_residual") else "pre",
     )
-    return ArchSpec(
-        family="stablelm",
-        model_type="stablelm",
-        vocab_size=reader.size("vocab_size", 50304),
-        hidden_size=hidden_size,
-        max_positions=max_positions,
-        layers=(layer,) * reader.size("num_hidden_layers", 32),
-        final_norm=norm,
-        tied_head=reader.flag("tie_word_embeddings", False),
-    )
+    return read_decoder(reader, layer, family="stablelm", final_norm=norm)
 
 
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:

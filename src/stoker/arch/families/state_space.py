@@ -8,19 +8,17 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from stoker.arch.families.common import read_heads
+from stoker.arch.families.common import FULL
 from stoker.arch.families.reader import ConfigReader
-from stoker.arch.spec import AttentionSpec, Mamba2Spec, RopeSpec
+from stoker.arch.spec import Mamba2Spec
 
 UNBOUNDED_POSITIONS = 2**20
 """Context of a model without positions, in tokens: its state has one size whatever came before, so any length runs."""
 
-_LAYER_TYPES = {
-    "mamba": "linear_attention",
-    "linear_attention": "linear_attention",
-    "attention": "full_attention",
-    "full_attention": "full_attention",
-}
+LINEAR = "linear_attention"
+"""Transformers' name of the kind of layer whose mixer is a state space."""
+
+_LAYER_TYPES = {"mamba": LINEAR, LINEAR: LINEAR, "attention": FULL, FULL: FULL}
 _PEFT_REFUSES_OUT_PROJ = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
 
 
@@ -67,13 +65,13 @@ def layer_types(reader: ConfigReader, values: Any, *, allowed: Iterable[str] = (
     return [known[value] for value in values]
 
 
-def mamba2(reader: ConfigReader, hidden_size: int, *, inner_size: int | None = None, **changes: Any) -> Mamba2Spec:
+def mamba2(reader: ConfigReader, *, inner_size: int | None = None, **changes: Any) -> Mamba2Spec:
     """A Mamba-2 mixer from the `mamba_*` settings that most hybrids have; `changes` replace or add fields.
 
     `inner_size`: of all heads together; None: `mamba_expand` times the hidden size.
     """
     num_heads = reader.size("mamba_n_heads", 128)
-    inner_size = inner_size or reader.size("mamba_expand", 2) * hidden_size
+    inner_size = inner_size or reader.size("mamba_expand", 2) * reader.size("hidden_size")
     if inner_size % num_heads:
         raise reader.error(f"the state space's {inner_size} channels are not a multiple of {num_heads} heads.")
     head_dim = reader.get("mamba_d_head", "auto")
@@ -117,24 +115,3 @@ def mamba1_names(ours: str = "mixer", theirs: str = "mamba") -> dict[str, str]:
 def mamba2_names(ours: str = "mixer", theirs: str = "mamba") -> dict[str, str]:
     """The same with Mamba-2's step sizes."""
     return module_names(ours, theirs) | {f"{ours}.dt_bias": f"{theirs}.dt_bias"}
-
-
-def attention(
-    reader: ConfigReader,
-    hidden_size: int,
-    *,
-    rope: RopeSpec | None,
-    bias: bool = False,
-    scale: float | None = None,
-) -> AttentionSpec:
-    """The attention of a hybrid's layers, from the usual settings."""
-    num_heads, num_kv_heads, head_dim = read_heads(reader, hidden_size)
-    return AttentionSpec(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rope=rope,
-        qkv_bias=bias,
-        out_bias=bias,
-        scale=scale,
-    )
