@@ -1,5 +1,6 @@
 """What a layer's backward holds at its peak is what the plan reckons with."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from stoker.adapters.lora import add_lora
 from stoker.arch import activations
 from stoker.arch.activations import Micro
 from stoker.arch.families import read
+from stoker.kernels.offload import HostOffload
 from stoker.models import native
 
 # Heads of their own for keys and values: a CPU's attention copies shared ones, which a GPU's does not.
@@ -80,3 +82,34 @@ def test_a_long_rows_backward_peaks_in_attention_as_the_plan_says(keep):
     held = activations.fused(spec.layers[0], 64, Micro(TOKENS, 4), keep, tile_tokens=TOKENS // 16)
     in_kernels = 4 * 64 * TOKENS  # the fp32 sum of q's gradient is inside of a GPU's kernel
     assert memory.peak - after_forward == pytest.approx(held.passing - in_kernels, rel=0.1)
+
+
+class _RanOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        raise MemoryError("out of memory")
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+@pytest.mark.parametrize("keep", ["all", "mixer", "attention", "input"])
+def test_a_forward_that_runs_out_of_memory_leaves_nothing_behind(keep, offloads):
+    model = native.build(read(CONFIG, "config.json"), device="cpu", seed=1)
+    add_lora(model, rank=1, alpha=1.0)
+    offload = HostOffload(min_bytes=1) if offloads and keep != "all" else None
+    fuse_blocks(model, keep=keep, implementation="reference", offload=offload)
+    cos, sin = torch.ones(1, TOKENS, 8), torch.zeros(1, TOKENS, 8)
+    x = torch.randn(1, TOKENS, 64, requires_grad=True)
+
+    def attempt() -> None:
+        _RanOut.apply(model.blocks[0](model.blocks[0](x, cos, sin), cos, sin))
+
+    with LiveBytes() as memory:
+        with pytest.raises(MemoryError) as failure:
+            attempt()
+        del failure
+        if offload is not None:
+            offload.clear()
+            assert offload.num_stored == 0
+            offload._free.clear()  # its buffers are for the next attempt
+        gc.collect()
+        assert memory.now == 0

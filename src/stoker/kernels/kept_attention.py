@@ -33,6 +33,40 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v [B, T, heads, E] to attended values [B, T, H · E]."""
 
 
+class _Packing:
+    """What attention's graph saves, and how.
+
+    An object of its own: the graph holds these hooks, and were they methods of what holds the graph, neither would ever
+    be freed without a backward, as after a forward that ran out of memory (Python does not see a circle through C++).
+    """
+
+    def __init__(self, heads: tuple[Tensor, ...], offload: HostOffload | None) -> None:
+        self.heads: tuple[Tensor, ...] = ()
+        self.offload = offload
+        self.handles: dict[int, tuple[int, int]] = {}  # of a storage: handle, and where its stored tensor begins
+        self._storages = [x.untyped_storage().data_ptr() for x in heads]
+
+    def pack(self, tensor: Tensor) -> Tensor | tuple:
+        """Drops heads that are given anew, and hands to the host what it takes."""
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in self._storages:
+            return self._storages.index(storage), tensor.shape, tensor.stride(), tensor.storage_offset()
+        if self.offload is None or storage in self.handles or not self.offload.takes(tensor):
+            return tensor.detach()  # attention's own output, as it is, would hold the graph that saves it
+        handle = self.offload.store(tensor.detach())
+        self.handles[storage] = (handle, int(tensor.storage_offset()))
+        return (handle,)
+
+    def unpack(self, packed: Tensor | tuple) -> Tensor:
+        """The tensor again."""
+        if isinstance(packed, Tensor):
+            return packed
+        if len(packed) == 1 and self.offload is not None:
+            return self.offload.fetch(packed[0])
+        index, shape, stride, offset = packed
+        return self.heads[index].as_strided(shape, stride, offset)
+
+
 class KeptAttention:
     """Attention with a graph of its own, from rotated q, k, v to the attended values [B, T, H · E].
 
@@ -43,57 +77,37 @@ class KeptAttention:
     def __init__(
         self, attend: Attend, heads: tuple[Tensor, ...], *, forget: bool = False, offload: HostOffload | None = None
     ) -> None:
-        self._heads: tuple[Tensor, ...] = ()
         self._sink: list[Tensor] = []
-        self._offload = offload
-        self._handles: dict[int, tuple[int, int]] = {}  # of a storage: handle, and where its stored tensor begins
-        self._storages = [x.untyped_storage().data_ptr() for x in heads] if forget else []
+        self._packing = _Packing(heads if forget else (), offload)
         self._root = torch.zeros((), dtype=heads[0].dtype, device=heads[0].device, requires_grad=True)
         with torch.enable_grad():
             traced = _Source.apply(self._root, self._sink, *heads)
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            with torch.autograd.graph.saved_tensors_hooks(self._packing.pack, self._packing.unpack):
                 output = attend(*traced)
         self._edge = torch.autograd.graph.get_gradient_edge(output)
         self._output: Tensor | None = output.detach()
         self._view: tuple[int, tuple] | None = None
 
-    def _pack(self, tensor: Tensor) -> Tensor | tuple:
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in self._storages:
-            return self._storages.index(storage), tensor.shape, tensor.stride(), tensor.storage_offset()
-        if self._offload is None or storage in self._handles or not self._offload.takes(tensor):
-            return tensor
-        handle = self._offload.store(tensor.detach())
-        self._handles[storage] = (handle, int(tensor.storage_offset()))
-        return (handle,)
-
-    def _unpack(self, packed: Tensor | tuple) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        if len(packed) == 1 and self._offload is not None:
-            return self._offload.fetch(packed[0])
-        index, shape, stride, offset = packed
-        return self._heads[index].as_strided(shape, stride, offset)
-
     def values(self) -> Tensor:
         """The output [B, T, H · E], brought back if it was put away."""
         if self._output is not None:
             return self._output
-        if self._offload is None or self._view is None:
+        if self._packing.offload is None or self._view is None:
             raise RuntimeError("the attended values are gone")
         handle, view = self._view
-        return self._offload.fetch(handle).as_strided(*view)
+        return self._packing.offload.fetch(handle).as_strided(*view)
 
     def put_away(self) -> None:
         """Drops the output from the device, if it is to wait on the host."""
-        if self._offload is None or self._output is None:
+        offload, handles = self._packing.offload, self._packing.handles
+        if offload is None or self._output is None:
             return
         output, storage = self._output, self._output.untyped_storage().data_ptr()
-        if storage not in self._handles:  # attention keeps another tensor than its output
-            if not self._offload.takes(output):
+        if storage not in handles:  # attention keeps another tensor than its output
+            if not offload.takes(output):
                 return
-            self._handles[storage] = (self._offload.store(output), int(output.storage_offset()))
-        handle, begin = self._handles[storage]
+            handles[storage] = (offload.store(output), int(output.storage_offset()))
+        handle, begin = handles[storage]
         self._view = (handle, (output.shape, output.stride(), int(output.storage_offset()) - begin))
         self._output = None
 
@@ -102,12 +116,12 @@ class KeptAttention:
 
         It lets go of the output, and of all that attention kept.
         """
-        self._heads, self._output = heads, None
+        self._packing.heads, self._output = heads, None
         torch.autograd.grad((self._edge,), (self._root,), (grad,))
-        self._heads = ()
-        if self._offload is not None:
-            for handle, _ in self._handles.values():
-                self._offload.release(handle)
+        self._packing.heads = ()
+        if self._packing.offload is not None:
+            for handle, _ in self._packing.handles.values():
+                self._packing.offload.release(handle)
         grads = list(self._sink)
         self._sink.clear()  # the graph, which may live on, holds the same list
         return grads

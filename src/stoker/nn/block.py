@@ -33,7 +33,8 @@ def _made_again(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
         is_it = saved.data_ptr() == place and saved.dtype == dtype and saved.numel() == count
-        return saved.shape if is_it and saved.is_contiguous() else saved
+        # Detached: an operation's output, as it is, would hold the graph that saves it.
+        return saved.shape if is_it and saved.is_contiguous() else saved.detach()
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
         if isinstance(packed, Tensor):

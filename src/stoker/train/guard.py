@@ -1,5 +1,6 @@
 """Keeps a run from going on with numbers that mean nothing, and lets it go on when memory runs out."""
 
+import gc
 import math
 from collections.abc import Callable, Sequence
 
@@ -165,6 +166,7 @@ class MemoryGuard:
             if not is_out_of_memory(error):
                 raise
         # Outside of the handler: the error's traceback would keep every tensor of the failed attempt alive.
+        gc.collect()
         return None
 
     def _fitting(self, batches: Sequence[Batch]) -> list[Batch]:
