@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from stoker.adapters.fused_block import freeze_into, fuse_blocks
 from stoker.adapters.lora import add_lora
 from stoker.arch.families import read
-from stoker.kernels import fp8, glu, linear_cross_entropy, low_rank, rms_norm, rope
+from stoker.kernels import fp8, glu, linear_cross_entropy, low_rank, rms_norm, rope, rounded_glu
 from stoker.kernels.attention import attention
 from stoker.kernels.offload import HostOffload
 from stoker.models.build import on_meta
@@ -175,6 +175,8 @@ def kernel_cases(tokens: int = 8192) -> Iterator[tuple[str, int, Callable[[str],
         size * 3,
         lambda kind: lambda: glu.gated_backward(gate_up, grad, implementation=kind),
     )
+    if fp8.can_multiply_fp8(x.device):
+        yield from rounded_cases(gate_up, grad)
     yield from adapter_cases(gate_up, grad, qkv.flatten(0, 1), x)
     logits, targets = random(1024, 128256), torch.randint(0, 128256, (1024,), device="cuda")
     options = linear_cross_entropy.LossOptions()
@@ -188,6 +190,28 @@ def kernel_cases(tokens: int = 8192) -> Iterator[tuple[str, int, Callable[[str],
         lambda kind: lambda: turns[kind](logits, None, targets, None, options=options, with_gradient=True),
     )
     yield from format_cases(random(2 * inner, width, scale=0.02), x)
+
+
+def rounded_cases(gate_up: Tensor, grad: Tensor) -> Iterator[tuple[str, int, Callable[[str], Callable[[], object]]]]:
+    """The same for gates that leave their results in fp8 too; "reference" are two passes, Triton's too."""
+    (tokens, inner), size = grad.shape, gate_up.numel() * 2
+    factor = torch.rand(2 * inner, device="cuda")
+    room, grad_room = (fp8.empty_rounded(tokens, columns, grad.device) for columns in (inner, 2 * inner))
+
+    def backward_by_two() -> object:
+        glu.gated_backward(gate_up, grad, implementation="triton")
+        return fp8.quantize_rows(gate_up, factor, implementation="triton")
+
+    forward = {
+        "triton": lambda: rounded_glu.gated_rounded(gate_up, room),
+        "reference": lambda: fp8.quantize_rows(glu.gated(gate_up, implementation="triton"), implementation="triton"),
+    }
+    backward = {
+        "triton": lambda: rounded_glu.gated_rounded_backward(gate_up, grad, grad_room, factor),
+        "reference": backward_by_two,
+    }
+    yield "swiglu forward, also in fp8 (beside two passes)", size * 7 // 4, forward.__getitem__
+    yield "swiglu backward, also in fp8 (beside two passes)", size * 7 // 2, backward.__getitem__
 
 
 def adapter_cases(
@@ -458,6 +482,9 @@ LEVERS: dict[str, tuple[tuple[Patch, ...], dict[str, float]]] = {
     "fp8 products that scale their own rows": (((Fp8Weight, "scales_after", False),), {"F": 20.0}),
     "fp8 gradients summed in fp32": (((Fp8Weight, "fast_gradients", False),), {"F": 20.0}),
     "both, as it was": (((Fp8Weight, "scales_after", False), (Fp8Weight, "fast_gradients", False)), {"F": 40.0}),
+    "fp8 rows rounded by passes of their own": (((Fp8Weight, "rounds_early", False),), {"F": 7.5}),
+    "fp8 gates in pieces of 1,024 columns": (((rounded_glu, "BLOCK", 1024), (rounded_glu, "WARPS", 4)), {}),
+    "fp8 gates in pieces of 4,096 columns": (((rounded_glu, "BLOCK", 4096), (rounded_glu, "WARPS", 16)), {}),
     "logits by 16 warps": (
         ((linear_cross_entropy, "TURN_BLOCK", 8192), (linear_cross_entropy, "TURN_WARPS", 16)),
         {"A": -0.2, "E": -0.4, "F": -0.2},

@@ -25,6 +25,7 @@ from stoker.kernels import (
     nf4,
     rms_norm,
     rope,
+    rounded_glu,
     routed_rows,
     routing,
     scaled_update,
@@ -80,15 +81,26 @@ def rotation(half: int, rest: int, *, interleaved: bool) -> tuple:
     return (rope._rotate_kernel, constants, 4, {})
 
 
+ROUNDED = {"rounded_ptr": "*fp8e4nv", "rounded_scale_ptr": "*fp32"}
 NF4 = {"packed_ptr": "*u8", "absmax_ptr": "*u8"}
 NF4 |= dict.fromkeys(("code_ptr", "nested_code_ptr", "nested_absmax_ptr", "nested_offset_ptr"), "*fp32")
 CASES = [
-    (rms_norm._forward_kernel, {"BLOCK": 4096, "HAS_RESIDUAL": True}, 8, {}),
-    (
-        rms_norm._backward_kernel,
-        {"BLOCK": 4096, "HAS_GRAD_TOTAL": True, "WEIGHT_GRAD": True, "INPUT_GRAD": True},
-        8,
-        {},
+    *(
+        (rms_norm._forward_kernel, {"BLOCK": 4096, "HAS_RESIDUAL": True, "ROUNDS": r}, 8, ROUNDED if r else {})
+        for r in (False, True)
+    ),
+    *(
+        (
+            rms_norm._backward_kernel,
+            {"BLOCK": 4096, "HAS_GRAD_TOTAL": True, "WEIGHT_GRAD": not r, "INPUT_GRAD": True, "ROUNDS": r},
+            8,
+            ROUNDED if r else {},
+        )
+        for r in (False, True)
+    ),
+    *(
+        (kernel, {"BLOCK": rounded_glu.BLOCK, "ACTIVATION": "silu"}, rounded_glu.WARPS, ROUNDED)
+        for kernel in (rounded_glu._forward_kernel, rounded_glu._backward_kernel)
     ),
     *(rotation(64, 0, interleaved=interleaved) for interleaved in (False, True)),
     rotation(16, 128, interleaved=False),
@@ -208,7 +220,7 @@ def compile_case(case: tuple, capability: int) -> dict:
 
 for capability in map(int, sys.argv[1:]):
     for case in [*CASES, *state_space_cases.cases(capability)]:
-        if capability < 89 and case[0] is fp8._quantize_rows_kernel:
+        if capability < 89 and "*fp8e4nv" in case[3].values():
             continue  # no fp8 there
         if capability < 80 and case[4:] and case[4] > grouped_matmul.SMALL.stages:
             continue  # tiles of newer GPUs

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from stoker.kernels import glu
+from stoker.kernels.fp8 import Rounded
 from stoker.kernels.head_exchange import HeadExchange
 from stoker.kernels.offload import HostOffload
-from stoker.kernels.projection import Piece, Projection, product_of, project, project_onto
+from stoker.kernels.projection import Piece, Projection, product_of, project, project_onto, rounded_input
+from stoker.kernels.rounded_glu import gated_rounded
 
 KEEP = ("all", "mixer", "attention", "input")
 
@@ -53,9 +55,17 @@ class BlockOptions:
 
 
 def feed_forward(
-    projections: Sequence[Projection], normed: Tensor, mid: Tensor, options: BlockOptions
+    projections: Sequence[Projection],
+    normed: Tensor,
+    mid: Tensor,
+    options: BlockOptions,
+    *,
+    rounded: Rounded | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(mid + output [N, D], gate_up if it is kept, the adapters' products of gate_up and of down)."""
+    """(mid + output [N, D], gate_up if it is kept, the adapters' products of gate_up and of down).
+
+    `rounded`: the normed rows in fp8, if they are there.
+    """
     pieces = tiles(normed.shape[0], options)
     # Written tile by tile: results of all tiles beside the tensor that they become would be two.
     output = torch.empty_like(mid) if len(pieces) > 1 else None
@@ -64,7 +74,7 @@ def feed_forward(
     for tile in pieces:
         piece = Piece(options.implementation, tile.start)
         part, gate_up, product_gate_up, product_down = _run_tile(
-            projections, normed[tile], mid[tile], options.activation, piece
+            projections, normed[tile], mid[tile], options.activation, piece, rounded=rows_of(rounded, tile)
         )
         if output is None:
             output = part
@@ -81,15 +91,30 @@ def feed_forward(
 
 
 def _run_tile(
-    projections: Sequence[Projection], normed: Tensor, mid: Tensor, activation: str, piece: Piece
+    projections: Sequence[Projection],
+    normed: Tensor,
+    mid: Tensor,
+    activation: str,
+    piece: Piece,
+    *,
+    rounded: Rounded | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(mid + output, gate_up, the adapters' products)."""
     _, _, gate_up, down = projections
-    values, product = project(gate_up, normed, piece)
-    activated = glu.gated(values, activation=activation, implementation=piece.implementation)
+    values, product = project(gate_up, normed, piece, rounded=rounded)
+    implementation, rounded = piece.implementation, rounded_input(down, normed.shape[0], piece.implementation)
+    if rounded is None:
+        activated = glu.gated(values, activation=activation, implementation=implementation)
+    else:
+        activated = gated_rounded(values, rounded, activation=activation)
     product_down = product_of(down, activated, piece)
-    output = project_onto(down, activated, mid, product_down, implementation=piece.implementation)
+    output = project_onto(down, activated, mid, product_down, implementation=implementation, rounded=rounded)
     return output, values, product, product_down
+
+
+def rows_of(rounded: Rounded | None, tile: slice) -> Rounded | None:
+    """The rows of a tile, of rows in fp8."""
+    return None if rounded is None else Rounded(rounded.values[tile], rounded.scale[tile])
 
 
 def tiles(num_rows: int, options: BlockOptions) -> list[slice]:

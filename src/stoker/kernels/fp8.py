@@ -12,6 +12,8 @@ accumulation outside the tensor core's own registers unless `fast_accumulation` 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,11 +23,47 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # largest finite value of e4m3
 
 
-def quantize_rows_reference(x: Tensor, column_factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Returns (e4m3 `[N, K]`, float32 scale `[N, 1]`) of `x` `[N, K]`, in plain torch."""
+class Rounded(NamedTuple):
+    """Rows in fp8, `values * scale`: e4m3 `[N, K]`, contiguous, and float32 `[N, 1]`."""
+
+    values: Tensor
+    scale: Tensor
+
+
+def empty_rounded(num_rows: int, num_columns: int, device: torch.device) -> Rounded:
+    """Returns memory for rows in fp8."""
+    values = torch.empty((num_rows, num_columns), dtype=FP8, device=device)
+    return Rounded(values, torch.empty((num_rows, 1), dtype=torch.float32, device=device))
+
+
+def quantize_rows_reference(x: Tensor, column_factor: Tensor | None = None) -> Rounded:
+    """Returns `x` `[N, K]` in fp8, in plain torch."""
     values = x.float() if column_factor is None else x.float() * column_factor
     scale = values.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / FP8_MAX
-    return (values / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+    return Rounded((values / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale)
+
+
+@jit
+def scale_of(highest: tl.tensor) -> tl.tensor:
+    """Returns the scale of rows whose largest magnitudes are `highest`."""
+    return tl.maximum(highest, 1e-12) / 448.0
+
+
+@jit
+def to_e4m3(values: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """Returns fp32 `values` over `scale`, still in fp32, where e4m3 can hold them."""
+    return tl.minimum(tl.maximum(values / scale, -448.0), 448.0)
+
+
+@jit
+def store_rounded(  # noqa: PLR0917
+    values: tl.tensor, out_ptr: tl.tensor, scale_ptr: tl.tensor, row: tl.tensor, column: tl.tensor, width: tl.tensor
+) -> None:
+    """Writes one row of fp32 `values`, 0 beyond `width`, in e4m3 and its scale."""
+    scale = scale_of(tl.max(tl.abs(values), axis=0))
+    tl.store(scale_ptr + row, scale)
+    quantized = to_e4m3(values, scale).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * width + column, quantized, mask=column < width)
 
 
 @jit
@@ -45,35 +83,28 @@ def _quantize_rows_kernel(  # noqa: PLR0917
     values = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     if HAS_FACTOR:
         values *= tl.load(factor_ptr + column, mask=mask, other=0.0)
-    scale = tl.maximum(tl.max(tl.abs(values), axis=0), 1e-12) / 448.0
-    tl.store(scale_ptr + row, scale)
-    quantized = tl.minimum(tl.maximum(values / scale, -448.0), 448.0)
-    tl.store(out_ptr + row * num_columns + column, quantized.to(out_ptr.dtype.element_ty), mask=mask)
+    store_rounded(values, out_ptr, scale_ptr, row, column, num_columns)
 
 
-def quantize_rows_triton(x: Tensor, column_factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows_triton(x: Tensor, column_factor: Tensor | None = None) -> Rounded:
     """Returns what `quantize_rows_reference` does, reading `x` once; its last dimension must be contiguous."""
     num_rows, num_columns = x.shape
-    out = torch.empty((num_rows, num_columns), dtype=FP8, device=x.device)
-    scale = torch.empty((num_rows, 1), dtype=torch.float32, device=x.device)
+    out = empty_rounded(num_rows, num_columns, x.device)
     block = next_power_of_2(num_columns)
     _quantize_rows_kernel[(num_rows,)](
         x,
         x if column_factor is None else column_factor,
-        out,
-        scale,
+        *out,
         x.stride(0),
         num_columns,
         BLOCK=block,
         HAS_FACTOR=column_factor is not None,
         num_warps=min(16, max(4, block // 1024)),
     )
-    return out, scale
+    return out
 
 
-def quantize_rows(
-    x: Tensor, column_factor: Tensor | None = None, *, implementation: str = "reference"
-) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, column_factor: Tensor | None = None, *, implementation: str = "reference") -> Rounded:
     """Returns `x` `[N, K]` as (e4m3 `[N, K]` contiguous, float32 scale `[N, 1]`), so that `x * factor ~ q * scale`.
 
     `column_factor` is float32 `[K]` or None; rows of zeros give zeros.

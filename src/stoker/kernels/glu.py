@@ -39,7 +39,7 @@ def gated(
     write the gradient over gate_up, for callers to whom it is of no further use; a second backward then raises
     RuntimeError. ValueError for an unknown name.
     """
-    _check(activation)
+    check_activation(activation)
     if check_implementation(implementation):
         return _GatedTriton.apply(gate_up, activation, overwrite)
     return _SwiGlu.apply(gate_up) if activation == "silu" else gated_reference(gate_up, activation)
@@ -53,7 +53,7 @@ def gated_backward(
     For callers that write their own backward and need the activation again for the layer after it. Both tensors are
     contiguous; Triton writes the activation over `grad`.
     """
-    _check(activation)
+    check_activation(activation)
     if check_implementation(implementation):
         return _launch_backward(gate_up, grad, gate_up, activation=activation, activated=grad), grad
     gate, up = gate_up.chunk(2, dim=-1)
@@ -65,7 +65,8 @@ def gated_backward(
     return gate_up, activated
 
 
-def _check(activation: str) -> None:
+def check_activation(activation: str) -> None:
+    """Raises ValueError for a name that is not in ACTIVATIONS."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation = {activation!r}; known: {', '.join(ACTIVATIONS)}")
 

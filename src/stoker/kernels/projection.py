@@ -21,6 +21,7 @@ from torch import Tensor
 
 from stoker.kernels import low_rank
 from stoker.kernels.dropout import drop
+from stoker.kernels.fp8 import Rounded, empty_rounded
 from stoker.kernels.scaled_update import scaled_update
 
 
@@ -48,16 +49,25 @@ class FrozenMatrix(Protocol):
 
 @runtime_checkable
 class ScaledMatrix(Protocol):
-    """A frozen weight whose products are cheaper without their scales (`kernels/scaled_update.py`)."""
+    """A frozen weight whose products are cheaper without their scales (`kernels/scaled_update.py`), read in fp8.
+
+    `rounds_early`: what makes the rows that a product reads leaves them in fp8 by itself, instead of a pass before it.
+    """
 
     scales_after: bool
+    rounds_early: bool
 
-    def unscaled(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    @property
+    def gradient_factor(self) -> Tensor:
+        """What the columns of a gradient are multiplied by before they are rounded, fp32 [out]."""
+        ...
+
+    def unscaled(self, x: Tensor | Rounded) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns R `[N, out]`, scales of its rows and scales of its columns: `x @ W.T` is their product."""
         ...
 
-    def unscaled_transposed(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns the same of `grad @ W`."""
+    def unscaled_transposed(self, grad: Tensor | Rounded) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the same of `grad @ W`; in fp8, `grad` holds `gradient_factor`."""
         ...
 
 
@@ -116,10 +126,45 @@ def _dropped(projection: Projection, x: Tensor, piece: Piece, onto: Tensor | Non
     )
 
 
+def rounded_input(projection: Projection, num_rows: int, implementation: str) -> Rounded | None:
+    """Returns memory for the rows that a projection will read in fp8, or None where it reads them as they are.
+
+    What makes the rows fills it, and `project` or `project_onto` is given it beside them.
+    """
+    weight = _scaled_matrix(projection, implementation)
+    if weight is None or not weight.rounds_early or not _is_whole(projection) or projection.scale is not None:
+        return None
+    return empty_rounded(num_rows, projection.weight.shape[1], weight.gradient_factor.device)
+
+
+def gradient_factor(projection: Projection, implementation: str) -> Tensor | None:
+    """Returns what the columns of the output's gradient are multiplied by for `grad_input` to read it in fp8.
+
+    fp32 [out]; None where it reads the gradient as it is.
+    """
+    weight = _scaled_matrix(projection, implementation)
+    is_read = projection.a is not None and projection.rate == 0.0 and projection.scale is None
+    return weight.gradient_factor if weight is not None and weight.rounds_early and is_read else None
+
+
+def rounded_gradient(projection: Projection, num_rows: int, implementation: str) -> Rounded | None:
+    """Returns memory for the output's gradient in fp8, or None where there is no `gradient_factor`."""
+    factor = gradient_factor(projection, implementation)
+    return None if factor is None else empty_rounded(num_rows, len(factor), factor.device)
+
+
 def project(
-    projection: Projection, x: Tensor, piece: Piece = WHOLE, *, product: Tensor | None = None
+    projection: Projection,
+    x: Tensor,
+    piece: Piece = WHOLE,
+    *,
+    product: Tensor | None = None,
+    rounded: Rounded | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns (output [N, out], P [N, n r] or None without adapters) for x [N, in]; `product` is P if it is known."""
+    """Returns (output [N, out], P [N, n r] or None without adapters) for x [N, in].
+
+    `product` is P if it is known, `rounded` x in fp8 if that is there (`rounded_input`).
+    """
     if projection.scale is not None:
         output, product = project(projection.unscaled, x, piece, product=product)
         torch.mul(output, projection.scale, out=output)
@@ -131,7 +176,7 @@ def project(
     if scaled is not None and projection.b is not None and _is_whole(projection):
         ends, scaling = [rows.stop for rows in projection.slices], projection.scaling
         options = {"ends": ends, "scaling": scaling, "implementation": piece.implementation}
-        output = scaled_update(*scaled.unscaled(x), product, projection.b, **options)
+        output = scaled_update(*scaled.unscaled(rounded or x), product, projection.b, **options)
         return output if projection.bias is None else output.add_(projection.bias), product
     if not (_accumulates(projection) and _is_whole(projection)):
         return _add_updates(projection, project_base(projection, x), product), product
@@ -147,18 +192,28 @@ def project(
 
 
 def project_onto(
-    projection: Projection, x: Tensor, residual: Tensor, product: Tensor | None, *, implementation: str = "reference"
+    projection: Projection,
+    x: Tensor,
+    residual: Tensor,
+    product: Tensor | None,
+    *,
+    implementation: str = "reference",
+    rounded: Rounded | None = None,
 ) -> Tensor:
-    """Returns `residual` plus the layer's output [N, out], with `product` = P; for a layer of one part."""
+    """Returns `residual` plus the layer's output [N, out], with `product` = P; for a layer of one part.
+
+    `rounded`: x in fp8 if that is there (`rounded_input`).
+    """
     if projection.scale is not None:
         return project(projection, x, Piece(implementation), product=product)[0].add_(residual)
     if product is None or projection.b is None:
         return project_base(projection, x).add_(residual)
     b, scaling = projection.b, projection.scaling
     scaled = _scaled_matrix(projection, implementation)
-    if scaled is not None and projection.bias is None:
+    if scaled is not None:
         options = {"ends": [b.shape[0]], "scaling": scaling, "implementation": implementation}
-        return scaled_update(*scaled.unscaled(x), product, b, residual=residual, **options)
+        output = scaled_update(*scaled.unscaled(rounded or x), product, b, residual=residual, **options)
+        return output if projection.bias is None else output.add_(projection.bias)
     if _accumulates(projection) and projection.bias is None:
         update = low_rank.add_update(None, residual, product, b, scaling=scaling, implementation=implementation)
         return _matmul_onto(update, projection.weight, x)
@@ -228,15 +283,26 @@ def grad_product(
     )
 
 
-def grad_input(projection: Projection, grad: Tensor, grad_product: Tensor | None, piece: Piece = WHOLE) -> Tensor:
-    """Returns the gradient [N, in] of a projection's input, from that of its output and dP."""
+def grad_input(
+    projection: Projection,
+    grad: Tensor,
+    grad_product: Tensor | None,
+    piece: Piece = WHOLE,
+    *,
+    rounded: Rounded | None = None,
+) -> Tensor:
+    """Returns the gradient [N, in] of a projection's input, from that of its output and dP.
+
+    `rounded`: `grad` times the `gradient_factor` in fp8 if that is there (`rounded_gradient`).
+    """
     weight = projection.weight
     if grad_product is None or projection.a is None:
         return grad @ weight if isinstance(weight, Tensor) else weight.matmul_transposed(grad)
     scaled = _scaled_matrix(projection, piece.implementation)
     if scaled is not None and projection.rate == 0.0:
         options = {"ends": [projection.a.shape[1]], "implementation": piece.implementation}
-        return scaled_update(*scaled.unscaled_transposed(grad), grad_product, projection.a.t(), **options)
+        raw = scaled.unscaled_transposed(rounded or grad)
+        return scaled_update(*raw, grad_product, projection.a.t(), **options)
     if _accumulates(projection):
         grad_x = _dropped(projection, grad_product @ projection.a, piece)
         if isinstance(weight, Tensor):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stoker.kernels.fp8 import Rounded, store_rounded
 from stoker.kernels.triton_support import (
     MAX_ROW_BLOCK,
     as_rows,
@@ -95,12 +96,15 @@ def _forward_kernel(  # noqa: PLR0917
     total_ptr: tl.tensor,
     out_ptr: tl.tensor,
     rstd_ptr: tl.tensor,
+    rounded_ptr: tl.tensor,
+    rounded_scale_ptr: tl.tensor,
     x_stride: tl.tensor,
     residual_stride: tl.tensor,
     num_columns: tl.tensor,
     epsilon: tl.tensor,
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -117,6 +121,8 @@ def _forward_kernel(  # noqa: PLR0917
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     out = (x * rstd * weight).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * num_columns + column, out, mask=mask)
+    if ROUNDS:
+        store_rounded(out.to(tl.float32), rounded_ptr, rounded_scale_ptr, row, column, num_columns)
 
 
 @jit
@@ -128,6 +134,9 @@ def _backward_kernel(  # noqa: PLR0917
     rstd_ptr: tl.tensor,
     grad_x_ptr: tl.tensor,
     partial_ptr: tl.tensor,
+    factor_ptr: tl.tensor,
+    rounded_ptr: tl.tensor,
+    rounded_scale_ptr: tl.tensor,
     grad_stride: tl.tensor,
     grad_total_stride: tl.tensor,
     total_stride: tl.tensor,
@@ -137,6 +146,7 @@ def _backward_kernel(  # noqa: PLR0917
     HAS_GRAD_TOTAL: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
     INPUT_GRAD: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ) -> None:
     # A program takes every num_programs-th row and keeps its share of the weight's gradient in registers: the shares
     # are summed afterwards in a fixed order, without atomics, so that two runs agree bit for bit.
@@ -160,7 +170,11 @@ def _backward_kernel(  # noqa: PLR0917
                 grad_x += tl.load(grad_total_ptr + row * grad_total_stride + column, mask=mask, other=0.0).to(
                     tl.float32
                 )
-            tl.store(grad_x_ptr + row * num_columns + column, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+            narrow = grad_x.to(grad_x_ptr.dtype.element_ty)
+            tl.store(grad_x_ptr + row * num_columns + column, narrow, mask=mask)
+            if ROUNDS:
+                factor = tl.load(factor_ptr + column, mask=mask, other=0.0)
+                store_rounded(narrow.to(tl.float32) * factor, rounded_ptr, rounded_scale_ptr, row, column, num_columns)
     if WEIGHT_GRAD:
         tl.store(partial_ptr + program.to(tl.int64) * num_columns + column, partial, mask=mask)
 
@@ -170,8 +184,13 @@ def _num_warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-def launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (normed, total, rstd) for x [N, D] and a residual like it, or None; total is x without one."""
+def launch_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, *, rounded: Rounded | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (normed, total, rstd) for x [N, D] and a residual like it, or None; total is x without one.
+
+    `rounded`, of [N, D], takes the normed rows in fp8 as well.
+    """
     num_rows, num_columns = x.shape
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out = torch.empty((num_rows, num_columns), dtype=dtype, device=x.device)
@@ -186,12 +205,14 @@ def launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: 
             total,
             out,
             rstd,
+            *((out, rstd) if rounded is None else rounded),
             x.stride(0),
             0 if residual is None else residual.stride(0),
             num_columns,
             epsilon,
             BLOCK=block,
             HAS_RESIDUAL=residual is not None,
+            ROUNDS=rounded is not None,
             num_warps=_num_warps(block),
         )
     return out, total, rstd
@@ -206,8 +227,13 @@ def launch_backward(
     *,
     needs_input: bool,
     needs_weight: bool,
+    rounded: Rounded | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the gradients of total [N, D] and of weight [D] (fp32); each None where not needed."""
+    """Returns the gradients of total [N, D] and of weight [D] (fp32); each None where not needed.
+
+    `rounded`, of [N, D], takes the former times `factor`, fp32 [D], in fp8 as well.
+    """
     num_rows, num_columns = total.shape
     grad_x = torch.empty(total.shape, dtype=total.dtype, device=total.device) if needs_input else None
     # Without a weight gradient nothing is carried from row to row, and every row gets its own program.
@@ -223,6 +249,8 @@ def launch_backward(
             rstd,
             total if grad_x is None else grad_x,
             rstd if partial is None else partial,
+            rstd if factor is None else factor,
+            *((total, rstd) if rounded is None else rounded),
             grad.stride(0),
             0 if grad_total is None else grad_total.stride(0),
             total.stride(0),
@@ -232,6 +260,7 @@ def launch_backward(
             HAS_GRAD_TOTAL=grad_total is not None,
             WEIGHT_GRAD=needs_weight,
             INPUT_GRAD=needs_input,
+            ROUNDS=rounded is not None,
             num_warps=_num_warps(block),
         )
     return grad_x, None if partial is None else partial.sum(0)

@@ -31,6 +31,10 @@ class Fp8Weight(FrozenBuffers):
     """Products of layers with adapters are made without scales, which the pass of the updates puts in
     (`kernels/scaled_update.py`). False: each product scales rows itself, which rounds once less."""
 
+    rounds_early = True
+    """Norms and gates leave rows in fp8 beside the compute type, so that no pass of its own reads them for that; the
+    values are the same. False: each product rounds what it reads."""
+
     fast_gradients = True
     """Whether input gradients are summed in the tensor core's own registers, as outputs are: about 14 bits between
     partial sums, each of which may be cut by 2^-14. Over the longest sum of an 8B, 28,672 values in 896 steps, that is
@@ -97,14 +101,27 @@ class Fp8Weight(FrozenBuffers):
         output = output.view(*x.shape[:-1], self.shape[0])
         return output if onto is None else onto.add_(output)
 
-    def unscaled(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    @property
+    def gradient_factor(self) -> Tensor:
+        """W's scales, fp32 `[out]`: they go into an output's gradient before it is rounded."""
+        return self.scale.flatten()
+
+    def unscaled(self, x: Tensor | kernel.Rounded) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns R `[N, out]` in bf16 and its scales, of rows `[N, 1]` and of columns: `x @ W.T` is their product."""
-        rows, row_scale = kernel.quantize_rows(x, implementation=self.implementation)
+        rows, row_scale = self._rounded(x)
         return kernel.plain_matmul(rows, self.quantized, fast_accumulation=True), row_scale, self.scale
 
-    def unscaled_transposed(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns the same of `grad @ W` for `grad` `[N, out]`; W's scales are in R already, hence None."""
-        rows, row_scale = kernel.quantize_rows(grad, self.scale.flatten(), implementation=self.implementation)
+    def _rounded(self, x: Tensor | kernel.Rounded, factor: Tensor | None = None) -> kernel.Rounded:
+        if isinstance(x, kernel.Rounded):
+            return x
+        return kernel.quantize_rows(x, factor, implementation=self.implementation)
+
+    def unscaled_transposed(self, grad: Tensor | kernel.Rounded) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the same of `grad @ W` for `grad` `[N, out]`; W's scales are in R already, hence None.
+
+        In fp8, `grad` holds `gradient_factor` already.
+        """
+        rows, row_scale = self._rounded(grad, self.gradient_factor)
         raw = kernel.plain_matmul(rows, self._transposed(), fast_accumulation=self.fast_gradients)
         return raw, row_scale, None
 
