@@ -196,18 +196,22 @@ def op_by_op(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep) -> He
     return Held(unit, whole + passing)
 
 
-def peak(layers: Sequence[Held]) -> int:
-    """Returns the bytes of all layers at the backward's peak: when a layer runs it, those after it hold nothing."""
+def peak(runs: Sequence[tuple[Held, int]]) -> int:
+    """Returns the bytes of all layers at the backward's peak: when a layer runs it, those after it hold nothing.
+
+    `runs`: layers in their order, each with how many alike follow one another, of which the last one's moment is the
+    highest.
+    """
     total = highest = 0
-    for held in layers:
-        total += held.kept
+    for held, count in runs:
+        total += count * held.kept
         highest = max(highest, total + held.passing)
     return highest
 
 
-def after_forward(layers: Sequence[Held]) -> int:
-    """Returns the bytes of all layers when the forward has ended and the head runs."""
-    return sum(held.kept for held in layers) + max((held.leaving for held in layers), default=0)
+def after_forward(runs: Sequence[tuple[Held, int]]) -> int:
+    """Returns the bytes of all layers when the forward has ended and the head runs; `runs` as `peak` takes them."""
+    return sum(count * held.kept for held, count in runs) + max((held.leaving for held, _ in runs), default=0)
 
 
 def recomputed_flops_per_token(spec: AnySpec, sequence_length: int, keep: Sequence[Keep], *, is_fused: bool) -> float:

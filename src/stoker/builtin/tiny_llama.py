@@ -15,12 +15,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from stoker.builtin.rows import rows_path
 from stoker.errors import ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _NAME = "tiny-llama"
 _SEED = 20
@@ -151,22 +152,24 @@ def _content_key() -> str:
     return hashlib.sha256(constants.encode() + rows_path("fine-tuning").read_bytes()).hexdigest()[:16]
 
 
-def _weights() -> Iterator[tuple[str, np.ndarray]]:
+def _weights() -> "Iterator[tuple[str, np.ndarray]]":
     """Each tensor by its Hugging Face name, fp32, drawn in a fixed order from one generator.
 
     A linear layer's weights have the standard deviation 1/sqrt(inputs), which keeps the size of what passes through;
     embeddings have 1. A head of 1/sqrt(hidden) gives logits of about 1 for anything, and up to sqrt(hidden) for a
     hidden state that points at a token: enough to be certain.
     """
+    import numpy as np  # here, as all that only asks for a name would wait for it
+
     hidden, feed_forward, vocabulary = (_CONFIG[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
     queries = _CONFIG["num_attention_heads"] * _CONFIG["head_dim"]
     keys = _CONFIG["num_key_value_heads"] * _CONFIG["head_dim"]
     generator = np.random.Generator(np.random.PCG64(_SEED))
 
-    def normal(rows: int, columns: int, deviation: float) -> np.ndarray:
+    def normal(rows: int, columns: int, deviation: float) -> "np.ndarray":
         return generator.standard_normal((rows, columns), dtype=np.float32) * np.float32(deviation)
 
-    def linear(outputs: int, inputs: int) -> np.ndarray:
+    def linear(outputs: int, inputs: int) -> "np.ndarray":
         return normal(outputs, inputs, 1 / math.sqrt(inputs))
 
     ones = np.ones(hidden, dtype=np.float32)

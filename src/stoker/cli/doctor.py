@@ -1,19 +1,16 @@
 """`stoker doctor`: what this machine has, what is missing, and the command that mends it."""
 
-import importlib.metadata
 import importlib.util
 import platform
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from stoker.errors import ConfigError
 
@@ -57,14 +54,22 @@ def command(
         _calibrate(folder, gpus)
         return
     findings = [*packages(), *devices(), *places(folder)]
+    _print(findings)
+    if any(finding.state == "missing" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _print(findings: Sequence["Finding"]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("", "what", "found", "to mend or add"):
         table.add_column(column, overflow="fold")
     for finding in findings:
         table.add_row(_MARKS[finding.state], *map(escape, (finding.name, finding.detail, finding.fix)))
     Console().print(table)
-    if any(finding.state == "missing" for finding in findings):
-        raise typer.Exit(1)
 
 
 def _calibrate(folder: Path, gpus: int) -> None:
@@ -93,6 +98,8 @@ def packages() -> list[Finding]:
 
 
 def _version(package: str) -> str | None:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

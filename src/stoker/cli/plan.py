@@ -62,7 +62,7 @@ def command(
     advice: Annotated[
         bool, typer.Option("--advice", help="What others measured of methods, ranks, rates and epochs for such data.")
     ] = False,
-    show_all: Annotated[bool, typer.Option("--all", help="Show every candidate.")] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="Look at every strategy and show every candidate.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="PLAN.HTML", help="Write the charts to this page.")] = None,
 ) -> None:
@@ -117,7 +117,7 @@ def command(
         nodes=nodes,
         per_node=gpus_per_node or 1,
     )
-    offers = survey.survey(request, devices)
+    offers = survey.survey(request, devices, every_strategy=show_all)
     found = verdict.verdict(request, offers)
     if html is not None:
         _write_page(html, survey_text.to_dict(request, offers, found))

@@ -31,6 +31,11 @@ def _targeted(spec: AnySpec, targets: str | tuple[str, ...]) -> list[str]:
     return [name for name in names if name not in left_out]
 
 
+def num_targeted(spec: AnySpec, targets: str | list[str]) -> int:
+    """Returns how many linear layers `targets` means."""
+    return len(_targeted(spec, targets if isinstance(targets, str) else tuple(targets)))
+
+
 def targets_problem(spec: AnySpec, targets: str | list[str]) -> Problem | None:
     """Returns what is wrong with `adapter.targets` for this model, or None."""
     names = list(facts.linear_shapes(spec))

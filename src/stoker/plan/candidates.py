@@ -3,17 +3,18 @@
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import Any, Literal
 
 from stoker.arch.activations import Keep, Micro
 from stoker.arch.borrowed import AnySpec
-from stoker.config.schema import RunConfig
+from stoker.config.schema import Optimizer, RunConfig
 from stoker.plan import execution, facts, ladder, rates, speed
-from stoker.plan.adapter import adapter_parameters, targeted
+from stoker.plan.adapter import adapter_parameters, num_targeted
 from stoker.plan.hardware import Device
 from stoker.plan.ladder import Ladder, Weighed
 from stoker.plan.memory import VALUE_BYTES, Memory, estimate, transposed_bytes
 from stoker.plan.rates import Rates
+from stoker.plan.remember import remember
 from stoker.plan.spread import SINGLE, Spread
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -29,10 +30,15 @@ class Machine:
     uses_triton: bool
 
 
+@remember(0, 1)
+def _estimated(spec: AnySpec, optimizer: Optimizer, **sizes: Any) -> Memory:
+    return estimate(spec, optimizer=optimizer, **sizes)
+
+
 def product_values(config: RunConfig, spec: AnySpec) -> int:
     """Returns what adapters keep beside a layer's tensors, values a token."""
     adapter, layers = config.adapter, max(1, len(spec.layers))
-    return adapter.rank * len(targeted(spec, adapter.targets)) // layers if adapter else 0
+    return adapter.rank * num_targeted(spec, adapter.targets) // layers if adapter else 0
 
 
 @dataclass(frozen=True)
@@ -89,11 +95,11 @@ class Job:
     def memory(self, tokens: int, *, casts_by_layer: bool) -> Memory:
         """Bytes of a micro-batch besides the layers' activations."""
         trained, frozen = self.counts
-        return estimate(
+        return _estimated(
             self.spec,
+            self.config.train.optimizer,
             trained=trained,
             frozen=frozen,
-            optimizer=self.config.train.optimizer,
             tokens=tokens,
             precision=self.machine.precision,
             device=self.machine.device.kind,
@@ -161,21 +167,23 @@ class Size:
         """Returns the candidate that computes least again of those that fit, or else the nearest to fitting."""
         if self.job.given is not None:
             return self.candidate(self.job.given)
-        machine, nearest = self.job.machine, None
-        states = self._besides[False].states_on_host
         each = ladder.profile(self.job.spec, self.micro, **self.job.settings)
         # No rung helps where all else alone does not fit.
-        hopeless = min(one.total for one in self._besides.values()) > machine.device.memory_bytes
-        for held in each.last() if hopeless else each:
-            besides = self._besides[held.ladder.layers == "fused"]
-            total = besides.total_with(held.device, beside_head=self._beside_head(held))
-            too_much_on_host = held.host + states > machine.host_bytes
-            if total <= machine.device.memory_bytes and not too_much_on_host:
-                return self._made(held)
-            if nearest is None or (too_much_on_host, total) < nearest[0]:
-                nearest = (too_much_on_host, total), held
-        assert nearest is not None
-        return self._made(nearest[1])
+        allowed = self.job.machine.device.memory_bytes
+        if min(one.total for one in self._besides.values()) > allowed:
+            return self._made(next(each.last()))
+        # The head's logits may be gone by then.
+        room = max(allowed - one.total + one.logits for one in self._besides.values())
+        fitting = (held for held in each.within(room) if self._lack(held) <= (False, allowed))
+        found = next(fitting, None)
+        return self._made(found if found is not None else min(each, key=self._lack))
+
+    def _lack(self, held: Weighed) -> tuple[bool, int]:
+        """Returns whether the host lacks memory for a ladder, and the bytes that it takes on the device."""
+        besides = self._besides[held.ladder.layers == "fused"]
+        on_host = held.host + self._besides[False].states_on_host
+        total = besides.total_with(held.device, beside_head=self._beside_head(held))
+        return on_host > self.job.machine.host_bytes, total
 
 
 @dataclass(frozen=True)

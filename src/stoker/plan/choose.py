@@ -60,13 +60,48 @@ def choose(
         PlanError: what was asked for does not exist on this hardware, or does not fit in its memory; the message
             names the nearest that does.
     """
+    check(config, spec)
+    options = {"statistics": statistics, "ladder": ladder, "advise": advise, "spread": spread, "rates": rates}
+    return settle(config, spec, hardware, **options, force=force).plan()
+
+
+def check(config: RunConfig, spec: AnySpec) -> None:
+    """Raises PlanError for what this model cannot do of what is asked, whatever the hardware."""
     problems = limits.problems(config, spec)
     if problems:
         raise PlanError([problem for _, problem in problems])
-    device, device_reason = _device(config, hardware)
-    precision, precision_reason = _precision(config, device)
-    kernels, kernels_reason = execution.kernels(config, device)
-    quantization, quantization_reason = execution.quantization(config, device)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best candidate of a run that was checked; `plan` says it in full, with the reasons, which take longer."""
+
+    best: Candidate
+    hardware: Hardware
+    is_forced: bool
+
+    def plan(self) -> Plan:
+        """Returns the plan with the reasons for each choice."""
+        return _plan(self)
+
+
+def settle(
+    config: RunConfig,
+    spec: AnySpec,
+    hardware: Hardware,
+    *,
+    statistics: Statistics | None = None,
+    ladder: Ladder | None = None,
+    advise: bool = True,
+    spread: Spread = SINGLE,
+    rates: Rates | None = None,
+    force: bool = False,
+) -> Choice:
+    """Returns what `choose` plans, of a run that `check` lets through; arguments and errors are those of `choose`."""
+    device, _ = _device(config, hardware)
+    precision, _ = _precision(config, device)
+    kernels, _ = execution.kernels(config, device)
+    execution.quantization(config, device)
     execution.refuse_unknown_rungs(config, spec, device)
     row_tokens = _row_tokens(config, statistics)
     machine = _machine(config, hardware, device, precision, uses_triton=kernels == "triton")
@@ -77,7 +112,7 @@ def choose(
     candidates = _candidates(job)
     fitting = [one for one in candidates if one.fits]
     if not fitting and ladder is not None:
-        return choose(
+        return settle(
             config, spec, hardware, statistics=statistics, advise=advise, spread=spread, rates=rates, force=force
         )
     is_forced = force and not fitting
@@ -86,10 +121,24 @@ def choose(
     if not fitting:
         raise MemoryPlanError(_shortfall(job, candidates), fix=_what_fits(job, hardware) if advise else None)
     best = _best(fitting)
+    if config.engine.cuda_graphs is True:
+        _cuda_graphs(best)
+    return Choice(best, hardware, is_forced)
+
+
+def _plan(choice: Choice) -> Plan:
+    best, hardware = choice.best, choice.hardware
+    job = best.size.job
+    config, spec, machine, spread = job.config, job.spec, job.machine, job.spread
+    device, device_reason = _device(config, hardware)
+    precision, precision_reason = _precision(config, device)
+    kernels, kernels_reason = execution.kernels(config, device)
+    quantization, quantization_reason = execution.quantization(config, device)
     keep_transposed, memory, transposed_reason = _transposed(best)
     graphs, graphs_reason = _cuda_graphs(best)
     num_threads, threads_reason = _num_threads(config, hardware)
     trained, frozen = job.counts
+    micro_batch_reason = "by force: the plan says it does not fit" if choice.is_forced else _micro_batch_reason(best)
     return Plan(
         device=device.kind,
         device_name=device.name,
@@ -106,7 +155,7 @@ def choose(
         offload_activations=best.ladder.offload,
         cuda_graphs=graphs,
         num_threads=num_threads,
-        row_tokens=row_tokens,
+        row_tokens=job.row_tokens,
         num_parameters=trained + frozen,
         num_trained_parameters=trained,
         flops_per_token=job.flops_with(best.ladder),
@@ -121,7 +170,7 @@ def choose(
             "keep_transposed": transposed_reason,
             "kernels": kernels_reason,
             "layers": execution.layers_reason(config, spec, best.ladder.layers, uses_triton=kernels == "triton"),
-            "micro_batch_size": "by force: the plan says it does not fit" if is_forced else _micro_batch_reason(best),
+            "micro_batch_size": micro_batch_reason,
             "recompute": _recompute_reason(best),
             "tile_tokens": _tiles_reason(best),
             "offload_activations": _offload_reason(best),
@@ -220,10 +269,18 @@ def _num_threads(config: RunConfig, hardware: Hardware) -> tuple[int, str]:
 
 
 def _candidates(job: Job) -> list[Candidate]:
-    """Returns the best candidate of each micro-batch that the user allows."""
+    """Returns the best candidate of each micro-batch that the user allows, up to the first that does not fit.
+
+    A larger one holds more of everything, and would not fit either.
+    """
     batch_size, asked = job.config.train.batch_size, job.config.engine.micro_batch_size
     sizes = [n for n in range(1, batch_size + 1) if batch_size % n == 0] if asked == "auto" else [asked]
-    return [Size(job, rows).best() for rows in sizes]
+    found: list[Candidate] = []
+    for rows in sizes:
+        found.append(Size(job, rows).best())
+        if not found[-1].fits:
+            break
+    return found
 
 
 def _best(fitting: list[Candidate]) -> Candidate:

@@ -8,6 +8,7 @@ from stoker.arch.shape import why_not_llama
 from stoker.config.schema import Adapter, RunConfig
 from stoker.errors import PlanError
 from stoker.plan.hardware import Device
+from stoker.plan.remember import remember
 
 Kernels = Literal["reference", "triton"]
 # Triton compiles for GPUs from Volta on; PyTorch's fp8 products need Ada's or Hopper's tensor cores.
@@ -104,6 +105,7 @@ def _why_not_adapter(adapter: Adapter | None) -> str:
     return "DoRA scales the rows of the sum of weight and update" if is_dora else ""
 
 
+@remember(0)
 def _why_not_layers(spec: AnySpec) -> str:
     """Returns why none of the model's layers can go through the layer kernel, or ""."""
     if isinstance(spec, BorrowedSpec):

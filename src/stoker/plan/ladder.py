@@ -45,33 +45,41 @@ class Ladder:
     @remember(1)
     def device_bytes(self, spec: AnySpec, micro: Micro) -> int:
         """Returns the bytes of all layers on the device at the backward's peak."""
-        return activations.peak(self.held(spec, micro))
+        return activations.peak(self._runs(spec, micro))
 
     @remember(1)
     def bytes_after_forward(self, spec: AnySpec, micro: Micro) -> int:
         """Returns the bytes of all layers on the device while the head runs."""
-        return activations.after_forward(self.held(spec, micro))
+        return activations.after_forward(self._runs(spec, micro))
 
     @remember(1)
     def host_bytes(self, spec: AnySpec, micro: Micro) -> int:
         """Returns the bytes that wait in pinned host memory."""
-        return sum(held.host for held in self.held(spec, micro))
+        return sum(count * held.host for held, count in self._runs(spec, micro))
 
     def held(self, spec: AnySpec, micro: Micro) -> list[Held]:
         """Returns what each layer holds, in their order."""
-        known: dict[tuple[int, Keep], Held] = {}  # layers are alike, most of them one and the same object
-        result = []
-        for layer, rung in zip(spec.layers, self.keep, strict=True):
-            key = (id(layer), rung)
-            if key not in known:
-                known[key] = self._held_by(layer, spec.hidden_size, micro, rung)
-            result.append(known[key])
-        return result
+        return [held for held, count in self._runs(spec, micro) for _ in range(count)]
 
-    def _held_by(self, layer: LayerSpec, hidden_size: int, micro: Micro, rung: Keep) -> Held:
-        if self.layers == "op by op" or why_not_llama(layer):
-            return activations.op_by_op(layer, hidden_size, micro, rung)
-        return activations.fused(layer, hidden_size, micro, rung, offload=self.offload, tile_tokens=self.tile_tokens)
+    def _runs(self, spec: AnySpec, micro: Micro) -> list[tuple[Held, int]]:
+        """Returns what layers hold, in their order, each with how many alike follow one another."""
+        # Most layers are one and the same object.
+        objects = {id(layer): layer for layer in spec.layers}
+        way = (self.layers, self.offload, self.tile_tokens)
+        pairs = itertools.groupby(zip(map(id, spec.layers), self.keep, strict=True))
+        return [
+            (_held(objects[identity], spec.hidden_size, micro, rung, way), len(list(same)))
+            for (identity, rung), same in pairs
+        ]
+
+
+@remember(0)
+def _held(layer: LayerSpec, hidden_size: int, micro: Micro, rung: Keep, way: tuple[Layers, bool, int | None]) -> Held:
+    """Returns what a layer holds; `way`: how the layers run, whether they offload, and the tokens of a tile."""
+    how, offload, tile_tokens = way
+    if how == "op by op" or why_not_llama(layer):
+        return activations.op_by_op(layer, hidden_size, micro, rung)
+    return activations.fused(layer, hidden_size, micro, rung, offload=offload, tile_tokens=tile_tokens)
 
 
 @remember(0)
@@ -104,6 +112,10 @@ class Profile:
             if index == len(self._known):
                 self._known.append(self._weigh(self._ladders[index]))
             yield self._known[index]
+
+    def within(self, room: int) -> Iterator[Weighed]:
+        """Yields those whose layers hold at most `room` bytes of the device."""
+        return (one for one in self if one.device <= room)
 
     def last(self) -> Iterator[Weighed]:
         """Yields the one that keeps least."""

@@ -1,7 +1,7 @@
 """Results that depend on an architecture, kept from one plan to the next: 30 devices ask for the same."""
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -9,42 +9,29 @@ R = TypeVar("R")
 _ENTRIES = 1 << 16
 
 
-class _Itself:
-    """A value that is equal to itself alone: hashing a spec of a hundred layers takes longer than what is remembered.
+def remember(*positions: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Returns a decorator that computes a function once for the objects at `positions` and all other arguments' values.
 
-    It holds its value, so that no other can come to have the same address.
-    """
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and other.value is self.value
-
-
-def remember(position: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Returns a decorator that computes a function once for the object at `position` and all other arguments' values.
-
-    All arguments but that one are hashable; what it returns is never changed.
+    All arguments but those are hashable; what it returns is never changed. The objects are told apart by identity:
+    hashing a spec of a hundred layers takes longer than what is remembered.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @lru_cache(maxsize=_ENTRIES)
-        def known(*args: Any, **kwargs: Any) -> R:
-            there = [*args]
-            there[position] = args[position].value
-            return function(*there, **kwargs)  # pyrefly: ignore
+        # With what was found the arguments are kept, so that no other object can come to have the address of one.
+        known: dict[tuple[Any, ...], tuple[R, tuple[Any, ...]]] = {}
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             keyed: list[Any] = [*args]
-            keyed[position] = _Itself(keyed[position])
-            return known(*keyed, **kwargs)
+            for position in positions:
+                keyed[position] = id(keyed[position])
+            key = (*keyed, *kwargs.items())
+            found = known.get(key)
+            if found is None:
+                if len(known) >= _ENTRIES:
+                    known.clear()
+                found = known[key] = function(*args, **kwargs), args
+            return found[0]
 
         return call
 

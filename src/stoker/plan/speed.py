@@ -6,42 +6,24 @@ hidden behind them, or is what the step waits for. Which constants are measured 
 beside each of them, in `efficiencies`.
 """
 
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Protocol
 
-from stoker.arch import activations, arithmetic
 from stoker.arch.activations import Keep
-from stoker.arch.borrowed import AnySpec, BorrowedMixer
-from stoker.arch.parts import parts
-from stoker.arch.shape import why_not_llama
-from stoker.arch.spec import (
-    AttentionSpec,
-    ExpertsSpec,
-    GatedSpec,
-    LatentAttentionSpec,
-    LayerSpec,
-    Mamba2Spec,
-    PlainSpec,
-    SideBySideSpec,
-)
+from stoker.arch.borrowed import AnySpec
 from stoker.config.schema import RunConfig
 from stoker.plan import facts
-from stoker.plan.adapter import targeted
+from stoker.plan.adapter import num_targeted
+from stoker.plan.amounts import Amounts, Mixing, Product, Way, amounts
 from stoker.plan.catalogue import CatalogueDevice
 from stoker.plan.efficiencies import MEASURED, Efficiencies
 from stoker.plan.links import Links
 from stoker.plan.memory import VALUE_BYTES, frozen_weight_bytes, optimizer_bytes
 from stoker.plan.spread import Spread, volume
 
-# Values a token that elementwise work reads or writes, forward and backward: see `_elementwise_values`.
-_NORM_AND_RESIDUAL = 9
-_GATED, _PLAIN, _ROTATION = 9, 5, 4
 _LOGIT_BYTES = 8  # of the loss: logits written, read twice as bf16 and rewritten as their gradient
-# Share of the elementwise traffic that a rung runs again: norms; norms, rotation and the first residual.
-_AGAIN: dict[Keep, float] = {"all": 0.0, "mixer": 0.1, "attention": 0.3, "input": 0.3}
-# Bytes a weight that turning a quantised one into the compute type moves: it is read, and two bytes are written.
-_DEQUANTISED = {"nf4": 0.52 + 2, "int8": 3.0}
 # Of an optimiser step, bytes a trained parameter besides its state: gradient read twice (norm, update) and zeroed,
 # weight read and written in fp32, and its copy in the compute type.
 _UPDATE_BYTES = 3 * 4 + 2 * 4 + 2
@@ -81,11 +63,18 @@ class Step:
     @property
     def seconds(self) -> float:
         """All of it."""
+        return self._seconds
+
+    @cached_property
+    def _seconds(self) -> float:
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, float]:
         """Returns seconds by part."""
-        return {name: value for name, value in vars(self).items() if name != "hidden"}
+        return {name: getattr(self, name) for name in PARTS}
+
+
+PARTS = tuple(one.name for one in fields(Step) if one.name != "hidden")
 
 
 class _Way(Protocol):
@@ -144,26 +133,23 @@ class _Clock:
     def __init__(
         self, config: RunConfig, spec: AnySpec, plan: _Way, device: CatalogueDevice, *, rows: Rows, found: Efficiencies
     ) -> None:
-        self.config, self.spec, self.plan, self.device, self.rows, self.found = config, spec, plan, device, rows, found
+        self.config, self.spec, self.plan, self.device, self.found = config, spec, plan, device, found
         self.value_bytes = VALUE_BYTES[plan.precision]
-        self.tokens = plan.micro_batch_size * rows.tokens
         self.is_frozen = config.adapter is not None
         dtype = plan.precision
         if dtype == "fp32" and config.engine.tf32 and "tf32" in device.rates:
             dtype = "tf32"
         self.peak = device.rates.get(dtype, device.rates["fp32"])
         self.bandwidth = found.bandwidth * device.bandwidth
-        self.adapted = 0.0
-        if config.adapter is not None:
-            self.adapted = len(targeted(spec, config.adapter.targets)) / max(1, len(facts.linear_shapes(spec)))
+        way = Way(
+            plan.layers, plan.keep, plan.quantization, plan.keep_transposed, self.is_frozen, plan.kernels == "triton"
+        )
+        tokens = plan.micro_batch_size * rows.tokens
+        self.amounts = amounts(spec, way, tokens, rows.document_tokens, rows.trained_share)
 
     def step(self) -> Step:
         """Returns all parts, of all micro-batches and the update."""
-        times: defaultdict[str, float] = defaultdict(float)
-        for (layer, rung), count in self._layers().items():
-            for name, seconds in self._layer(layer, rung).items():
-                times[name] += count * seconds
-        times["head"] += self._head()
+        times = self._micro_batch(self.amounts)
         copies = 2 * self.plan.host_bytes / (self.found.host_link * self.device.host_link or 1.0)
         launches = 0.0 if self.plan.cuda_graphs else self._launches()
         work = sum(times.values())
@@ -182,6 +168,25 @@ class _Clock:
                 "collectives": collectives - exposed,
             },
         )
+
+    def _micro_batch(self, work: Amounts) -> dict[str, float]:
+        """Seconds of a micro-batch, by part."""
+        times: defaultdict[str, float] = defaultdict(float)
+        for product in work.products:
+            one = self._product(product)
+            times["matmul"] += product.times * one
+            times["recompute"] += product.again * one
+        for mixing in work.mixing:
+            forward = mixing.flops / self._mixing_rate(mixing)
+            times["attention"] += mixing.times * forward
+            times["recompute"] += mixing.again * forward
+        adapted = self.found.adapter_passes * _adapted_share(self.config, self.spec)
+        times["adapters"] = adapted * work.adapter_values * self.value_bytes / self.bandwidth
+        moved = work.fused_values + self.found.op_by_op * work.op_by_op_values
+        times["elementwise"] = moved * self.value_bytes / self.bandwidth
+        times["dequantise"] = work.dequantised_bytes / self.bandwidth
+        times["head"] = self._head(work.head)
+        return times
 
     def _communication(self, work: float) -> tuple[float, float]:
         """Seconds of a step's collectives, and those of them that nothing hides; `work`: seconds of a micro-batch.
@@ -208,122 +213,40 @@ class _Clock:
         exposed += max(summed / depth, summed - self.found.overlap * backward) + after
         return micro * in_micro + summed + after, exposed
 
-    def _layers(self) -> Counter[tuple[LayerSpec, Keep]]:
-        known: dict[tuple[int, Keep], tuple[LayerSpec, Keep]] = {}  # most layers are one object: hash each once
-        counts: Counter[tuple[int, Keep]] = Counter()
-        for layer, rung in zip(self.spec.layers, self.plan.keep, strict=True):
-            counts[id(layer), rung] += 1
-            known[id(layer), rung] = (layer, rung)
-        total: Counter[tuple[LayerSpec, Keep]] = Counter()
-        for key, count in counts.items():
-            total[known[key]] += count
-        return total
-
-    def _layer(self, layer: LayerSpec, rung: Keep) -> dict[str, float]:
-        """Seconds of one layer in a micro-batch."""
-        hidden_size = self.spec.hidden_size
-        is_fused = self.plan.layers == "fused" and not why_not_llama(layer)
-        again = activations.run_again(layer, hidden_size, rung, is_fused=is_fused)
-        linears = arithmetic.linears(layer, hidden_size)
-        fp8 = self.plan.quantization == "fp8" and self.device.fp8
-        passes = 2 if self.is_frozen else 3
-        times: defaultdict[str, float] = defaultdict(float)
-        inputs_outputs = 0.0
-        for name, linear in linears.items():
-            rows, into, out = self.tokens * linear.used, linear.in_features, sum(linear.out_features)
-            weights = linear.weights * max(1, linear.experts)
-            one = self._product(rows, into, out, weights, fp8=fp8 and not linear.experts)
-            times["matmul"] += passes * one
-            times["recompute"] += one * (name in again)
-            values = rows * (into + out)
-            inputs_outputs += values
-            times["dequantise"] += self._dequantise(weights, 2 + (name in again), values)
-        for name, part in parts(layer, hidden_size).items():
-            forward = (
-                self.tokens * part.flops(max(1, round(self.rows.document_tokens))) / self._mixing_rate(layer, name)
-            )
-            times["attention"] += 3 * forward
-            times["recompute"] += forward * (name in again)
-        passes_of_adapter = self.found.adapter_passes * self.adapted
-        times["adapters"] += passes_of_adapter * inputs_outputs * self.value_bytes / self.bandwidth
-        moved = self.tokens * _elementwise_values(layer, hidden_size) * self.value_bytes
-        # On plain PyTorch a fused layer has the kernels of one that runs op by op.
-        factor = (1.0 if is_fused and self.plan.kernels == "triton" else self.found.op_by_op) * (1.0 + _AGAIN[rung])
-        times["elementwise"] += factor * moved / self.bandwidth
-        return dict(times)
-
-    def _product(self, rows: float, into: int, out: int, weights: int, *, fp8: bool) -> float:
+    def _product(self, one: Product) -> float:
         """Seconds of one product: its arithmetic, or the bytes of its three matrices."""
-        rate = self.found.matmul_fp8 * self.device.rates["fp8"] if fp8 else self.found.matmul * self.peak
-        moved = (weights + rows * (into + out)) * self.value_bytes
-        return max(2 * rows * into * out / rate, moved / self.bandwidth)
+        in_fp8 = one.in_fp8 and self.device.fp8
+        rate = self.found.matmul_fp8 * self.device.rates["fp8"] if in_fp8 else self.found.matmul * self.peak
+        return max(one.flops / rate, one.values * self.value_bytes / self.bandwidth)
 
-    def _dequantise(self, weights: int, times: int, values: float) -> float:
-        kind = self.plan.quantization
-        if kind == "fp8":  # rows are read and written in fp8 on their way in; weights transposed where no copy is kept
-            transposed = 0 if self.plan.keep_transposed else 2 * weights
-            return (3 * values + transposed) / self.bandwidth
-        return times * _DEQUANTISED.get(kind, 0.0) * weights / self.bandwidth
-
-    def _mixing_rate(self, layer: LayerSpec, name: str) -> float:
+    def _mixing_rate(self, one: Mixing) -> float:
         """FLOP/s of what a mixer computes beside its linear layers, or of a router."""
-        mixer = layer.mixer
-        if name == "feed_forward":
-            return self.found.matmul * self.peak
-        if isinstance(mixer, SideBySideSpec):
-            mixer = mixer.attention
-        if isinstance(mixer, AttentionSpec):
-            head_dim = mixer.head_dim
-        elif isinstance(mixer, LatentAttentionSpec):
-            head_dim = mixer.nope_dim + mixer.rope.dim
-        elif isinstance(mixer, BorrowedMixer):
-            head_dim = 64
-        elif isinstance(mixer, Mamba2Spec):
-            return self.found.chunked_scan * self.peak
-        else:
-            return self.found.scan * self.device.rates["fp32"]
-        return self.found.attention * min(1.0, head_dim / 128) ** self.found.attention_head * self.peak
+        match one.kind:
+            case "products":
+                return self.found.matmul * self.peak
+            case "chunked_scan":
+                return self.found.chunked_scan * self.peak
+            case "scan":
+                return self.found.scan * self.device.rates["fp32"]
+        return self.found.attention * min(1.0, one.head_dim / 128) ** self.found.attention_head * self.peak
 
-    def _head(self) -> float:
+    def _head(self, head: Product) -> float:
         """Seconds of the head and the loss over the trained tokens; only a trained head has a weight gradient."""
-        tokens, vocabulary = self.tokens * self.rows.trained_share, self.spec.vocab_size
-        products = (2 if self.is_frozen else 3) * self._product(
-            tokens, self.spec.hidden_size, vocabulary, vocabulary * self.spec.hidden_size, fp8=False
-        )
-        return products + _LOGIT_BYTES * tokens * vocabulary / self.bandwidth
+        logits = _LOGIT_BYTES * head.rows * head.out / self.bandwidth
+        return (2 if self.is_frozen else 3) * self._product(head) + logits
 
     def _launches(self) -> float:
-        fused = sum(self.plan.layers == "fused" and not why_not_llama(layer) for layer in self.spec.layers)
-        others = len(self.spec.layers) - fused
-        return fused * self.found.layer_launch_seconds + others * self.found.op_by_op_launch_seconds
+        work = self.amounts
+        fused = work.fused_layers * self.found.layer_launch_seconds
+        return fused + work.op_by_op_layers * self.found.op_by_op_launch_seconds
 
     def _optimizer(self) -> float:
         moved = _UPDATE_BYTES + 2 * optimizer_bytes(self.config.train.optimizer)
         return self.plan.num_trained_parameters * moved / self.bandwidth / self.plan.spread.optimizer_shards
 
 
-def _elementwise_values(layer: LayerSpec, hidden_size: int) -> float:
-    """Values a token that norms, residuals, rotation and activations read or write, forward and backward.
-
-    A norm reads and writes a row forward and four backward, a residual sum moves three: nine for each part. A rotation
-    turns q and k twice, in place. A gate reads two and writes one; its backward reads three and writes three.
-    """
-    total = float(_NORM_AND_RESIDUAL * hidden_size * len(parts(layer, hidden_size)))
-    mixer, feed_forward = layer.mixer, layer.feed_forward
-    attention = mixer.attention if isinstance(mixer, SideBySideSpec) else mixer
-    if isinstance(attention, AttentionSpec):
-        turned = (attention.num_heads + attention.num_kv_heads) * attention.head_dim
-        total += (_ROTATION + (6 if attention.qk_norm else 0)) * turned
-    elif isinstance(attention, BorrowedMixer):
-        total += 2 * attention.saved_values
-    elif attention is not None:
-        total += 2 * parts(layer, hidden_size)[layer.mixer_name].widest
-    if isinstance(feed_forward, GatedSpec):
-        total += _GATED * feed_forward.intermediate_size
-    elif isinstance(feed_forward, PlainSpec):
-        total += _PLAIN * feed_forward.intermediate_size
-    elif isinstance(feed_forward, ExpertsSpec):
-        # Rows are gathered for their experts and scattered back, forward and backward.
-        total += feed_forward.top_k * (_GATED * feed_forward.intermediate_size + 8 * hidden_size)
-        total += _GATED * feed_forward.shared_size
-    return total
+def _adapted_share(config: RunConfig, spec: AnySpec) -> float:
+    """Returns the share of the linear layers that have an adapter."""
+    if config.adapter is None:
+        return 0.0
+    return num_targeted(spec, config.adapter.targets) / max(1, len(facts.linear_shapes(spec)))

@@ -14,11 +14,12 @@ from stoker.arch.borrowed import AnySpec, BorrowedSpec
 from stoker.config.schema import Adapter, RunConfig
 from stoker.errors import ConfigError, PlanError
 from stoker.plan import speed
-from stoker.plan.candidates import micro_of
+from stoker.plan.candidates import Candidate, micro_of
 from stoker.plan.catalogue import CatalogueDevice
-from stoker.plan.choose import Statistics, choose
+from stoker.plan.choose import Choice, Statistics, check, settle
 from stoker.plan.efficiencies import MEASURED, Efficiencies
 from stoker.plan.hardware import Device, Hardware
+from stoker.plan.ladder import words
 from stoker.plan.memory import BASE_BYTES, GIB, VALUE_BYTES, frozen_weight_bytes, optimizer_bytes
 from stoker.plan.plan import Plan
 from stoker.plan.rates import Rates
@@ -37,6 +38,8 @@ METHOD_NAMES: Mapping[str, str] = {
 }
 # A strategy must be faster by more than this than a simpler one.
 _AS_FAST = 1.02
+# From so many tokens on, products take the time of their arithmetic, whatever the micro-batch.
+_SATURATING_TOKENS = 1024
 # What the process holds in host memory besides what waits there: Python, PyTorch, one shard being read. Rule of thumb.
 _PROCESS_BYTES = 4 * GIB
 
@@ -60,19 +63,45 @@ class Request:
     per_node: int = 1
 
     @cached_property
-    def _packed(self) -> Workload:
-        return workload(self.config, self.documents)
+    def _works(self) -> dict[int, Workload]:
+        return {}
 
     def work(self, micro_rows: int) -> Workload:
         """Returns the run's work with micro-batches of so many rows, which matter where rows are padded."""
-        if self.config.data.packing:
-            return self._packed
-        return workload(self.config, self.documents, micro_rows=micro_rows)
+        key = 1 if self.config.data.packing else micro_rows
+        if key not in self._works:
+            self._works[key] = workload(self.config, self.documents, micro_rows=key)
+        return self._works[key]
+
+    @cached_property
+    def _methods(self) -> dict[Method, RunConfig | PlanError]:
+        return {}
+
+    def with_method(self, method: Method) -> RunConfig:
+        """Returns the configuration with a method; raises PlanError where the model cannot do what it asks."""
+        if method not in self._methods:
+            config = _with_method(self.config, method)
+            try:
+                check(config, self.spec)
+            except PlanError as error:
+                self._methods[method] = error
+            else:
+                self._methods[method] = config
+        found = self._methods[method]
+        if isinstance(found, PlanError):
+            raise found
+        return found
+
+    @cached_property
+    def statistics(self) -> Statistics | None:
+        """What is known of the longest document."""
+        documents = self.documents
+        return Statistics(max(documents.lengths)) if documents is not None and documents.lengths else None
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A method on a device, or on several. `plan` is None where it does not fit, and `why` says what is missing.
+    """A method on a device, or on several. `choice` is None where it does not fit, and `why_not` says what is missing.
 
     `hours` and `usd` are of the whole run, None where its length or the device's price is not known.
     """
@@ -80,19 +109,36 @@ class Offer:
     device: CatalogueDevice
     method: Method
     config: RunConfig
-    plan: Plan | None
+    choice: Choice | None
     step: Step | None
     work: Workload
     hours: float | None
     usd: float | None
-    why: str
+    why_not: str
     spec: AnySpec
     spread: Spread = SINGLE
 
     @property
     def fits(self) -> bool:
         """Whether it runs."""
-        return self.plan is not None
+        return self.choice is not None
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        """The plan, with a reason for each choice; None where it does not fit."""
+        return None if self.choice is None else self.choice.plan()
+
+    @cached_property
+    def why(self) -> str:
+        """One line: what is missing, or what the plan does and what most of its time goes into."""
+        if self.choice is None or self.step is None:
+            return self.why_not
+        return _why(self.choice.best, self.step, self.spec)
+
+    @property
+    def step_seconds(self) -> float:
+        """Of an optimiser step; 0 where it does not fit."""
+        return self.step.seconds if self.step else 0.0
 
     @property
     def name(self) -> str:
@@ -218,16 +264,67 @@ def methods_of(names: str) -> tuple[Method, ...]:
     return tuple(method for method in METHODS if method in asked)
 
 
-def survey(request: Request, devices: Sequence[CatalogueDevice]) -> list[Offer]:
-    """Returns an offer for each device, method and spread: what fits by the time of a step, then what does not."""
-    ways = ways_of(request)
-    offers = [
-        offer(request, device, method, way)
-        for device in devices
-        for method in request.methods
-        for way in (ways if device.vendor != "cpu" else ways[:1])
-    ]
-    return sorted(offers, key=lambda one: (not one.fits, one.step.seconds if one.step else 0.0))
+def survey(request: Request, devices: Sequence[CatalogueDevice], *, every_strategy: bool = False) -> list[Offer]:
+    """Returns offers for each device, method and number of it: what fits by the time of a step, then what does not.
+
+    Of the strategies over several devices, those that a simpler one shows to be no faster by more than 2% are left out,
+    unless `every_strategy` is asked for.
+    """
+    counts: dict[int, list[Spread]] = {}
+    for way in ways_of(request):
+        counts.setdefault(way.num_processes, []).append(way)
+    offers: list[Offer] = []
+    for method in request.methods:
+        for device in devices:
+            for count, ways in counts.items():
+                if count == 1 or device.vendor != "cpu":
+                    offers += _over(request, device, method, ways, every_strategy=every_strategy)
+    return sorted(offers, key=lambda one: (not one.fits, one.step_seconds))
+
+
+def _over(
+    request: Request, device: CatalogueDevice, method: Method, ways: Sequence[Spread], *, every_strategy: bool
+) -> list[Offer]:
+    """Returns offers over one number of a device; `ways`: the strategies, from the simplest on."""
+    found: list[Offer] = []
+    for way in ways:
+        if not every_strategy and any(one.fits and _is_beaten(way, one) for one in found):
+            continue
+        found.append(offer(request, device, method, way))
+        if not every_strategy and found[-1].fits and found[-1].step_seconds <= _AS_FAST * _least_seconds(found[-1]):
+            break
+    return found
+
+
+def _is_beaten(way: Spread, one: Offer) -> bool:
+    """Whether a strategy takes at least the memory and at least the time of a simpler one that fits.
+
+    ZeRO-3 moves and divides what FSDP2 does, and has a flat copy beside it. Of an adapter, what ZeRO-1 and -2 spare of
+    states (12 bytes a value) is less than their buckets of gradients (18, up to a gigabyte of gradients), and they sum
+    and gather no less than DDP.
+    """
+    if one.spread.strategy == "fsdp2":
+        return way.stage == 3 and one.spread.reshards and not way.on_host
+    assert one.choice is not None
+    is_small = one.config.adapter is not None and 4 * one.choice.best.num_trained_parameters <= 10**9
+    return one.spread.strategy == "ddp" and way.stage in (1, 2) and is_small and not way.on_host
+
+
+def _least_seconds(one: Offer) -> float:
+    """Returns what no other strategy over as many devices takes less than, of an offer that fits.
+
+    Another may have the memory to compute nothing again, wait for nothing, turn weights once for larger micro-batches,
+    and divide the optimiser's work.
+    """
+    assert one.choice is not None
+    assert one.step is not None
+    best, step = one.choice.best, one.step
+    if best.accumulation_steps > 1 and best.rows * one.work.rows.tokens < _SATURATING_TOKENS:
+        return 0.0
+    spared = step.recompute + step.waiting + step.communication
+    spared += step.dequantise * (1.0 - 1.0 / best.accumulation_steps)
+    spared += step.optimizer * (1.0 - one.spread.optimizer_shards / one.num_devices)
+    return step.seconds - spared
 
 
 def _simplicity(one: Offer) -> int:
@@ -271,34 +368,38 @@ def _with_method(config: RunConfig, method: Method) -> RunConfig:
 
 def offer(request: Request, device: CatalogueDevice, method: Method, spread: Spread = SINGLE) -> Offer:
     """Returns what a method takes on so many of a device."""
-    config, spec = _with_method(request.config, method), request.spec
+    config, spec = request.config, request.spec
     nothing = Offer(device, method, config, None, None, request.work(1), None, None, "", spec, spread)
     try:
+        config = request.with_method(method)
+        nothing = replace(nothing, config=config)
         config = share(config, spread)
+    except PlanError as error:
+        return replace(nothing, why_not=" ".join(problem.what for problem in error.problems))
     except ValueError as error:
-        return replace(nothing, why=f"{error} devices")
+        return replace(nothing, why_not=f"{error} devices")
     if spread.strategy in ("fsdp2", "deepspeed") and not device.bf16 and device.vendor != "cpu":
-        return replace(nothing, why=f"{spread.strategy} has no fp16, and the device has no bf16")
+        return replace(nothing, why_not=f"{spread.strategy} has no fp16, and the device has no bf16")
     nothing = replace(nothing, config=config)
     try:
-        plan = choose(
+        choice = settle(
             config,
             spec,
             hardware_of(request, device),
-            statistics=statistics_of(request),
+            statistics=request.statistics,
             advise=False,
             spread=spread,
             rates=Rates(device, request.efficiencies),
         )
     except PlanError as error:
-        return replace(nothing, why=" ".join(problem.what for problem in error.problems))
-    work = request.work(plan.micro_batch_size)
-    step = speed.step(config, spec, plan, device, rows=work.rows, efficiencies=request.efficiencies)
+        return replace(nothing, why_not=" ".join(problem.what for problem in error.problems))
+    work = request.work(choice.best.rows)
+    step = speed.step(config, spec, choice.best, device, rows=work.rows, efficiencies=request.efficiencies)
     hours = None
     if work.steps is not None:
         hours = (work.steps * step.seconds + speed.start_seconds(spec, request.efficiencies)) / 3600
     usd = None if hours is None or device.price is None else hours * spread.num_processes * device.price.usd_per_hour
-    return replace(nothing, plan=plan, work=work, step=step, hours=hours, usd=usd, why=_why(plan, step, spec))
+    return replace(nothing, choice=choice, work=work, step=step, hours=hours, usd=usd)
 
 
 def hardware_of(request: Request, device: CatalogueDevice) -> Hardware:
@@ -308,16 +409,10 @@ def hardware_of(request: Request, device: CatalogueDevice) -> Hardware:
     return Hardware((one,) if one.kind == "cpu" else (one, host), num_threads=16)
 
 
-def statistics_of(request: Request) -> Statistics | None:
-    """Returns what is known of the longest document."""
-    documents = request.documents
-    return Statistics(max(documents.lengths)) if documents is not None and documents.lengths else None
-
-
-def _why(plan: Plan, step: Step, spec: AnySpec) -> str:
+def _why(best: Candidate, step: Step, spec: AnySpec) -> str:
     """One line: what the plan does, and what most of its time goes into."""
     parts = sorted(step.parts().items(), key=lambda item: -item[1])
     most = ", ".join(f"{name} {seconds / step.seconds:.0%}" for name, seconds in parts[:2])
-    offload = " and on the host" if plan.offload_activations else ""
+    offload = " and on the host" if best.ladder.offload else ""
     coarse = "; a coarser estimate (not native)" if isinstance(spec, BorrowedSpec) else ""
-    return f"{plan.recompute}{offload}; time: {most}{coarse}"
+    return f"{words(best.keep)}{offload}; time: {most}{coarse}"

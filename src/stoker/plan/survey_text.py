@@ -7,7 +7,7 @@ from stoker.plan import catalogue
 from stoker.plan.memory import GIB
 from stoker.plan.plan import size
 from stoker.plan.scaling import scaling
-from stoker.plan.survey import METHOD_NAMES, Offer, Request, simplest
+from stoker.plan.survey import METHOD_NAMES, Offer, Request, simplest, ways_of
 from stoker.plan.timeline import timeline
 from stoker.plan.verdict import Verdict, pareto
 
@@ -97,6 +97,11 @@ def notes(request: Request, offers: Sequence[Offer]) -> list[str]:
     found.append(f"Efficiencies: {request.efficiencies.source}.")
     if any(one.num_devices > 1 for one in offers):
         found.append("Several devices: links and overlap by formula, with rules of thumb; no run was measured.")
+        kinds = {(one.device.key, one.method) for one in offers if one.device.vendor != "cpu"}
+        if sum(one.device.vendor != "cpu" for one in offers) < len(kinds) * len(ways_of(request)):
+            found.append(
+                "Strategies that can be no faster than a simpler one that fits were left out (--all has them)."
+            )
     if (size := request.config.engine.context_parallel) > 1:
         found.append(f"engine.context_parallel = {size} is not counted here: each device has rows of its own, whole.")
     if any(one.fits and one.method == "fp8" for one in offers):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from stoker.errors import PlanError
 from stoker.plan.choose import choose
 from stoker.plan.memory import GIB
-from stoker.plan.survey import Offer, Request, hardware_of, offer, simplest, statistics_of
+from stoker.plan.survey import Offer, Request, hardware_of, offer, simplest
 
 # A quantised base changes the result a little: it must be this much better to be recommended over a plain one.
 _QUANTISED_MUST_GAIN = 1.1
@@ -182,7 +182,7 @@ def _nearest(request: Request, offers: Sequence[Offer]) -> list[str]:
         return []
     largest = max(offers, key=lambda one: one.device.memory_bytes)
     try:
-        choose(largest.config, request.spec, hardware_of(request, largest.device), statistics=statistics_of(request))
+        choose(largest.config, request.spec, hardware_of(request, largest.device), statistics=request.statistics)
     except PlanError as error:
         return [f"{largest.device.name}: {problem.fix}" for problem in error.problems if problem.fix]
     return []

@@ -68,9 +68,9 @@ def test_where_keys_are_copied_for_every_query_head_attention_needs_more(spec):
 
 def test_the_peak_is_where_a_layer_and_those_before_it_hold_most():
     assert activations.peak([]) == 0
-    assert activations.peak([Held(10, 5), Held(10, 5)]) == 25
+    assert activations.peak([(Held(10, 5), 2)]) == activations.peak([(Held(10, 5), 1), (Held(10, 5), 1)]) == 25
     # The first layer's backward needs much, but by then the second has let go of what it kept.
-    assert activations.peak([Held(1, 20), Held(10, 5)]) == 21
+    assert activations.peak([(Held(1, 20), 1), (Held(10, 5), 1)]) == 21
 
 
 def test_op_by_op_a_layer_keeps_its_input_or_everything(spec):

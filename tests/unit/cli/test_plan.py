@@ -120,23 +120,46 @@ def test_this_machine_is_planned_for(write_run):
     assert len({offer["device"]["key"] for offer in values["offers"]}) == 1
 
 
-def test_it_answers_without_torch_in_under_a_second_of_work(write_run):
+# Seconds of `yardstick` on the quiet core of two (Xeon, 2.1 GHz) by which "a second" is meant here.
+QUIET_YARDSTICK = 0.11
+
+
+def yardstick():
+    """Processor seconds of ordinary Python, which a busy machine slows as much as a plan."""
+    started = time.process_time()
+    kept = {}
+    for number in range(600_000):
+        kept[number % 1000] = number, str(number)
+    return time.process_time() - started
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "--gpu t4,4090,l40s,a100-80,h100,h200",
+        "--gpu t4,4090,h100 --nodes 2",
+        "--gpu t4,4090,h100 --nodes 2 --gpus-per-node 8",
+        "--gpu h100 --explain time --methods full,lora,nf4,int8,fp8",
+        "--json --deadline 6h",
+    ],
+)
+def test_it_answers_without_torch_in_under_a_second_of_work(write_run, form):
     run = write_run(base="meta-llama/Llama-3.1-8B", length="4096", extra="adapter: {}")
     code = (
         "import sys; from stoker.cli.main import app; app(sys.argv[1:], standalone_mode=False); "
-        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'torch was imported'"
+        "assert not {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules), 'torch was imported'"
     )
-    names = "t4,4090,l40s,a100-80,h100,h200"
-    before = os.times()
-    started = time.monotonic()
-    subprocess.run(
-        [sys.executable, "-c", code, "plan", str(run), "--gpu", names, *ROWS], check=True, stdout=subprocess.DEVNULL
-    )
-    elapsed = time.monotonic() - started
-    after = os.times()
-    # Of the processor, as a machine that is busy with other things would fail the clock.
-    used = after.children_user - before.children_user + after.children_system - before.children_system
-    assert used < 1.0, f"{used:.2f} s of processor time, {elapsed:.2f} s by the clock"
+    arguments = [sys.executable, "-c", code, "plan", str(run), *form.split(), *ROWS]
+    taken = []
+    for _ in range(2):  # the first may find modules that are not compiled
+        slowness = yardstick()
+        before = os.times()
+        subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
+        after = os.times()
+        # Of the processor, as a machine that is busy with other things would fail the clock.
+        used = after.children_user - before.children_user + after.children_system - before.children_system
+        taken.append(used / max(1.0, min(slowness, yardstick()) / QUIET_YARDSTICK))
+    assert min(taken) < 1.0, f"{taken} s of processor time"
 
 
 def test_a_model_in_the_hubs_cache_is_read_from_there(write_run, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 from stoker.errors import ConfigError
 from stoker.plan import explain, scaling, survey_text
 from stoker.plan.catalogue import shipped
-from stoker.plan.survey import Request, allowed_methods, methods_of, survey
+from stoker.plan.survey import Request, allowed_methods, methods_of, simplest, survey
 from stoker.plan.verdict import pareto, verdict
 from stoker.plan.workload import log_normal
 
@@ -16,9 +16,11 @@ DOCUMENTS = log_normal(20_000, 450, 0.4, "a test")
 
 @pytest.fixture
 def ask(run, llama_8b):
-    def build(*overrides, methods=("lora", "nf4"), documents=DOCUMENTS, devices=DEVICES, **changes):
+    def build(
+        *overrides, methods=("lora", "nf4"), documents=DOCUMENTS, devices=DEVICES, every_strategy=False, **changes
+    ):
         request = Request(run(*overrides), llama_8b, documents, methods, **changes)
-        offers = survey(request, devices)
+        offers = survey(request, devices, every_strategy=every_strategy)
         return request, offers, verdict(request, offers)
 
     return build
@@ -150,7 +152,7 @@ def test_every_category_has_its_formula_with_numbers(ask, category):
 
 
 def test_several_devices_stand_beside_one_with_every_strategy(ask):
-    _, offers, _ = ask(methods=("lora",), devices=[shipped()["h100"]], per_node=8)
+    _, offers, _ = ask(methods=("lora",), devices=[shipped()["h100"]], per_node=8, every_strategy=True)
     assert {one.num_devices for one in offers} == {1, 2, 4, 8}
     eight = [one for one in offers if one.num_devices == 8]
     assert {one.spread.name for one in eight} == {"ddp", "fsdp2", "ZeRO-1", "ZeRO-2", "ZeRO-3"}
@@ -162,6 +164,23 @@ def test_several_devices_stand_beside_one_with_every_strategy(ask):
     for offer in offers:
         assert sum(offer.memory().values()) == offer.plan.memory.total
         assert offer.memory()["communication"] > 0 or offer.num_devices == 1
+
+
+@pytest.mark.parametrize("methods", [("lora", "nf4"), ("full",)])
+def test_strategies_that_are_left_out_would_not_have_been_shown(ask, methods):
+    devices = [shipped()[name] for name in ("t4", "rtx4090", "h100")]
+    asked = {"methods": methods, "devices": devices, "per_node": 4, "nodes": 2}
+    _, some, found = ask(**asked)
+    _, every, same = ask(**asked, every_strategy=True)
+    assert {one.name for one in some} <= {one.name for one in every}
+    assert len(some) < len(every) or methods == ("full",)  # of which communication takes more than is looked away from
+
+    def shown(offers):
+        return {(one.name, one.choice.best.rows, one.step_seconds) for one in simplest(offers)}
+
+    assert shown(some) == shown(every)
+    assert found.best.name == same.best.name
+    assert found.runner_up == same.runner_up
 
 
 def test_several_are_never_recommended_where_one_is_cheaper_unless_time_is_short(ask):

@@ -1,0 +1,223 @@
+"""What a micro-batch does, whatever the device: its products, its mixing, and the values that other work moves.
+
+Counted once for a model, a micro-batch and a ladder: a survey asks for the same on each of its devices.
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+from stoker.arch import activations, arithmetic
+from stoker.arch.activations import Keep
+from stoker.arch.borrowed import AnySpec, BorrowedMixer
+from stoker.arch.parts import parts
+from stoker.arch.shape import why_not_llama
+from stoker.arch.spec import (
+    AttentionSpec,
+    ExpertsSpec,
+    GatedSpec,
+    LatentAttentionSpec,
+    LayerSpec,
+    Mamba2Spec,
+    PlainSpec,
+    SideBySideSpec,
+)
+from stoker.plan.remember import remember
+
+# Values a token that elementwise work reads or writes, forward and backward: see `_elementwise_values`.
+_NORM_AND_RESIDUAL = 9
+_GATED, _PLAIN, _ROTATION = 9, 5, 4
+# Share of the elementwise traffic that a rung runs again: norms; norms, rotation and the first residual.
+_AGAIN: dict[Keep, float] = {"all": 0.0, "mixer": 0.1, "attention": 0.3, "input": 0.3}
+# Bytes a weight that turning a quantised one into the compute type moves: it is read, and two bytes are written.
+_DEQUANTISED = {"nf4": 0.52 + 2, "int8": 3.0}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a micro-batch is run, as far as it decides what there is to do.
+
+    `is_frozen`: the base is, and an adapter trained; `runs_op_by_op`: no layer kernel, or one in plain PyTorch.
+    """
+
+    layers: str
+    keep: tuple[Keep, ...]
+    quantization: str
+    keep_transposed: bool | None
+    is_frozen: bool
+    uses_triton: bool
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product [rows, into] x [into, out] whose `weights` are read; done `times`, and `again` times more."""
+
+    rows: float
+    into: int
+    out: int
+    weights: int
+    times: float
+    again: float
+    in_fp8: bool
+
+    @property
+    def flops(self) -> float:
+        """Of doing it once; a multiply-add is two."""
+        return 2.0 * self.rows * self.into * self.out
+
+    @property
+    def values(self) -> float:
+        """That doing it once reads or writes."""
+        return self.weights + self.rows * (self.into + self.out)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """What mixers compute beside their linear layers, and routers: `flops` of a forward, done `times`, `again` more."""
+
+    kind: Literal["products", "attention", "chunked_scan", "scan"]
+    head_dim: int
+    flops: float
+    times: float
+    again: float
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """Of one micro-batch. `adapter_values`: what goes into and comes out of linear layers, once each.
+
+    `fused_values` and `op_by_op_values`: what elementwise work moves in layers that run through the layer kernel in
+    Triton, and in others. `dequantised_bytes`: what turning weights into the compute type, or fp8's rows, moves.
+    `head`: done once; how often decides who is trained. `fused_layers` and `op_by_op_layers`: how many launch so.
+    """
+
+    products: tuple[Product, ...]
+    mixing: tuple[Mixing, ...]
+    head: Product
+    adapter_values: float
+    fused_values: float
+    op_by_op_values: float
+    dequantised_bytes: float
+    fused_layers: int
+    op_by_op_layers: int
+
+
+@remember(0)
+def amounts(spec: AnySpec, way: Way, tokens: float, document_tokens: float, trained_share: float) -> Amounts:
+    """Returns what a micro-batch of `tokens` tokens does in documents of so many, of which a share is learned."""
+    counted = _Counted(spec, way, tokens, document_tokens)
+    for (layer, rung), count in _layers(spec, way.keep):
+        counted.add(layer, rung, count)
+    vocabulary = spec.vocab_size
+    head = Product(
+        tokens * trained_share, spec.hidden_size, vocabulary, vocabulary * spec.hidden_size, 1.0, 0.0, in_fp8=False
+    )
+    fused = sum(way.layers == "fused" and not why_not_llama(layer) for layer in spec.layers)
+    return Amounts(
+        products=tuple(counted.products),
+        mixing=tuple(counted.mixing),
+        head=head,
+        adapter_values=counted.totals["adapter"],
+        fused_values=counted.totals["fused"],
+        op_by_op_values=counted.totals["op by op"],
+        dequantised_bytes=counted.totals["dequantised"],
+        fused_layers=fused,
+        op_by_op_layers=len(spec.layers) - fused,
+    )
+
+
+def _layers(spec: AnySpec, keep: tuple[Keep, ...]) -> list[tuple[tuple[LayerSpec, Keep], int]]:
+    """Returns the distinct layers and rungs, each with how many there are of it."""
+    # By identity first: most layers are one object, and hashing each takes longer than all else here.
+    counts = Counter(zip(map(id, spec.layers), keep, strict=True))
+    objects = {id(layer): layer for layer in spec.layers}
+    total: Counter[tuple[LayerSpec, Keep]] = Counter()
+    for (identity, rung), count in counts.items():
+        total[objects[identity], rung] += count
+    return list(total.items())
+
+
+class _Counted:
+    """Adds up layers."""
+
+    def __init__(self, spec: AnySpec, way: Way, tokens: float, document_tokens: float) -> None:
+        self.spec, self.way, self.tokens = spec, way, tokens
+        self.document_tokens = max(1, round(document_tokens))
+        self.products: list[Product] = []
+        self.mixing: list[Mixing] = []
+        self.totals: defaultdict[str, float] = defaultdict(float)
+
+    def add(self, layer: LayerSpec, rung: Keep, count: int) -> None:
+        """Adds `count` layers."""
+        hidden_size, way = self.spec.hidden_size, self.way
+        is_fused = way.layers == "fused" and not why_not_llama(layer)
+        again = activations.run_again(layer, hidden_size, rung, is_fused=is_fused)
+        passes = 2 if way.is_frozen else 3
+        for name, linear in arithmetic.linears(layer, hidden_size).items():
+            rows, into, out = self.tokens * linear.used, linear.in_features, sum(linear.out_features)
+            weights = linear.weights * max(1, linear.experts)
+            times, repeated = count * passes, count * (name in again)
+            self.products.append(
+                Product(
+                    rows, into, out, weights, times, repeated, in_fp8=way.quantization == "fp8" and not linear.experts
+                )
+            )
+            self.totals["adapter"] += count * rows * (into + out)
+            moved = self._dequantised(weights, 2 + (name in again), rows * (into + out))
+            self.totals["dequantised"] += count * moved
+        for name, part in parts(layer, hidden_size).items():
+            kind, head_dim = _kind(layer, name)
+            flops = self.tokens * part.flops(self.document_tokens)
+            self.mixing.append(Mixing(kind, head_dim, flops, 3 * count, count * (name in again)))
+        moved = (1.0 + _AGAIN[rung]) * self.tokens * _elementwise_values(layer, hidden_size)
+        # On plain PyTorch a fused layer has the kernels of one that runs op by op.
+        self.totals["fused" if is_fused and way.uses_triton else "op by op"] += count * moved
+
+    def _dequantised(self, weights: int, times: int, values: float) -> float:
+        kind = self.way.quantization
+        if kind == "fp8":  # rows are read and written in fp8 on their way in; weights transposed where no copy is kept
+            return 3 * values + (0 if self.way.keep_transposed else 2 * weights)
+        return times * _DEQUANTISED.get(kind, 0.0) * weights
+
+
+def _kind(layer: LayerSpec, name: str) -> tuple[Literal["products", "attention", "chunked_scan", "scan"], int]:
+    """Returns what a part computes beside its linear layers, and the channels of attention's heads."""
+    mixer = layer.mixer
+    if name == "feed_forward":
+        return "products", 0
+    if isinstance(mixer, SideBySideSpec):
+        mixer = mixer.attention
+    if isinstance(mixer, AttentionSpec):
+        return "attention", mixer.head_dim
+    if isinstance(mixer, LatentAttentionSpec):
+        return "attention", mixer.nope_dim + mixer.rope.dim
+    if isinstance(mixer, BorrowedMixer):
+        return "attention", 64
+    return ("chunked_scan" if isinstance(mixer, Mamba2Spec) else "scan"), 0
+
+
+def _elementwise_values(layer: LayerSpec, hidden_size: int) -> float:
+    """Values a token that norms, residuals, rotation and activations read or write, forward and backward.
+
+    A norm reads and writes a row forward and four backward, a residual sum moves three: nine for each part. A rotation
+    turns q and k twice, in place. A gate reads two and writes one; its backward reads three and writes three.
+    """
+    total = float(_NORM_AND_RESIDUAL * hidden_size * len(parts(layer, hidden_size)))
+    mixer, feed_forward = layer.mixer, layer.feed_forward
+    attention = mixer.attention if isinstance(mixer, SideBySideSpec) else mixer
+    if isinstance(attention, AttentionSpec):
+        turned = (attention.num_heads + attention.num_kv_heads) * attention.head_dim
+        total += (_ROTATION + (6 if attention.qk_norm else 0)) * turned
+    elif isinstance(attention, BorrowedMixer):
+        total += 2 * attention.saved_values
+    elif attention is not None:
+        total += 2 * parts(layer, hidden_size)[layer.mixer_name].widest
+    if isinstance(feed_forward, GatedSpec):
+        total += _GATED * feed_forward.intermediate_size
+    elif isinstance(feed_forward, PlainSpec):
+        total += _PLAIN * feed_forward.intermediate_size
+    elif isinstance(feed_forward, ExpertsSpec):
+        # Rows are gathered for their experts and scattered back, forward and backward.
+        total += feed_forward.top_k * (_GATED * feed_forward.intermediate_size + 8 * hidden_size)
+        total += _GATED * feed_forward.shared_size
+    return total
