@@ -61,8 +61,17 @@ def choose(
             names the nearest that does.
     """
     check(config, spec)
-    options = {"statistics": statistics, "ladder": ladder, "advise": advise, "spread": spread, "rates": rates}
-    return settle(config, spec, hardware, **options, force=force).plan()
+    return settle(
+        config,
+        spec,
+        hardware,
+        statistics=statistics,
+        ladder=ladder,
+        advise=advise,
+        spread=spread,
+        rates=rates,
+        force=force,
+    ).plan()
 
 
 def check(config: RunConfig, spec: AnySpec) -> None:
