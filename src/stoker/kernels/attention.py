@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from stoker.kernels.ahead import is_compiling_ahead
+from stoker.kernels.documents import boundaries
 from stoker.kernels.head_exchange import HeadExchange
 from stoker.kernels.scored_attention import FLEX_CHANNELS, Scores, capped, flex, last_positions, normalized
 from stoker.kernels.triton_support import check_implementation
@@ -220,11 +221,9 @@ def _variable_length(
     known = inspect.signature(varlen_attn).parameters
     # Flash attention counts the positions before the query, the window counts the query itself too.
     options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0), "scale": scale}
-    if "enable_gqa" in known:
+    if "enable_gqa" in known:  # before it was asked for, the kernel took shared heads as they came
         options["enable_gqa"] = q.shape[2] != k.shape[2]
-    else:
-        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
-    ends = torch.tensor([0, *lengths], device=q.device).cumsum(0, dtype=torch.int32)
+    ends = boundaries(tuple(lengths), q.device)
     longest = max(lengths)
     flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
     out: Any = varlen_attn(flat_q, flat_k, flat_v, ends, ends, longest, longest, **options)

@@ -6,6 +6,7 @@ s to position t only where the two are the same. Attention needs lengths instead
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -37,6 +38,18 @@ def _ids(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     with torch.inference_mode(mode=False):
         ids = [torch.arange(len(row), dtype=torch.int32).repeat_interleave(torch.tensor(row)) for row in rows]
         return torch.stack(ids).to(device)
+
+
+@lru_cache(maxsize=16)
+def boundaries(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns where documents of these lengths begin and the last one ends: [len(lengths) + 1] int32, on the device.
+
+    Kept, since every layer asks, and a copy from ordinary host memory makes the host wait for all that the GPU still
+    has to do.
+    """
+    with torch.inference_mode(mode=False):
+        ends = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
+        return ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends.to(device)
 
 
 def starts(ids: Tensor) -> Tensor:
