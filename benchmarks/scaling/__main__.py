@@ -2,6 +2,7 @@
 
     python -m benchmarks.scaling lora_8b full_1b nf4_8b context_32k --gpus 1,2 --budget 450
     python -m benchmarks.scaling collectives resume kill --gpus 2
+    python -m benchmarks.scaling alone --gpus 1 # what each strategy costs where there is nothing to share
     python -m benchmarks.scaling tiny tiny_full tiny_context collectives resume kill --gpus 1,2 --steps 2   # on a CPU
 
 Every count of GPUs takes the same steps on the same rows: losses are held against those of the smallest count. Runs go
@@ -21,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scaling import launch, recovery, results
-from benchmarks.scaling.cells import CELLS, Cell
+from benchmarks.scaling.cells import ALONE, CELLS, Cell
 
-OTHERS = ("collectives", "resume", "kill")
+OTHERS = ("collectives", "resume", "kill", "alone")
 _LEAST_SECONDS = 25.0
 """What a run takes at least: with less time left, none is started."""
 
@@ -37,6 +38,8 @@ def main() -> int:
     for name in options.cells:
         if name == "collectives":
             bench.collectives()
+        elif name == "alone":
+            bench.alone()
         elif name in OTHERS:
             bench.recovery(name)
         else:
@@ -98,6 +101,21 @@ class Bench:
                     self._last[name] = facts, folder
                     self._keep(results.compared(facts, first))
 
+    def alone(self) -> None:
+        """Runs every strategy on one GPU, on the same rows."""
+        name = "lora_8b" if results.has_gpu() else "tiny"
+        folder = self._model(name, CELLS[name])
+        if folder is None:
+            return
+        first: Facts | None = None
+        with tempfile.TemporaryDirectory() as place:
+            for strategy in ALONE:
+                facts = self._ours(name, CELLS[name], 1, [1], folder=folder, place=Path(place), strategy=strategy)
+                if facts is not None:
+                    facts |= {"cell": f"alone_{strategy}"}
+                    first = first or facts
+                    self._keep(results.compared(facts, first))
+
     def _counts(self, name: str) -> list[int]:
         return [count for count in self.options.counts if count >= CELLS[name].min_gpus]
 
@@ -110,12 +128,23 @@ class Bench:
                 return None
             return output.read_text()
 
-    def _ours(self, name: str, cell: Cell, count: int, counts: list[int], *, folder: str, place: Path) -> Facts | None:
-        job, output = place / f"{count}.json", place / f"{count}-result.json"
-        config = cell.config(count, counts, folder=folder)
+    def _ours(
+        self,
+        name: str,
+        cell: Cell,
+        count: int,
+        counts: list[int],
+        *,
+        folder: str,
+        place: Path,
+        strategy: str | None = None,
+    ) -> Facts | None:
+        job, output = place / f"{count}.json", place / f"{count}-{strategy}-result.json"
+        config = cell.config(count, counts, folder=folder, strategy=strategy)
         job.write_text(json.dumps({"config": config, "steps": self.options.steps}))
         arguments = [str(job), str(output)]
-        if not self._run(f"{name} on {count}", "benchmarks.scaling.worker", arguments, processes=count):
+        title = f"{name} on {count}" + (f", {strategy}" if strategy else "")
+        if not self._run(title, "benchmarks.scaling.worker", arguments, processes=count):
             return None
         return {"cell": name, "kind": "training", "tokens": f"{cell.batch_size(counts)} x {cell.length}"} | json.loads(
             output.read_text()

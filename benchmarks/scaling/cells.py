@@ -29,11 +29,14 @@ class Cell:
         """Returns the rows of a step, the same for all `counts` of GPUs."""
         return self.rows if self.context else self.rows * max(counts)
 
-    def config(self, gpus: int, counts: Sequence[int], *, folder: str) -> dict[str, Any]:
-        """Returns the YAML of the run on so many GPUs, as values; `folder` holds the model."""
+    def config(self, gpus: int, counts: Sequence[int], *, folder: str, strategy: str | None = None) -> dict[str, Any]:
+        """Returns the YAML of the run on so many GPUs, as values; `folder` holds the model.
+
+        `strategy`: another than the cell's, also for one GPU, which is "single" otherwise.
+        """
         engine: dict[str, Any] = {
             "micro_batch_size": self.rows,
-            "strategy": self.strategy if gpus > 1 else "single",
+            "strategy": strategy or (self.strategy if gpus > 1 else "single"),
             "context_parallel": gpus if self.context else 1,
         }
         values: dict[str, Any] = {
@@ -82,3 +85,6 @@ CELLS: dict[str, Cell] = {
     "tiny_context": Cell("llama-tiny", rows=1, length=64, context=True),
 }
 """The most important first. `lora_70b` needs 141 GB of disk (`--models`), `nf4_70b` 40; the tiny ones need no GPU."""
+
+ALONE = ("single", "ddp", "fsdp2", "deepspeed")
+"""The strategies that `alone` runs on one GPU, where they have nothing to share: what is slower is their own cost."""
