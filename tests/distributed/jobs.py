@@ -7,12 +7,15 @@ and some steps leave a rank without any.
 import os
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 import torch.multiprocessing as mp
-from transformers import LlamaConfig, MambaConfig, MixtralConfig
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, MambaConfig, MixtralConfig, OPTConfig
 
 from stoker.adapters.fused_block import freeze_into, fuse_blocks
 from stoker.adapters.lora import add_lora
@@ -23,6 +26,7 @@ from stoker.distributed.fsdp2 import Sharded
 from stoker.distributed.ranks import Place, Ranks, join
 from stoker.distributed.single import SingleDevice
 from stoker.models import native
+from stoker.models import open as models
 from stoker.optim import optimizers
 from stoker.quant.formats import quantize
 from stoker.tasks.supervised import SupervisedTask
@@ -32,12 +36,17 @@ from stoker.train.step import take_step
 
 STEPS = 20
 _SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **_TOKENS}
 _ATTENTION = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and how it is trained. `recompute`: layers are run again; `fused`: through the layer kernel."""
+    """A model and how it is trained. `recompute`: layers are run again; `fused`: through the layer kernel.
+
+    `borrowed`: it runs through Transformers' class.
+    """
 
     config: Any
     lora: dict = field(default_factory=dict)
@@ -45,6 +54,7 @@ class Case:
     recompute: bool = False
     fused: bool = False
     packing: bool = False
+    borrowed: bool = False
 
 
 def _llama(**more):
@@ -63,6 +73,28 @@ CASES = {
         MixtralConfig(**_SIZES, **_ATTENTION, num_local_experts=4, output_router_logits=True), recompute=True
     ),
     "mamba": Case(MambaConfig(**_SIZES, state_size=8, intermediate_size=64)),
+    # Its table of words is tied to the head, and narrower than the layers.
+    "opt": Case(
+        OPTConfig(
+            **_SIZES,
+            ffn_dim=48,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            word_embed_proj_dim=16,
+            dropout=0.0,
+            **_TOKENS,
+        ),
+        recompute=True,
+        borrowed=True,
+    ),
+    # Its head has a bias.
+    "gptj": Case(
+        GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, rotary_dim=4, **_NO_DROPOUT),
+        _LORA,
+        "nf4",
+        packing=True,
+        borrowed=True,
+    ),
 }
 
 
@@ -93,10 +125,34 @@ class Rows:
         return ids, trained
 
 
+def borrowed(case):
+    """Returns a model of Transformers' class, with weights large enough for attention to be uneven."""
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(case.config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10)
+    stored = {id(tensor): (name, tensor) for name, tensor in reversed(theirs.state_dict(keep_vars=True).items())}
+    with TemporaryDirectory() as folder:
+        # Of several processes Transformers' own `save_pretrained` writes on the first alone.
+        theirs.config.save_pretrained(folder)
+        save_file(dict(stored.values()), f"{folder}/model.safetensors", metadata={"format": "pt"})
+        spec = models.read(Path(folder), case.config.to_dict())
+        model = models.load(Path(folder), spec, quantization=case.quantization or "none").train()
+    for name, parameter in model.named_parameters():
+        if name.endswith("k_proj.bias"):  # its gradient is zero but for rounding, of which AdamW makes whole steps
+            parameter.requires_grad_(False)
+    return model
+
+
 def build(case):
-    values = {**case.config.to_dict(), "architectures": None}
-    model = native.build(families.read(values, "config.json"), seed=0, initializer_range=0.1)
-    if case.quantization:
+    if case.borrowed:
+        model = borrowed(case)
+    else:
+        values = {**case.config.to_dict(), "architectures": None}
+        model = native.build(families.read(values, "config.json"), seed=0, initializer_range=0.1)
+    if case.quantization and not case.borrowed:
         model.blocks.requires_grad_(False)
         freeze_into(model.blocks, lambda weight, rows: quantize(weight, case.quantization, part_rows=rows))
     if case.lora:

@@ -17,9 +17,8 @@ import yaml
 
 from stoker.adapters.lora import Awaited
 from stoker.compose import parallel
-from stoker.distributed.deepspeed import Zero
-from stoker.distributed.ranks import Ranks
-from stoker.errors import PlanError, TrainingError
+from stoker.distributed.deepspeed import Zero, require_disk
+from stoker.errors import PlanError
 from stoker.models import native
 from stoker.models.streamed import StreamedDecoder
 from stoker.tasks.supervised import SupervisedTask
@@ -185,12 +184,19 @@ def test_without_the_package_the_message_says_how_to_install_it(monkeypatch):
         parallel.require_deepspeed()
 
 
-def test_a_disk_that_cannot_be_read_is_named():
-    settings = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}}}
-    strategy = Zero(Ranks(), settings=settings, model=torch.nn.Linear(1, 1), layers=[])
-    lacking = SimpleNamespace(ops=SimpleNamespace(__compatible_ops__={"async_io": False}))
-    with pytest.raises(TrainingError, match="libaio"):
-        strategy._require_disk(lacking)
+def test_a_disk_that_cannot_be_read_or_written_is_named(tmp_path):
+    def having(is_there):
+        return SimpleNamespace(ops=SimpleNamespace(__compatible_ops__={"async_io": is_there}))
+
+    def on(device, path):
+        return {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": device, "nvme_path": str(path)}}}
+
+    with pytest.raises(PlanError, match=r"async_io.*apt install libaio-dev"):
+        require_disk(having(False), on("nvme", tmp_path))
+    with pytest.raises(PlanError, match="nowhere is no folder that can be written to"):
+        require_disk(having(True), on("nvme", tmp_path / "nowhere"))
+    require_disk(having(True), on("nvme", tmp_path))
+    require_disk(having(False), on("cpu", tmp_path / "nowhere"))
 
 
 JSON = {
@@ -227,26 +233,56 @@ def stoker(tmp_path):
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
 
-    def train(*options):
+    def train(*options, code=0, **environment):
         command = [sys.executable, "-m", "stoker.cli.main", "train", "run.yaml", *map(str, options)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        kept = {"capture_output": True, "text": True, "env": os.environ | environment}
+        done = subprocess.run(command, cwd=tmp_path, timeout=250, check=False, **kept)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
 
     return train
 
 
+def losses(folder):
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+NVME = ("--set", "engine.strategy=deepspeed", "--set", "engine.deepspeed.stage=3", "--set")
+NVME += ("engine.deepspeed.offload_optimizer=nvme", "--set", "engine.deepspeed.nvme_path=disk")
+
+
+@slow
+def test_without_libaio_a_run_with_nvme_is_refused_before_its_data_is_prepared(stoker, tmp_path):
+    (tmp_path / "disk").mkdir()
+    # No compiler: the program that asks for libaio's functions is not made.
+    output = stoker("--gpus", 2, *NVME, code=2, CC="/bin/false", CXX="/bin/false")
+    assert output.count("error:") == 1
+    assert "async_io, which cannot be compiled here" in " ".join(output.split())
+    assert "apt install libaio-dev" in " ".join(output.split())
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "run").exists()
+
+
+@slow
+def test_states_that_wait_on_nvme_give_the_losses_of_one_device(stoker, tmp_path):
+    deepspeed = pytest.importorskip("deepspeed")
+    if not deepspeed.ops.__compatible_ops__["async_io"]:
+        pytest.skip("libaio's headers are not installed, without which DeepSpeed reads no NVMe")
+    (tmp_path / "disk").mkdir()
+    stoker("--set", "output.folder=alone")
+    stoker("--gpus", 2, *NVME)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), abs=2e-5)
+    assert any(path.is_file() for path in (tmp_path / "disk").rglob("*"))
+
+
 @slow
 def test_a_run_from_a_yaml_ends_as_on_one_device_and_goes_on_under_another_strategy(stoker, tmp_path):
-    def losses(folder):
-        rows = map(json.loads, (tmp_path / folder / "metrics.jsonl").read_text().splitlines())
-        return {row["step"]: row["loss"] for row in rows if "loss" in row}
-
     stoker("--set", "output.folder=alone")
     zero = ("--set", "engine.strategy=deepspeed", "--set", "engine.deepspeed.config=zero3.json")
     output = stoker("--gpus", 2, *zero)
     assert "ZeRO-3" in output
-    assert losses("run") == pytest.approx(losses("alone"), abs=2e-5)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), abs=2e-5)
     assert sorted(path.name for path in (tmp_path / "run" / "model").iterdir()) == sorted(
         path.name for path in (tmp_path / "alone" / "model").iterdir()
     )
@@ -263,4 +299,4 @@ def test_a_run_from_a_yaml_ends_as_on_one_device_and_goes_on_under_another_strat
     )
     stoker("--resume", "--set", "output.folder=half", "--set", "train.schedule.kind=constant")
     stoker("--set", "output.folder=whole", "--set", "train.schedule.kind=constant")
-    assert losses("half") == pytest.approx(losses("whole"), abs=2e-5)
+    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "whole"), abs=2e-5)

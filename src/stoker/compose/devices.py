@@ -79,7 +79,7 @@ def planned_processes(config: RunConfig, gpus: Sequence[Device]) -> tuple[int, s
             plan = many.choose_over(mine, base.spec, hardware, num_processes=count, advise=False)
         except PlanError:
             continue
-        rows = speed.Rows(plan.row_tokens, plan.row_tokens)
+        rows = speed.Rows(plan.row_tokens, plan.sharing * plan.row_tokens)
         figures = rates.of(smallest)
         step = speed.step(mine, base.spec, plan, figures.device, rows=rows, efficiencies=figures.efficiencies)
         found[count] = step.seconds

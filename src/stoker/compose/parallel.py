@@ -68,6 +68,7 @@ def join(config: RunConfig) -> "Ranks":
     timeout = max(ranks.TIMEOUT, 2 * timedelta(seconds=engine.hang_timeout))
     if engine.strategy == "deepspeed":
         require_deepspeed()
+        require_disk(config, place, kind="cuda" if uses_gpu else "cpu")
     group = engine.strategy in ("ddp", "fsdp2", "deepspeed")
     return ranks.join(place, kind="cuda" if uses_gpu else "cpu", group=group, timeout=timeout)
 
@@ -79,6 +80,15 @@ def require_deepspeed() -> None:
             "engine.strategy = deepspeed needs DeepSpeed, which is not installed.",
             fix="Install it with: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed, or use fsdp2.",
         )
+
+
+def require_disk(config: RunConfig, place: "Place | None", *, kind: str) -> None:
+    """Raises PlanError where something is to go to NVMe and cannot, before data and weights are read; see there."""
+    if "nvme" not in deepspeed.offload(config.engine.deepspeed):
+        return
+    from stoker.distributed import deepspeed as zero
+
+    zero.require_disk(zero.package(kind, place), deepspeed.settings(config.engine.deepspeed, hidden_size=None))
 
 
 def require_same(ranks: "Ranks", config: RunConfig) -> None:

@@ -79,7 +79,7 @@ def step_seconds(
     rows = (rows_a_step or config.train.batch_size) * len(steps)
     each = [int(one) for one in lengths]
     felt = sum(one * one for one in each) / sum(each) if sum(each) else tokens / rows
-    work = speed.Rows(positions / rows, min(felt, positions / rows), trained / positions)
+    work = speed.Rows(positions / rows / plan.sharing, min(felt, positions / rows), trained / positions)
     machine = Device(plan.device, plan.device_name, plan.available_bytes)  # pyrefly: ignore
     known = rates.of(machine, num_threads=plan.num_threads)
     predicted = speed.step(config, spec, plan, known.device, rows=work, efficiencies=known.efficiencies).seconds

@@ -10,6 +10,7 @@ and fp16 modes would cast the model, and stay off.
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,10 +20,10 @@ from stoker.distributed.deepspeed_deal import deal_out, make_for_parts
 from stoker.distributed.deepspeed_hooks import gather_for_logits, gather_whole_layers
 from stoker.distributed.deepspeed_state import ZeroParts
 from stoker.distributed.fsdp2 import Fill, buffers_to_parameters
-from stoker.distributed.ranks import Ranks
+from stoker.distributed.ranks import Place, Ranks
 from stoker.distributed.single import SingleDevice, check_weights, class_of, detached
 from stoker.distributed.strategy import Batch, MakeOptimizer, Result, StepResult, StrategyState
-from stoker.errors import CheckpointError, TrainingError
+from stoker.errors import CheckpointError, PlanError, TrainingError
 
 
 class Zero(SingleDevice):
@@ -73,7 +74,7 @@ class Zero(SingleDevice):
         if any(hasattr(parameter, "ds_id") for parameter in task.parameters()):
             raise TrainingError("the model is in parts of an earlier run in this process.", fix="Load it anew.")
         deepspeed = import_deepspeed(self.device, self._ranks)
-        self._require_disk(deepspeed)
+        require_disk(deepspeed, self._settings)
         self._task, root = task, _Root(task, self._autocast)
         if self._stage == 3:
             for layer in self._layers:
@@ -89,16 +90,6 @@ class Zero(SingleDevice):
             heads = [getattr(self._model, name, None) for name in ("head_weight", "head_bias")]
             gather_for_logits(root, self._model, [head for head in heads if isinstance(head, nn.Parameter)])
         self._parts = ZeroParts(self._engine.optimizer, self._stage, self._trained)
-
-    def _require_disk(self, deepspeed: Any) -> None:
-        """Raises TrainingError where something is to go to NVMe and DeepSpeed has no way to read it back."""
-        zero: Any = self._settings["zero_optimization"]
-        devices = [(zero.get(name) or {}).get("device") for name in ("offload_optimizer", "offload_param")]
-        if "nvme" in devices and not deepspeed.ops.__compatible_ops__.get("async_io", False):
-            raise TrainingError(
-                "offload to nvme needs DeepSpeed's operation async_io, which cannot be compiled here.",
-                fix="Install libaio's headers (libaio-dev, libaio-devel) and a C++ compiler, or offload to cpu.",
-            )
 
     def forward_backward(self, batch: Batch, *, divisor: float, is_last: bool) -> Result:
         """Adds the gradient of `loss_sum / divisor`; it goes over the ranks as the stage has it."""
@@ -183,6 +174,27 @@ class Zero(SingleDevice):
         return tensor.cpu() if self.rank == 0 else tensor.new_empty(0, device="cpu")
 
 
+def require_disk(deepspeed: Any, settings: Mapping[str, Any]) -> None:
+    """Raises PlanError where `settings` send something to NVMe and it cannot be written there and read back."""
+    zero: Any = settings["zero_optimization"]
+    parts = [zero.get(name) or {} for name in ("offload_optimizer", "offload_param")]
+    folders = [Path(str(part.get("nvme_path"))) for part in parts if part.get("device") == "nvme"]
+    if not folders:
+        return
+    if not deepspeed.ops.__compatible_ops__.get("async_io", False):
+        raise PlanError(
+            "offload to nvme needs DeepSpeed's operation async_io, which cannot be compiled here.",
+            fix="Install libaio's headers (apt install libaio-dev, dnf install libaio-devel), a C++ compiler and ninja "
+            "(elsewhere than where compilers look: name the folders in CFLAGS=-I... and LDFLAGS=-L...), or use cpu.",
+        )
+    for folder in folders:
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise PlanError(
+                f"engine.deepspeed.nvme_path = {folder} is no folder that can be written to.",
+                fix="Make it, on an NVMe disk, on every machine of the run.",
+            )
+
+
 class _Root(nn.Module):
     """What DeepSpeed's engine runs: the task's submodules under their own names, with the loss alone as the output.
 
@@ -207,23 +219,30 @@ class _Root(nn.Module):
         return self.last_result.loss_sum
 
 
-def import_deepspeed(device: torch.device, ranks: Ranks) -> Any:
-    """Returns the package, told of the device and of this process's place, which it reads from the environment.
+def package(kind: str, place: Place | None) -> Any:
+    """Returns DeepSpeed, told of the kind of device and of this process's place, which it reads from the environment.
 
     Raises:
         TrainingError: it was imported before for another kind of device.
     """
-    os.environ["DS_ACCELERATOR"] = device.type
-    os.environ.setdefault("LOCAL_RANK", str(ranks.place.local_rank))
+    os.environ["DS_ACCELERATOR"] = kind
+    os.environ.setdefault("LOCAL_RANK", str((place or Place()).local_rank))
     import deepspeed
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.utils import groups
 
-    if get_accelerator()._name != device.type:
+    if get_accelerator()._name != kind:
         raise TrainingError(
-            f"DeepSpeed is at work on {get_accelerator()._name} in this process, and the run is on {device.type}.",
+            f"DeepSpeed is at work on {get_accelerator()._name} in this process, and the run is on {kind}.",
             fix="Start a new process.",
         )
+    return cast("Any", deepspeed)
+
+
+def import_deepspeed(device: torch.device, ranks: Ranks) -> Any:
+    """Returns the package, made to speak over the process group of `ranks`; raises as `package` does."""
+    deepspeed = package(device.type, ranks.place)
+    from deepspeed.utils import groups
+
     # A run before this one in the process has left its process group, which DeepSpeed would still take.
     groups._release_process_group_references(group=None)
     deepspeed.comm.comm.cdb = None
@@ -231,4 +250,4 @@ def import_deepspeed(device: torch.device, ranks: Ranks) -> Any:
         # Its collectives in shared memory would be compiled at the first start; gloo's are there.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", dist_init_required=False)
-    return cast("Any", deepspeed)
+    return deepspeed

@@ -5,6 +5,7 @@ reduced to the part that their rank holds, and the optimiser steps on parts. Fro
 gathered as the bytes that they are.
 """
 
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +105,8 @@ class Sharded(SingleDevice):
         return self._part
 
     def _place(self, task: nn.Module) -> nn.Module:
+        # Said of hidden states that a class slices out of others; nothing here writes into them (torch 2.13).
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         for layer in self._layers:
             buffers_to_parameters(layer)
             with compat.bytes_may_be_shared():

@@ -84,13 +84,18 @@ class Job:
     def flops(self) -> float:
         """FLOPs of a trained token when nothing is computed again."""
         frozen_base = self.config.adapter is not None
-        return facts.training_flops_per_token(self.spec, self.row_tokens, frozen_base=frozen_base)
+        return facts.training_flops_per_token(self.spec, self._attended_tokens, frozen_base=frozen_base)
 
     def flops_with(self, ladder: Ladder) -> float:
         """FLOPs of a trained token with what is computed again."""
         is_fused = ladder.layers == "fused"
-        again = facts.recomputed_flops_per_token(self.spec, self.row_tokens, ladder.keep, is_fused=is_fused)
+        again = facts.recomputed_flops_per_token(self.spec, self._attended_tokens, ladder.keep, is_fused=is_fused)
         return self.flops + again
+
+    @property
+    def _attended_tokens(self) -> int:
+        """Tokens of a whole row, of which devices that share it have parts."""
+        return self.spread.sharing * self.row_tokens
 
     def memory(self, tokens: int, *, casts_by_layer: bool) -> Memory:
         """Bytes of a micro-batch besides the layers' activations."""
@@ -239,7 +244,7 @@ class Candidate:
     def seconds(self) -> float:
         """Of a step on full rows."""
         job = self.size.job
-        rows = speed.Rows(job.row_tokens, job.row_tokens)
+        rows = speed.Rows(job.row_tokens, job.spread.sharing * job.row_tokens)
         known = job.speed
         return speed.step(job.config, job.spec, self, known.device, rows=rows, efficiencies=known.efficiencies).seconds
 

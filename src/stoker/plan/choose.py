@@ -192,6 +192,7 @@ def _plan(choice: Choice) -> Plan:
         replicas=spread.replicas,
         reshards=spread.reshards,
         on_host=tuple(sorted(spread.on_host)),
+        sharing=spread.sharing,
     )
 
 

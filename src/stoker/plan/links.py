@@ -36,5 +36,22 @@ class Links:
         inside = count * (here - 1) / here / self.device if self.device else 0.0
         nodes = spread.nodes
         between = count * (nodes - 1) / nodes / self.network if nodes > 1 else 0.0
-        latency = _LATENCY + (_NETWORK_LATENCY if nodes > 1 else 0.0)
-        return passes * (max(inside, between) + collectives * latency)
+        return passes * (max(inside, between) + collectives * self._latency(nodes))
+
+    def exchange_seconds(self, count: float, spread: Spread, *, exchanges: int) -> float:
+        """Returns what so many exchanges take, into which each device that shares rows puts `count` bytes in all.
+
+        Every device has something else for every other, so that devices of a node add up on its network.
+        """
+        size = spread.sharing
+        if size == 1 or not count:
+            return 0.0
+        here = min(spread.per_node, size)
+        inside = count * (here - 1) / size / self.device if self.device else 0.0
+        nodes = -(-size // here)
+        between = here * count * (size - here) / size / self.network if nodes > 1 else 0.0
+        return max(inside, between) + exchanges * self._latency(nodes)
+
+    @staticmethod
+    def _latency(nodes: int) -> float:
+        return _LATENCY + (_NETWORK_LATENCY if nodes > 1 else 0.0)

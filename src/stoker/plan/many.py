@@ -70,5 +70,5 @@ def _seconds(config: RunConfig, spec: AnySpec, plan: Plan, hardware: Hardware) -
     device = hardware.first(plan.device)  # type: ignore[arg-type]
     assert device is not None
     known = rates.of(device, num_threads=hardware.num_threads)
-    rows = speed.Rows(plan.row_tokens, plan.row_tokens)
+    rows = speed.Rows(plan.row_tokens, plan.sharing * plan.row_tokens)
     return speed.step(config, spec, plan, known.device, rows=rows, efficiencies=known.efficiencies).seconds

@@ -13,7 +13,7 @@ from stoker.arch import arithmetic
 from stoker.arch.borrowed import AnySpec
 from stoker.arch.spec import LayerSpec
 from stoker.config.schema import Optimizer
-from stoker.plan import facts
+from stoker.plan import facts, shared_rows
 from stoker.plan.remember import remember
 from stoker.plan.spread import SINGLE, Spread
 
@@ -132,6 +132,7 @@ def estimate(
         communication = buffer_bytes(
             spec, spread, stored=base + kept, gradients=gradients, is_full=not frozen, device=device
         )
+        communication += shared_rows.buffer_bytes(spec, tokens, spread.sharing, value_bytes)
     states = {
         "weights": (kept + base) // spread.weight_shards,
         "gradients": gradients // spread.gradient_shards,

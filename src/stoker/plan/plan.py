@@ -71,6 +71,7 @@ class Plan:
     replicas: int = 1
     reshards: bool = True
     on_host: tuple[str, ...] = ()
+    sharing: int = 1
 
     @property
     def spread(self) -> Spread:
@@ -83,6 +84,7 @@ class Plan:
             self.replicas,
             self.reshards,
             frozenset(self.on_host),
+            self.sharing,
         )
 
     @property

@@ -14,7 +14,7 @@ from typing import Protocol
 from stoker.arch.activations import Keep
 from stoker.arch.borrowed import AnySpec
 from stoker.config.schema import RunConfig
-from stoker.plan import facts
+from stoker.plan import facts, shared_rows
 from stoker.plan.adapter import num_targeted
 from stoker.plan.amounts import Amounts, Mixing, Product, Way, amounts
 from stoker.plan.catalogue import CatalogueDevice
@@ -144,8 +144,8 @@ class _Clock:
         way = Way(
             plan.layers, plan.keep, plan.quantization, plan.keep_transposed, self.is_frozen, plan.kernels == "triton"
         )
-        tokens = plan.micro_batch_size * rows.tokens
-        self.amounts = amounts(spec, way, tokens, rows.document_tokens, rows.trained_share)
+        self.tokens = plan.micro_batch_size * rows.tokens
+        self.amounts = amounts(spec, way, self.tokens, rows.document_tokens, rows.trained_share)
 
     def step(self) -> Step:
         """Returns all parts, of all micro-batches and the update."""
@@ -192,7 +192,8 @@ class _Clock:
         """Seconds of a step's collectives, and those of them that nothing hides; `work`: seconds of a micro-batch.
 
         Those of a layer run beside the work of its neighbours, all but the first of them. DDP's and ZeRO-1's sums run
-        beside the last micro-batch's backward; what gathers new weights after the update runs beside nothing.
+        beside the last micro-batch's backward; what gathers new weights after the update runs beside nothing, and so
+        do exchanges of shared rows.
         """
         spread, micro = self.plan.spread, self.plan.accumulation_steps
         if spread.num_processes == 1:
@@ -211,7 +212,17 @@ class _Clock:
         backward = (1 / 2 if self.is_frozen else 2 / 3) * work
         exposed = micro * max(in_micro / depth, in_micro - self.found.overlap * work)
         exposed += max(summed / depth, summed - self.found.overlap * backward) + after
-        return micro * in_micro + summed + after, exposed
+        waited = micro * self._exchange(links)
+        return micro * in_micro + summed + after + waited, exposed + waited
+
+    def _exchange(self, links: Links) -> float:
+        """Seconds for which the devices that share rows exchange heads in a micro-batch: every layer waits for them."""
+        size = self.plan.spread.sharing
+        if size == 1:
+            return 0.0
+        is_fused = self.plan.layers == "fused"
+        values = self.tokens * shared_rows.sent_values(self.spec, self.plan.keep, size, is_fused=is_fused)
+        return links.exchange_seconds(values * self.value_bytes, self.plan.spread, exchanges=4 * len(self.spec.layers))
 
     def _product(self, one: Product) -> float:
         """Seconds of one product: its arithmetic, or the bytes of its three matrices."""

@@ -5,7 +5,7 @@ that for a sum that all have (Rabenseifner 2004; Rajbhandari et al., arXiv:1910.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from stoker.config import deepspeed
 from stoker.config.schema import RunConfig
@@ -18,7 +18,8 @@ class Spread:
     """A strategy over `num_processes` devices, `per_node` of them in each node; `stage`: of ZeRO, 1 to 3.
 
     `replicas`: groups that share weights among themselves. `reshards`: a layer's weights are let go after its forward.
-    `on_host`: what of "weights", "gradients" and "optimizer" waits outside of the device.
+    `on_host`: what of "weights", "gradients" and "optimizer" waits outside of the device. `sharing`: devices that share
+    each row.
     """
 
     strategy: StrategyName = "single"
@@ -28,11 +29,17 @@ class Spread:
     replicas: int = 1
     reshards: bool = True
     on_host: frozenset[str] = frozenset()
+    sharing: int = 1
 
     @property
     def name(self) -> str:
         """For people: "ddp", "ZeRO-2"."""
         return f"ZeRO-{self.stage}" if self.strategy == "deepspeed" else self.strategy
+
+    @property
+    def groups(self) -> int:
+        """How many groups of devices have rows of their own."""
+        return self.num_processes // self.sharing
 
     @property
     def nodes(self) -> int:
@@ -76,8 +83,9 @@ def spreads(
 
 
 def configured(spread: Spread, config: RunConfig) -> Spread:
-    """Returns the same with what the configuration says of its strategy: replicas, resharding, offload."""
+    """Returns the same with what the configuration says of its strategy: replicas, resharding, offload, shared rows."""
     engine = config.engine
+    spread = replace(spread, sharing=engine.context_parallel)
     if spread.strategy == "fsdp2":
         chosen = engine.fsdp2
         everything = frozenset(("weights", "gradients", "optimizer")) if chosen.offload == "cpu" else frozenset()
@@ -91,15 +99,26 @@ def configured(spread: Spread, config: RunConfig) -> Spread:
 
 
 def share(config: RunConfig, spread: Spread) -> RunConfig:
-    """Returns the configuration as one of the processes sees it, which has its part of a step's rows.
+    """Returns the configuration as one of the processes sees it, which has its part of a step's rows, or of their
+    length.
 
     Raises:
         ValueError: they cannot be dealt out evenly.
     """
-    rows, rest = divmod(config.train.batch_size, spread.num_processes)
+    sharing = config.engine.context_parallel
+    if spread.num_processes % sharing:
+        devices = "one device" if spread.num_processes == 1 else f"{spread.num_processes} devices"
+        raise ValueError(f"engine.context_parallel = {sharing} does not divide {devices}")
+    groups = spread.num_processes // sharing
+    rows, rest = divmod(config.train.batch_size, groups)
     if rest or not rows:
-        raise ValueError(f"train.batch_size = {config.train.batch_size} cannot be dealt out to {spread.num_processes}")
-    return config.model_copy(update={"train": config.train.model_copy(update={"batch_size": rows})})
+        to = f"{groups} devices" if sharing == 1 else f"{groups} groups of {sharing} devices"
+        raise ValueError(f"train.batch_size = {config.train.batch_size} cannot be dealt out to {to}")
+    changes: dict[str, Any] = {"train": config.train.model_copy(update={"batch_size": rows})}
+    if sharing > 1:
+        length = -(-config.data.sequence_length // sharing)
+        changes["data"] = config.data.model_copy(update={"sequence_length": length})
+    return config.model_copy(update=changes)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ METHOD_NAMES: Mapping[str, str] = {
 _AS_FAST = 1.02
 # From so many tokens on, products take the time of their arithmetic, whatever the micro-batch.
 _SATURATING_TOKENS = 1024
+_MORE = " (--gpus-per-node, --nodes: how many there are)"
 # What the process holds in host memory besides what waits there: Python, PyTorch, one shard being read. Rule of thumb.
 _PROCESS_BYTES = 4 * GIB
 
@@ -97,6 +98,11 @@ class Request:
         """What is known of the longest document."""
         documents = self.documents
         return Statistics(max(documents.lengths)) if documents is not None and documents.lengths else None
+
+    def statistics_of_part(self, sharing: int) -> Statistics | None:
+        """Returns the same of a device's part of rows that so many share."""
+        whole = self.statistics
+        return whole and Statistics(-(-whole.longest // sharing))
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ class Offer:
     @property
     def tokens_per_second(self) -> float:
         """Tokens that go through the model a second, padding included; 0 where it does not fit."""
-        rows = self.num_devices * self.config.train.batch_size
+        rows = self.spread.groups * self.config.train.batch_size
         return rows * self.work.rows.tokens / self.step.seconds if self.step else 0.0
 
     @property
@@ -377,7 +383,9 @@ def offer(request: Request, device: CatalogueDevice, method: Method, spread: Spr
     except PlanError as error:
         return replace(nothing, why_not=" ".join(problem.what for problem in error.problems))
     except ValueError as error:
-        return replace(nothing, why_not=f"{error} devices")
+        return replace(nothing, why_not=f"{error}{_MORE if spread == SINGLE else ''}")
+    if spread.strategy == "deepspeed" and spread.sharing > 1:
+        return replace(nothing, why_not="rows are shared under ddp and fsdp2")
     if spread.strategy in ("fsdp2", "deepspeed") and not device.bf16 and device.vendor != "cpu":
         return replace(nothing, why_not=f"{spread.strategy} has no fp16, and the device has no bf16")
     nothing = replace(nothing, config=config)
@@ -386,7 +394,7 @@ def offer(request: Request, device: CatalogueDevice, method: Method, spread: Spr
             config,
             spec,
             hardware_of(request, device),
-            statistics=request.statistics,
+            statistics=request.statistics_of_part(spread.sharing),
             advise=False,
             spread=spread,
             rates=Rates(device, request.efficiencies),
@@ -394,7 +402,8 @@ def offer(request: Request, device: CatalogueDevice, method: Method, spread: Spr
     except PlanError as error:
         return replace(nothing, why_not=" ".join(problem.what for problem in error.problems))
     work = request.work(choice.best.rows)
-    step = speed.step(config, spec, choice.best, device, rows=work.rows, efficiencies=request.efficiencies)
+    rows = replace(work.rows, tokens=work.rows.tokens / spread.sharing)
+    step = speed.step(config, spec, choice.best, device, rows=rows, efficiencies=request.efficiencies)
     hours = None
     if work.steps is not None:
         hours = (work.steps * step.seconds + speed.start_seconds(spec, request.efficiencies)) / 3600

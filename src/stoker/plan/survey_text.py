@@ -103,7 +103,7 @@ def notes(request: Request, offers: Sequence[Offer]) -> list[str]:
                 "Strategies that can be no faster than a simpler one that fits were left out (--all has them)."
             )
     if (size := request.config.engine.context_parallel) > 1:
-        found.append(f"engine.context_parallel = {size} is not counted here: each device has rows of its own, whole.")
+        found.append(f"engine.context_parallel = {size}: so many devices share each row, and wait for every exchange.")
     if any(one.fits and one.method == "fp8" for one in offers):
         share = f"{request.efficiencies.matmul_fp8:.2f} of their rate"
         found.append(f"fp8 products inside a step are assumed to reach {share}: not measured yet.")

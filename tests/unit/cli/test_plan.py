@@ -30,10 +30,15 @@ def test_it_recommends_and_says_what_the_figures_rest_on(write_run):
     assert "rules of thumb on other devices" in result.stdout
 
 
-def test_rows_that_processes_share_are_said_not_to_be_counted(write_run):
+def test_rows_that_devices_share_take_several_devices(write_run):
     run = write_run(extra="engine: {context_parallel: 2}")
-    said = "engine.context_parallel = 2 is not counted here"
-    assert said in plan(run, "--gpu", "h100", *ROWS).stdout.replace("\n", " ")
+    said = "engine.context_parallel = 2: so many devices share each row"
+    shown = plan(run, "--gpu", "h100", "--gpus-per-node", "2", *ROWS).stdout.replace("\n", " ")
+    assert said in shown
+    assert "2 x H100" in shown
+    alone = plan(run, "--gpu", "h100", "--all", *ROWS)
+    assert alone.exit_code == 1
+    assert "does not divide one device (--gpus-per-node, --nodes: how many there are)" in " ".join(alone.stdout.split())
     assert said not in plan(write_run(), "--gpu", "h100", *ROWS).stdout.replace("\n", " ")
 
 
