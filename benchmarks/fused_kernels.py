@@ -61,7 +61,7 @@ _WIDEN: Any = None if triton is None else tl.constexpr(bool(triton.knobs.runtime
 
 
 @jit
-def _place(tile: tl.tensor, tiles_down: tl.tensor, tiles_across: tl.tensor, group_size: tl.tensor):  # noqa: ANN202
+def _place(tile: tl.tensor, tiles_down: tl.tensor, tiles_across: tl.tensor, group_size: tl.tensor):
     """(row, column) of a tile among tiles: groups of rows, each column by column."""
     per_group = group_size * tiles_across
     first = tile // per_group * group_size
@@ -71,7 +71,7 @@ def _place(tile: tl.tensor, tiles_down: tl.tensor, tiles_across: tl.tensor, grou
 
 
 @jit
-def _halves(x: tl.tensor):  # noqa: ANN202
+def _halves(x: tl.tensor):
     """(left, right) halves of the columns, each thread's of what it has."""
     ROWS: tl.constexpr = x.shape[0]
     HALF: tl.constexpr = x.shape[1] // 2
@@ -195,7 +195,7 @@ def _product_kernel(  # noqa: PLR0912, PLR0915, PLR0917 - one loop, its ends cho
             else:
                 w = w_box.load([column, k * DEPTH]).T
             total = _add_dot(x, w, total)
-            if PREFETCH:
+            if PREFETCH:  # noqa: SIM102 - known as it compiles
                 if k == tl.maximum(steps - 16, 0):
                     _prefetch(read_ptr, row, column, num_rows, read_stride, ROWS, COLUMNS)
                     if MODE == "gated_backward":
@@ -415,9 +415,7 @@ def gated_linear_backward(
     out, activated = torch.empty_like(gate_up), grad.new_empty(grad.shape[0], width)
     options: dict[str, Any] = {"num_columns": width, "transposed": True, "prefetch": prefetch}
     rank = 0 if a is None else a.shape[0]
-    _launch(
-        "gated_backward", grad, weight, grad_product, a, gate_up, out, activated, tile, rank=rank, **options
-    )
+    _launch("gated_backward", grad, weight, grad_product, a, gate_up, out, activated, tile, rank=rank, **options)
     return out, activated
 
 

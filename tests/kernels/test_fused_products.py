@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-
 from benchmarks import fused_kernels as fused
 from benchmarks.fused_kernels import Tile
+
 from stoker.kernels.glu import gated_reference
 
 # Rows, depth and the last tiles of columns are cut; groups of rows are uneven.
@@ -31,9 +31,7 @@ def test_linear_adds_each_part_of_the_update_and_the_residual(
     tile, ends, rank, with_residual, draw, assert_as_exact_as_eager
 ):
     def kernel(x, weight, product, b, residual):
-        return fused.linear(
-            x, weight, product, b, ends=ends, tile=tile, residual=residual if with_residual else None
-        )
+        return fused.linear(x, weight, product, b, ends=ends, tile=tile, residual=residual if with_residual else None)
 
     def reference(x, weight, product, b, residual):
         total = updated(x, weight, product, b, ends)
