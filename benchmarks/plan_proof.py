@@ -102,7 +102,7 @@ def _group(cells: "list[Cell | Frontier]", out: Path, end: float, commit: str | 
             return
         started = time.monotonic()
         facts = _guarded(one, decoder)
-        facts["wall_seconds"] = time.monotonic() - started
+        facts |= {"wall_seconds": time.monotonic() - started, "commit": found["commit"]}
         found["cells"][one.name] = facts
         out.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{one.name}: {_line(facts)}", flush=True)

@@ -18,6 +18,7 @@ from stoker.arch.spec import (
     GatedSpec,
     LatentAttentionSpec,
     LayerSpec,
+    Mamba1Spec,
     Mamba2Spec,
     PlainSpec,
     SideBySideSpec,
@@ -50,7 +51,10 @@ class Way:
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product [rows, into] x [into, out] whose `weights` are read; done `times`, and `again` times more."""
+    """A matrix product [rows, into] x [into, out] whose `weights` are read; done `times`, and `again` times more.
+
+    `is_grouped`: rows are routed, each to some of many experts' weights.
+    """
 
     rows: float
     into: int
@@ -59,6 +63,7 @@ class Product:
     times: float
     again: float
     in_fp8: bool
+    is_grouped: bool = False
 
     @property
     def flops(self) -> float:
@@ -73,10 +78,13 @@ class Product:
 
 @dataclass(frozen=True)
 class Mixing:
-    """What mixers compute beside their linear layers, and routers: `flops` of a forward, done `times`, `again` more."""
+    """What mixers compute beside their linear layers, and routers: `flops` of a forward, done `times`, `again` more.
+
+    `width`: channels of attention's heads, or of a scan, each of which runs by itself.
+    """
 
     kind: Literal["products", "attention", "chunked_scan", "scan"]
-    head_dim: int
+    width: int
     flops: float
     times: float
     again: float
@@ -100,6 +108,7 @@ class Amounts:
     dequantised_bytes: float
     fused_layers: int
     op_by_op_layers: int
+    document_tokens: float
 
 
 @remember(0)
@@ -123,6 +132,7 @@ def amounts(spec: AnySpec, way: Way, tokens: float, document_tokens: float, trai
         dequantised_bytes=counted.totals["dequantised"],
         fused_layers=fused,
         op_by_op_layers=len(spec.layers) - fused,
+        document_tokens=counted.document_tokens,
     )
 
 
@@ -157,18 +167,15 @@ class _Counted:
             rows, into, out = self.tokens * linear.used, linear.in_features, sum(linear.out_features)
             weights = linear.weights * max(1, linear.experts)
             times, repeated = count * passes, count * (name in again)
-            self.products.append(
-                Product(
-                    rows, into, out, weights, times, repeated, in_fp8=way.quantization == "fp8" and not linear.experts
-                )
-            )
+            in_fp8, is_grouped = way.quantization == "fp8" and not linear.experts, bool(linear.experts)
+            self.products.append(Product(rows, into, out, weights, times, repeated, in_fp8, is_grouped))
             self.totals["adapter"] += count * rows * (into + out)
             moved = self._dequantised(weights, 2 + (name in again), rows * (into + out))
             self.totals["dequantised"] += count * moved
         for name, part in parts(layer, hidden_size).items():
-            kind, head_dim = _kind(layer, name)
+            kind, width = _kind(layer, name)
             flops = self.tokens * part.flops(self.document_tokens)
-            self.mixing.append(Mixing(kind, head_dim, flops, 3 * count, count * (name in again)))
+            self.mixing.append(Mixing(kind, width, flops, 3 * count, count * (name in again)))
         moved = (1.0 + _AGAIN[rung]) * self.tokens * _elementwise_values(layer, hidden_size)
         # On plain PyTorch a fused layer has the kernels of one that runs op by op.
         self.totals["fused" if is_fused and way.uses_triton else "op by op"] += count * moved
@@ -181,7 +188,7 @@ class _Counted:
 
 
 def _kind(layer: LayerSpec, name: str) -> tuple[Literal["products", "attention", "chunked_scan", "scan"], int]:
-    """Returns what a part computes beside its linear layers, and the channels of attention's heads."""
+    """Returns what a part computes beside its linear layers, and the channels of attention's heads or of a scan."""
     mixer = layer.mixer
     if name == "feed_forward":
         return "products", 0
@@ -193,7 +200,9 @@ def _kind(layer: LayerSpec, name: str) -> tuple[Literal["products", "attention",
         return "attention", mixer.nope_dim + mixer.rope.dim
     if isinstance(mixer, BorrowedMixer):
         return "attention", 64
-    return ("chunked_scan" if isinstance(mixer, Mamba2Spec) else "scan"), 0
+    if isinstance(mixer, Mamba2Spec):
+        return "chunked_scan", 0
+    return "scan", mixer.inner_size if isinstance(mixer, Mamba1Spec) else 0
 
 
 def _elementwise_values(layer: LayerSpec, hidden_size: int) -> float:

@@ -24,6 +24,7 @@ _FORM = 1
 # Of what a product, a copy and attention reach alone, the share that they reach inside a step: 682 of 790 TFLOP/s,
 # 3.83 of 4.16 TB/s, and all of 426 TFLOP/s, on one H200 (docs/engine_log.md). Rules of thumb elsewhere.
 _PRODUCT_IN_STEP, _COPY_IN_STEP, _ATTENTION_IN_STEP = 0.86, 0.92, 1.0
+_ATTENTION_TOKENS = 4096
 # Calls of a layer, forward and backward, fused and op by op: what the measured 0.6 and assumed 1.5 ms are at 5 us a
 # call. A rule of thumb.
 _CALLS_FUSED, _CALLS_OP_BY_OP = 120, 300
@@ -75,11 +76,15 @@ class Calibration:
             device_link=2 * link / LINK_SHARE if link else device.device_link,
         )
         loading = [speed for speed in (self.disk_read, self.to_device) if speed > 0]
+        attention = found.attention
+        if self.attention > 0:  # of longer rows than were measured: see `Efficiencies.attention_half`
+            longer = 1.0 + found.attention_half / _ATTENTION_TOKENS
+            attention = longer * _ATTENTION_IN_STEP * self.attention / reach
         efficiencies = replace(
             found,
             matmul=_PRODUCT_IN_STEP,
             matmul_fp8=_PRODUCT_IN_STEP if "fp8" in self.products else found.matmul_fp8,
-            attention=_ATTENTION_IN_STEP * self.attention / reach if self.attention > 0 else found.attention,
+            attention=attention,
             bandwidth=_COPY_IN_STEP,
             host_link=1.0 if self.to_device else found.host_link,
             layer_launch_seconds=_CALLS_FUSED * self.call_seconds,

@@ -15,18 +15,31 @@ class Efficiencies:
     """Of the dense rate, by bf16 products inside a step: 655 to 685 of 989 TFLOP/s. Measured in cell A."""
     matmul_fp8: float = 0.60
     """The same of the fp8 rate. Rule of thumb: alone, products reach 0.72; a step heats the card."""
-    attention: float = 0.43
-    """Of the dense rate, by attention with heads of 128 channels, forward and backward. Measured in cell A."""
-    attention_head: float = 0.56
-    """Attention's rate grows with head_dim to this power, up to 128: heads of 64 reach 0.29. Measured in cell E."""
+    matmul_grouped: float = 0.47
+    """Of the dense rate, by experts' products over routed rows. From Mixtral's shape (plan_proof)."""
+    attention: float = 0.454
+    """Of the dense rate, by attention over long rows with heads of 128 channels, forward and backward. Measured in cell
+    A and in rows of 16,384 and 32,768 tokens (plan_proof)."""
+    attention_half: float = 230.0
+    """Tokens of a document at which attention reaches half of that rate: tiles on the diagonal are half empty."""
+    attention_head: float = 0.5
+    """Attention's rate grows with head_dim to this power, up to 128: heads of 64 reach 0.32. Measured in cell E."""
     bandwidth: float = 0.80
     """Of the memory's bandwidth, by elementwise kernels: 92% of a copy's, which reaches 87%. Measured in cell A."""
-    scan: float = 0.08
-    """Of the fp32 rate, by Mamba-1's selective scan. From Mamba 130M at 4 x 2048 (benchmarks/results)."""
+    scan: float = 0.20
+    """Of the fp32 rate, by Mamba-1's selective scan. From Mamba 2.8B's shape (plan_proof)."""
+    scan_lanes: float = 15_000.0
+    """Channels of all rows together, which are scanned side by side, that it takes for that rate: with fewer it waits
+    for memory. From Mamba 130M at 4 x 2048 (benchmarks/results)."""
     chunked_scan: float = 0.06
     """Of the dense rate, by Mamba-2's products within chunks. From Mamba-2 780M at 4 x 2048."""
     adapter_passes: float = 5.5
     """Reads or writes of each value that goes into and comes out of an adapted layer. Measured in A, checked in E."""
+    update_bytes: float = 72.0
+    """Of a step, for each weight that is trained in fp32 under bf16, besides the optimiser's state: gradient read,
+    scaled and updated, casts of the weight for forward and backward and of its gradient. From 1B, 3B (plan_proof)."""
+    update_bytes_narrow: float = 22.0
+    """The same of a weight trained in bf16. From 8B (plan_proof)."""
     op_by_op: float = 1.5
     """Elementwise traffic of a layer under autograd, over that of the fused one. Rule of thumb."""
     layer_launch_seconds: float = 0.6e-3

@@ -227,7 +227,11 @@ class _Clock:
     def _product(self, one: Product) -> float:
         """Seconds of one product: its arithmetic, or the bytes of its three matrices."""
         in_fp8 = one.in_fp8 and self.device.fp8
-        rate = self.found.matmul_fp8 * self.device.rates["fp8"] if in_fp8 else self.found.matmul * self.peak
+        rate = self.found.matmul * self.peak
+        if in_fp8:
+            rate = self.found.matmul_fp8 * self.device.rates["fp8"]
+        elif one.is_grouped:
+            rate = self.found.matmul_grouped * self.peak
         return max(one.flops / rate, one.values * self.value_bytes / self.bandwidth)
 
     def _mixing_rate(self, one: Mixing) -> float:
@@ -238,8 +242,11 @@ class _Clock:
             case "chunked_scan":
                 return self.found.chunked_scan * self.peak
             case "scan":
-                return self.found.scan * self.device.rates["fp32"]
-        return self.found.attention * min(1.0, one.head_dim / 128) ** self.found.attention_head * self.peak
+                lanes = self.plan.micro_batch_size * one.width or self.found.scan_lanes
+                return min(1.0, lanes / self.found.scan_lanes) * self.found.scan * self.device.rates["fp32"]
+        length = self.amounts.document_tokens
+        reached = length / (length + self.found.attention_half)
+        return reached * self.found.attention * min(1.0, one.width / 128) ** self.found.attention_head * self.peak
 
     def _head(self, head: Product) -> float:
         """Seconds of the head and the loss over the trained tokens; only a trained head has a weight gradient."""
@@ -252,7 +259,11 @@ class _Clock:
         return fused + work.op_by_op_layers * self.found.op_by_op_launch_seconds
 
     def _optimizer(self) -> float:
-        moved = _UPDATE_BYTES + 2 * optimizer_bytes(self.config.train.optimizer)
+        state = 2 * optimizer_bytes(self.config.train.optimizer)
+        moved = _UPDATE_BYTES + state
+        if not self.is_frozen and self.plan.precision != "fp32":
+            is_narrow = self.config.train.weight_dtype == "bf16"
+            moved = self.found.update_bytes_narrow + state / 2 if is_narrow else self.found.update_bytes + state
         return self.plan.num_trained_parameters * moved / self.bandwidth / self.plan.spread.optimizer_shards
 
 
