@@ -321,7 +321,7 @@ def _launch(  # noqa: PLR0917 - private
         TRANSPOSED=transposed,
         HAS_UPDATE=product is not None,
         HAS_RESIDUAL=mode == "plain" and read is not None,
-        PREFETCH=prefetch and read is not None and x.is_cuda,
+        PREFETCH=prefetch and read is not None and x.is_cuda and columns >= 64,
         ROWS=rows,
         COLUMNS=columns,
         DEPTH=depth,

@@ -471,8 +471,8 @@ def main() -> int:
     parser.add_argument("--plain", action="store_true", help="products alone, without what is around them")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU, to try the script out")
     options = parser.parse_args()
-    if not options.tiny and not torch.cuda.is_available():
-        sys.exit("benchmarks.fused_products needs a CUDA GPU; there is none here.")
+    if not options.tiny and (not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9):
+        sys.exit("benchmarks.fused_products needs a Hopper GPU; there is none here.")
     torch.manual_seed(0)
     bench = Bench(options)
     facts = {
@@ -487,7 +487,7 @@ def main() -> int:
     with torch.no_grad():
         for name in ["tiny"] if options.tiny else options.models:
             if bench.is_over:
-                break
+                sys.exit(f"{name} is not measured: the time is up")
             results[name] = run_shape(bench, TINY if options.tiny else SHAPES[name])
             options.out.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
             if not options.tiny:

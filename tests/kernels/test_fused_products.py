@@ -7,6 +7,10 @@ from benchmarks.fused_kernels import Tile
 
 from stoker.kernels.glu import gated_reference
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="tensor descriptors need Hopper"
+)
+
 # Rows, depth and the last tiles of columns are cut; groups of rows are uneven.
 WIDE = Tile(32, 64, 32, 4, 2, pieces=4, programs=1, merged=True, group=2, chunk=16)
 PAIR = Tile(32, 32, 16, 4, 2, pieces=1, programs=2, merged=False, group=3)
