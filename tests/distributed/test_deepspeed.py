@@ -36,12 +36,17 @@ KINDS = ("zero1", "zero2", "zero3", OFFLOADED)
 QUICK = (("zero2", "full"), ("zero3", "nf4"))
 ON_TWO = (
     *(("zero3", name) for name in jobs.CASES),
-    *(("zero2", name) for name in ("full", "tied", "lora", "mixture")),
+    *(("zero2", name) for name in ("full", "tied", "lora", "mixture", "gptj")),
     *(("zero1", name) for name in ("full", "dora")),
     ("zero2-offload_optimizer", "full"),
     (OFFLOADED, "int8"),
 )
-ON_FOUR = (*QUICK, ("zero1", "mamba"), ("zero3", "full"), ("zero3", "mixture"))
+ON_FOUR = (
+    *(("zero3", name) for name in jobs.CASES),
+    *(("zero2", name) for name in ("full", "tied", "lora")),
+    ("zero1", "mamba"),
+    ("zero3-offload_optimizer", "opt"),
+)
 CASES = [(2, *pair) for pair in (ON_TWO if ALL else QUICK)] + [(4, *pair) for pair in (ON_FOUR if ALL else ())]
 slow = pytest.mark.skipif(not ALL, reason="make test-distributed runs it")
 

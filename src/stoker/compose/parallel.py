@@ -1,10 +1,9 @@
 """Which processes a run has, what the plan of one of them becomes, and the strategy over them."""
 
-import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -92,10 +91,18 @@ def require_disk(config: RunConfig, place: "Place | None", *, kind: str) -> None
 
 
 def require_same(ranks: "Ranks", config: RunConfig) -> None:
-    """Refuses to begin where processes differ in versions or configuration; raises TrainingError."""
-    settings = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
+    """Refuses to begin where processes differ in versions or configuration; raises TrainingError, which names them."""
     found = {f"the version of {name}": version for name, version in versions().items() if name != "platform"}
-    ranks.require_same({**found, "the configuration (its hash)": settings})
+    ranks.require_same({**found, **dict(_settings(config.model_dump(mode="json")))})
+
+
+def _settings(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each setting of a configuration by its name: train.learning_rate."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _settings(value, f"{section}{name}.")
+        else:
+            yield f"{section}{name}", value
 
 
 def share_of_one(config: RunConfig, world_size: int) -> RunConfig:

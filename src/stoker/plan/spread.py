@@ -94,7 +94,10 @@ def configured(spread: Spread, config: RunConfig) -> Spread:
         return replace(spread, replicas=replicas, reshards=reshards, on_host=everything)
     if spread.strategy == "deepspeed":
         places = zip(("optimizer", "weights"), deepspeed.offload(engine.deepspeed), strict=True)
-        return replace(spread, on_host=frozenset(name for name, place in places if place not in ("none", "auto")))
+        away = {name for name, place in places if place not in ("none", "auto")}
+        if "optimizer" in away and spread.stage >= 2:
+            away.add("gradients")  # reduced ones go where the optimiser steps (ZeRO-Offload, arXiv:2101.06840)
+        return replace(spread, on_host=frozenset(away))
     return spread
 
 

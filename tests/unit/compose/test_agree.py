@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from stoker.compose import agree
+from stoker.compose import agree, parallel
 from stoker.compose.data import Data
 from stoker.compose.run_folder import RunFolder
+from stoker.config.load import parse
 from stoker.data.prepared import Prepared
 from stoker.distributed.ranks import Place, Ranks
 from stoker.errors import TrainingError
@@ -39,6 +40,26 @@ def data(documents, held_out=None):
 
 
 ROWS = [([1, 2, 3], [False, True, True]), ([4, 5], [False, True])]
+
+
+def test_settings_that_differ_are_named_with_both_values():
+    values = {
+        "model": {"base": "builtin:tiny-llama"},
+        "data": {"train": [{"path": "rows.jsonl"}]},
+        "train": {"learning_rate": 1e-4},
+        "output": {"folder": "run"},
+    }
+
+    def theirs(mine):
+        return {**mine, "train.learning_rate": 2e-4, "train.optimizer.kind": "sgd", "train.optimizer.momentum": 0.9}
+
+    parallel.require_same(Two(dict), parse(values))
+    with pytest.raises(TrainingError) as raised:
+        parallel.require_same(Two(theirs), parse(values))
+    said = str(raised.value)
+    assert "differ in train.learning_rate: rank 0 has 0.0001, rank 1 has 0.0002; in train.optimizer.kind" in said
+    assert "train.optimizer.momentum: rank 0 has None, rank 1 has 0.9" in said
+    assert "sequence_length" not in said
 
 
 @pytest.mark.parametrize(

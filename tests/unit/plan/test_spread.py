@@ -196,6 +196,17 @@ def test_what_waits_on_the_host_leaves_the_device(run, llama_8b):
         choose_over(run(*full, "engine.fsdp2.offload=cpu"), llama_8b, small, num_processes=8)
 
 
+@pytest.mark.parametrize(("stage", "bytes_a_weight"), [(2, 16), (3, 16)])
+def test_an_offloaded_optimiser_takes_the_gradients_with_it(run, llama_8b, stage, bytes_a_weight):
+    full = ("adapter=null", "train.batch_size=4", "engine.micro_batch_size=1", "engine.strategy=deepspeed")
+    asked = run(*full, f"engine.deepspeed.stage={stage}", "engine.deepspeed.offload_optimizer=cpu")
+    away = choose_over(asked, llama_8b, machine(), num_processes=8, stages=(stage,)).memory
+    assert away.gradients == away.optimizer == 0
+    # The optimiser's flat copy and two averages, and the gradients of its part.
+    count = arithmetic.num_parameters(llama_8b)
+    assert away.states_on_host == pytest.approx(bytes_a_weight * count / 8, rel=1e-6)
+
+
 def test_replicas_hold_larger_parts_and_layers_that_stay_gathered_more(run, llama_8b):
     full = ("adapter=null", "train.batch_size=4", "engine.strategy=fsdp2", "engine.micro_batch_size=1")
     hybrid = choose_over(run(*full, "engine.fsdp2.replicas=2"), llama_8b, machine(141), num_processes=16)
