@@ -1,6 +1,6 @@
 """The formulas behind a survey's figures, with an offer's numbers in them."""
 
-from stoker.plan import speed
+from stoker.plan import shared_rows, speed
 from stoker.plan.links import Links
 from stoker.plan.memory import VALUE_BYTES, frozen_weight_bytes, gathered_share, optimizer_bytes
 from stoker.plan.plan import size
@@ -101,6 +101,10 @@ def _communication(one: Offer) -> str:
     else:
         held = "buckets of gradients" if spread.strategy == "deepspeed" else "gradients are summed where they lie"
     network = f", {links.network / 1e9:,.0f} GB/s into a node" if spread.nodes > 1 else ""
+    if (size := spread.sharing) > 1:
+        sent = shared_rows.sent_values(one.spec, plan.keep, size, is_fused=plan.layers == "fused")
+        each = sent * plan.micro_batch_size * plan.row_tokens * value * (size - 1) / size
+        network += f", and {each / 1e9:,.2f} GB with each micro-batch from those that share its rows"
     hidden = one.step.hidden.get("collectives", 0.0) if one.step else 0.0
     waits = one.step.communication if one.step else 0.0
     return (
