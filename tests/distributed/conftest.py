@@ -22,8 +22,8 @@ def shared(tmp_path_factory, worker_id):
         if not (base / "result.pt").exists():
             base.mkdir()
             sharding_jobs.save(base / "model")
-            for kind in ("fsdp2", "ddp"):
-                sharding_jobs.all_of(None, "single", sharding_jobs.CHECKPOINTED, base / kind)
+            for kind, names in sharding_jobs.CHECKPOINTED.items():
+                sharding_jobs.all_of(None, "single", names, base / kind)
             jobs.on_ranks(2, base, sharding_jobs.everything, base / "model", base)
     found = torch.load(base / "result.pt", weights_only=False)
     return {**found, "folder": base / "model", "checkpoints at": base}

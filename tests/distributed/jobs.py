@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, MambaCon
 from stoker.adapters.fused_block import freeze_into, fuse_blocks
 from stoker.adapters.lora import add_lora
 from stoker.arch import families
+from stoker.compose.updates import eight_bit
 from stoker.data.loader import StepLoader
 from stoker.distributed.ddp import DataParallel
 from stoker.distributed.fsdp2 import Sharded
@@ -46,6 +47,9 @@ class Case:
     """A model and how it is trained. `recompute`: layers are run again; `fused`: through the layer kernel.
 
     `borrowed`: it runs through Transformers' class.
+    `grain`: what losses over twenty steps may differ by. Sums over ranks are taken in another order: some units in the
+    last place of fp32. Averages in 8 bits make more of that: a value between two codes that goes to the other one turns
+    an update by some percent, which at these rates is seen in the third digit behind the point.
     """
 
     config: Any
@@ -55,13 +59,21 @@ class Case:
     fused: bool = False
     packing: bool = False
     borrowed: bool = False
+    optimizer: str = "adamw"
+    grain: float = 5e-6
 
 
 def _llama(**more):
-    return LlamaConfig(**_SIZES, **_ATTENTION, **more)
+    return LlamaConfig(**{**_SIZES, **_ATTENTION, **more})
+
+
+def _mixture(**more):
+    return MixtralConfig(**{**_SIZES, **_ATTENTION, "num_local_experts": 4, "output_router_logits": True, **more})
 
 
 _LORA = {"rank": 4, "alpha": 8}
+# Weights that are large enough for averages in 8 bits; the rows of the embedding are odd.
+_WIDE = {"vocab_size": 67, "hidden_size": 64, "intermediate_size": 96}
 CASES = {
     "full": Case(_llama()),
     "tied": Case(_llama(tie_word_embeddings=True), recompute=True),
@@ -69,9 +81,7 @@ CASES = {
     "dora": Case(_llama(), {**_LORA, "dora": True}),
     "nf4": Case(_llama(), _LORA, "nf4", recompute=True),
     "int8": Case(_llama(), _LORA, "int8", fused=True),
-    "mixture": Case(
-        MixtralConfig(**_SIZES, **_ATTENTION, num_local_experts=4, output_router_logits=True), recompute=True
-    ),
+    "mixture": Case(_mixture(), recompute=True),
     "mamba": Case(MambaConfig(**_SIZES, state_size=8, intermediate_size=64)),
     # Its table of words is tied to the head, and narrower than the layers.
     "opt": Case(
@@ -95,6 +105,12 @@ CASES = {
         packing=True,
         borrowed=True,
     ),
+    "8-bit": Case(_llama(**_WIDE), optimizer="adamw_8bit", grain=2e-3),
+    "8-bit lora": Case(_llama(**_WIDE), {"rank": 64, "alpha": 64}, fused=True, optimizer="adamw_8bit", grain=2e-3),
+    "8-bit mixture": Case(_mixture(**_WIDE), optimizer="adamw_8bit", grain=2e-3),
+    "adafactor": Case(_llama(**_WIDE), optimizer="adafactor", grain=2e-5),
+    "adafactor mixture": Case(_mixture(), optimizer="adafactor", grain=2e-5),
+    "muon": Case(_llama(), optimizer="muon"),
 }
 
 
@@ -197,8 +213,11 @@ def loader(case, strategy):
     )
 
 
-def adamw(named):
-    return optimizers.build(list(named), kind="adamw", learning_rate=1e-2)
+def optimizer_of(kind):
+    return lambda named: optimizers.build(list(named), kind=kind, learning_rate=1e-2, eight_bit=eight_bit("reference"))
+
+
+adamw = optimizer_of("adamw")
 
 
 def train(
@@ -213,13 +232,13 @@ def train(
     precision="fp32",
     model=None,
     strategy=None,
-    optimizer=adamw,
+    optimizer=None,
 ):
     """Returns losses, gradient norms, the loss on all rows, the gathered state and what was saved as a whole model."""
     case = CASES[name]
     model = build(case) if model is None else model
     strategy = strategy or make_strategy(kind, ranks, model, device=device, precision=precision)
-    strategy.prepare(SupervisedTask(model), optimizer)
+    strategy.prepare(SupervisedTask(model), optimizer or optimizer_of(case.optimizer))
     if state is not None:
         strategy.load_state(state)
     batches, guard = loader(case, strategy), MemoryGuard(strategy, print)

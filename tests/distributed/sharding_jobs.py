@@ -22,7 +22,7 @@ from stoker.tasks.supervised import SupervisedTask
 
 STEPS = 3
 SPEC = families.read({**jobs.CASES["full"].config.to_dict(), "architectures": None}, "config.json")
-CHECKPOINTED = ("full", "nf4")
+CHECKPOINTED = {"ddp": ("full", "nf4"), "fsdp2": ("full", "nf4", "8-bit", "adafactor")}
 KINDS = ("none", "nf4", "int8")
 SETTINGS = {
     "kept": Sharding(reshard_after_forward=False),
@@ -115,9 +115,26 @@ def everything(ranks, folder, checkpoints):
         lambda model: Sharded(ranks, "cpu", model=model, layers=list(model.blocks), precision="bf16")
     )
     found["checkpoints"] = {
-        kind: all_of(ranks, kind, CHECKPOINTED, f"{checkpoints}/{kind}") for kind in ("fsdp2", "ddp")
+        kind: all_of(ranks, kind, names, f"{checkpoints}/{kind}") for kind, names in CHECKPOINTED.items()
     }
+    found["read back"] = [
+        one for name in CHECKPOINTED["fsdp2"] for one in read_back(ranks, name, f"{checkpoints}/fsdp2/{name}")
+    ]
     return found
+
+
+def read_back(ranks, name, folder):
+    """Returns what of the last checkpoint is not the same, bit for bit, once ranks have it in parts and are asked."""
+    loaded = load_latest(Path(folder))
+    stored = StrategyState(loaded.tensors["weights"], loaded.tensors["optimizer"], loaded.values["strategy"])
+    model = jobs.build(jobs.CASES[name])
+    strategy = jobs.make_strategy("fsdp2", ranks, model)
+    strategy.prepare(SupervisedTask(model), jobs.optimizer_of(jobs.CASES[name].optimizer))
+    strategy.load_state(stored)
+    state = strategy.state()
+    pairs = [(state.weights, stored.weights), (state.optimizer, stored.optimizer)]
+    differ = [f"{name}: {key}" for ours, theirs in pairs for key in theirs if not torch.equal(ours[key], theirs[key])]
+    return differ if ranks.rank == 0 else []
 
 
 def go_on(ranks, kind, name, folder, steps=STEPS):

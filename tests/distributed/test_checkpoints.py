@@ -16,15 +16,18 @@ def expected(name, count):
 
 @pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
 def test_a_run_of_one_process_goes_on_over_two_and_again_in_one(shared, kind):
-    last = all_of(None, "single", CHECKPOINTED, f"{shared['checkpoints at']}/{kind}")
-    for name in CHECKPOINTED:
+    last = all_of(None, "single", CHECKPOINTED[kind], f"{shared['checkpoints at']}/{kind}")
+    for name in CHECKPOINTED[kind]:
         losses, num_bytes, files = shared["checkpoints"][kind][name]
-        assert losses == pytest.approx(expected(name, 2 * STEPS)[STEPS:], abs=1e-5)
-        assert last[name][0] == pytest.approx(expected(name, 3 * STEPS)[2 * STEPS :], abs=1e-5)
+        grain = 2 * jobs.CASES[name].grain
+        assert losses == pytest.approx(expected(name, 2 * STEPS)[STEPS:], abs=grain)
+        assert last[name][0] == pytest.approx(expected(name, 3 * STEPS)[2 * STEPS :], abs=grain)
         assert {"weights-00001-of-00002.safetensors", "weights-00002-of-00002.safetensors"} <= set(files)
-    trained = sum(one.numel() for one in jobs.build(jobs.CASES["nf4"]).parameters() if one.requires_grad)
-    # Three numbers a trained parameter, and some KiB of names: the frozen base is not in it.
-    assert 12 * trained < num_bytes < 12 * trained + 40_000
+        # Three numbers a trained parameter, or less, and some KiB of names: a frozen base is not in it.
+        trained = sum(one.numel() for one in jobs.build(jobs.CASES[name]).parameters() if one.requires_grad)
+        each = {"adamw": 12, "adamw_8bit": 6, "adafactor": 4}[jobs.CASES[name].optimizer]
+        assert each * trained < num_bytes < (each + 0.2) * trained + 40_000
+    assert not shared["read back"]
 
 
 def chain(places, names, tmp_path):
@@ -63,4 +66,5 @@ def test_a_run_goes_on_over_any_number_of_ranks(places, names, tmp_path):
         pytest.skip("DeepSpeed is not installed; `make env` does it")
     losses = chain(places, names, tmp_path)
     for name in names:
-        assert losses[name] == pytest.approx(expected(name, len(places) * STEPS), abs=2e-5)
+        grain = 4 * jobs.CASES[name].grain
+        assert losses[name] == pytest.approx(expected(name, len(places) * STEPS), abs=grain)

@@ -11,7 +11,7 @@ from stoker.data.loader import StepLoader
 from stoker.errors import TrainingError
 from stoker.tasks.supervised import SupervisedTask
 
-QUICK = ("full", "nf4")
+QUICK = ("full", "nf4", "8-bit", "adafactor")
 ALL = os.environ.get("STOKER_TEST_ALL") == "1"
 NAMES = tuple(jobs.CASES) if ALL else QUICK
 SIZES = (2, 4) if ALL else (2,)
@@ -37,14 +37,13 @@ def of_two(results, request):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_losses_norms_and_weights_are_those_of_one_device(results, kind, name):
-    expected, found = jobs.alone(name), results[kind, name]
+    expected, found, grain = jobs.alone(name), results[kind, name], jobs.CASES[name].grain
     assert expected["losses"][-1] < expected["losses"][0] - 0.3
-    # Sums over ranks are taken in another order: some units in the last place of fp32.
-    assert found["losses"] == pytest.approx(expected["losses"], abs=5e-6)
-    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
-    assert found["loss"] == pytest.approx(expected["loss"], abs=5e-6)
+    assert found["losses"] == pytest.approx(expected["losses"], abs=grain)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=max(1e-4, 2 * grain))
+    assert found["loss"] == pytest.approx(expected["loss"], abs=grain)
     for key, weight in expected["state"].weights.items():
-        torch.testing.assert_close(found["state"].weights[key], weight, atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(found["state"].weights[key], weight, atol=max(2e-4, 10 * grain), rtol=1e-3)
         torch.testing.assert_close(found["whole"][key], found["state"].weights[key], rtol=0, atol=0)
     assert found["state"].optimizer.keys() == expected["state"].optimizer.keys()
 

@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from stoker.kernels import (
+    adamw_8bit,
     dropout,
     fp8,
     glu,
@@ -81,10 +82,15 @@ def rotation(half: int, rest: int, *, interleaved: bool) -> tuple:
     return (rope._rotate_kernel, constants, 4, {})
 
 
+ADAMW = dict.fromkeys(("weight_ptr", "grad_ptr", "a_scale_ptr", "b_scale_ptr"), "*fp32")
+ADAMW |= {"a_ptr": "*i8", "b_ptr": "*u8"} | dict.fromkeys(
+    ("grad_scale", "first_weight", "second_weight", "kept", "size", "inverse_root", "epsilon"), "fp32"
+)
 ROUNDED = {"rounded_ptr": "*fp8e4nv", "rounded_scale_ptr": "*fp32"}
 NF4 = {"packed_ptr": "*u8", "absmax_ptr": "*u8"}
 NF4 |= dict.fromkeys(("code_ptr", "nested_code_ptr", "nested_absmax_ptr", "nested_offset_ptr"), "*fp32")
 CASES = [
+    *((adamw_8bit._step_kernel, {"BLOCK": 256, "LANES": n, "BLOCKS": 1024 // n}, 4, ADAMW) for n in (16, 256)),
     *(
         (rms_norm._forward_kernel, {"BLOCK": 4096, "HAS_RESIDUAL": True, "ROUNDS": r}, 8, ROUNDED if r else {})
         for r in (False, True)

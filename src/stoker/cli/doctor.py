@@ -17,7 +17,6 @@ from stoker.errors import ConfigError
 REQUIRED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "datasets", "pydantic", "plotly")
 OPTIONAL = {
     "tensorboard": ("curves in TensorBoard", "pip install tensorboard"),
-    "bitsandbytes": ("8-bit AdamW (train.optimizer.kind: adamw_8bit)", "pip install bitsandbytes"),
     "wandb": ("Weights & Biases tracking", "pip install wandb"),
     "mlflow": ("MLflow tracking", "pip install mlflow"),
 }

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from stoker.arch.spec import ArchSpec
 from stoker.compose.run_folder import RunFolder, versions
 from stoker.config import deepspeed
-from stoker.config.rules import SHARED_OPTIMIZERS
 from stoker.config.schema import RunConfig
 from stoker.errors import ConfigError, PlanError
 from stoker.plan.plan import Plan
@@ -167,11 +166,6 @@ def spread(plan: Plan, config: RunConfig, world_size: int) -> Plan:
             f"micro-batches of {plan.micro_batch_size} are what each of {world_size} processes has of "
             "train.batch_size.",
             fix="Write auto there.",
-        )
-    if strategy == "fsdp2" and config.train.optimizer.kind not in SHARED_OPTIMIZERS:
-        raise PlanError(
-            f"train.optimizer.kind = {config.train.optimizer.kind} steps whole matrices, of which fsdp2 holds parts.",
-            fix=f"Use {' or '.join(SHARED_OPTIMIZERS)}, or engine.strategy: ddp.",
         )
     if strategy == "fsdp2" and world_size % config.engine.fsdp2.replicas:
         raise PlanError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stoker.compose import trained
+from stoker.compose import trained, updates
 from stoker.compose.data import Data, loader
 from stoker.compose.relief import Layers, relief
 from stoker.compose.run_folder import RunFolder
@@ -18,7 +18,6 @@ from stoker.errors import ConfigError
 from stoker.observe.observer import Observer
 from stoker.optim import optimizers, schedules
 from stoker.optim.groups import RateScale
-from stoker.optim.stochastic import Update
 from stoker.plan.plan import Plan
 from stoker.tasks.supervised import SupervisedTask
 from stoker.train.loop import Trainer
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
     from stoker.distributed.strategy import Strategy
     from stoker.models.open import Model
     from stoker.models.streamed import StreamedDecoder
-
-# Of one model; the kernel counts parameters with 32 bits, which leaves room for 2,048 parts of each.
-_MOST_PARAMETERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -225,47 +221,25 @@ def make_optimizer(
     rate_scale: RateScale | None = None,
     **steps: Any,
 ) -> "torch.optim.Optimizer":
-    """Returns the optimiser that the configuration names, over `named_parameters`; `steps`: how AdamW steps."""
+    """Returns the optimiser that the configuration names, over `named_parameters`; `steps`: how it steps."""
     return optimizers.build(
         list(named_parameters), learning_rate=learning_rate, rate_scale=rate_scale, **steps, **chosen.model_dump()
     )
 
 
 def _steps(config: RunConfig, plan: Plan, part: int) -> dict[str, Any]:
-    """Returns how AdamW steps, as options of `optimizers.build`.
+    """Returns how the optimiser steps, as options of `optimizers.build`.
 
     Weights in bf16 are rounded stochastically. Adapters beside graphs are stepped all at once: launching a step over
     each of them would take longer than the step. (All weights of a model would be held twice on the way there.)
     """
     if config.train.weight_dtype == "bf16" and config.adapter is None:
-        return {"rounded_update": _adamw_step(config, plan, part)}
+        return {"rounded_update": updates.adamw(plan.kernels, seed=config.train.seed, part=part)}
+    if config.train.optimizer.kind == "adamw_8bit":
+        return {"eight_bit": updates.eight_bit(plan.kernels)}
     if config.train.optimizer.kind == "adamw" and config.adapter is not None and plan.cuda_graphs:
-        return {"flat": True, "flat_update": _adamw_step(config, plan) if plan.kernels == "triton" else None}
+        return {"flat": True, "flat_update": updates.adamw(plan.kernels) if plan.kernels == "triton" else None}
     return {}
-
-
-def _adamw_step(config: RunConfig, plan: Plan, part: int = 0) -> Update:
-    """Returns AdamW's step by our own kernel; the random bits that round bf16 weights follow the run's seed and the
-    `part` of each weight that this process steps."""
-    from stoker.kernels.adamw import AdamWStep, adamw_
-
-    def update(
-        weight: "torch.Tensor",
-        grad: "torch.Tensor",
-        average: "torch.Tensor",
-        square: "torch.Tensor",
-        *,
-        number: int,
-        betas: Sequence[float],
-        **values: Any,
-    ) -> None:
-        numbers = AdamWStep(first_beta=betas[0], second_beta=betas[1], **values)
-        # Parts draw bits of their own, as if they were other parameters.
-        stream = number + part * _MOST_PARAMETERS
-        options: dict[str, Any] = {"seed": config.train.seed, "number": stream, "implementation": plan.kernels}
-        adamw_(weight, grad, average, square, numbers, **options)
-
-    return update
 
 
 def make_schedule(config: RunConfig, steps: int) -> schedules.Schedule:

@@ -9,9 +9,6 @@ from stoker.config.document import Path, dotted
 from stoker.config.messages import Finding
 from stoker.config.schema import RunConfig, Source, WarmupStableDecay
 
-SHARED_OPTIMIZERS = ("adamw", "sgd", "muon")
-"""Those that step weights of which a process holds a part."""
-
 
 def findings(config: RunConfig) -> list[Finding]:
     """Returns what is wrong between fields."""
@@ -237,10 +234,6 @@ def fsdp2_settings_fit(config: RunConfig) -> Iterator[Finding]:
     if engine.strategy not in ("fsdp2", "auto") and shared != type(shared)():
         what = f"engine.fsdp2 has no effect: engine.strategy is {engine.strategy}."
         yield Finding(("engine", "fsdp2"), what, "Remove it, or use strategy: fsdp2.")
-    kind = config.train.optimizer.kind
-    if engine.strategy == "fsdp2" and kind not in SHARED_OPTIMIZERS:
-        what = f"train.optimizer.kind = {kind} steps whole matrices, of which engine.strategy = fsdp2 holds parts."
-        yield Finding(("train", "optimizer", "kind"), what, f"Use {' or '.join(SHARED_OPTIMIZERS)}, or strategy: ddp.")
     if engine.num_processes and engine.num_processes % shared.replicas:
         what = f"engine.fsdp2.replicas = {shared.replicas} does not divide engine.num_processes"
         yield Finding(

@@ -396,7 +396,7 @@ class AdamW(_Optimizer):
 
 
 class AdamW8bit(_Optimizer):
-    """AdamW whose running averages take 8 bits a value; needs bitsandbytes."""
+    """AdamW whose running averages take 8 bits a value, in weights of 4,096 values or more."""
 
     kind: Literal["adamw_8bit"] = "adamw_8bit"
     """The optimiser."""

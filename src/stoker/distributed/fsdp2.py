@@ -136,7 +136,7 @@ class Sharded(SingleDevice):
                 module._parameters[name] = nn.Parameter(memory, requires_grad=parameter.requires_grad)
             return memory, 0
         memory = torch.empty_like(parameter.to_local(), device="cpu" if self._sharding.cpu_offload else self.device)
-        part = _part_of(parameter, memory)
+        part = _part_of(parameter, memory, parameter.shape)
         module._parameters[name] = nn.Parameter(part, requires_grad=parameter.requires_grad)
         return memory, self._first_row(parameter)
 
@@ -157,13 +157,14 @@ class Sharded(SingleDevice):
         return StrategyState(weights, tensors, self._values(numbers))
 
     def _taken(self, tensors: Mapping[str, Tensor], name: str, parameter: nn.Parameter) -> Tensor:
+        """The rows of a tensor of a state that this rank holds of `parameter`, which has as many."""
         if not isinstance(parameter, DTensor):
             return tensors[name]
         local = parameter.to_local()
         first = self._first_row(parameter)
         stop = first + (local.shape[0] if local.numel() else 0)
         rows = tensors.rows(name, first, stop) if isinstance(tensors, Rows) else tensors[name][first:stop]
-        return _part_of(parameter, rows.to(local.device, local.dtype).view_as(local))
+        return _part_of(parameter, rows.to(local.device), torch.Size(optimizer_state.shape_of(tensors, name)))
 
     def _first_row(self, parameter: DTensor) -> int:
         """The first row of a parameter that this rank holds: torch.chunk's parts are as long as the first but the last
@@ -195,11 +196,13 @@ class Sharded(SingleDevice):
                 module._parameters[name] = parameter
 
 
-def _part_of(whole: DTensor, local: Tensor) -> DTensor:
-    """Returns a tensor that is shared as `whole` is, of which this rank holds `local`."""
-    return DTensor.from_local(
-        local, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    )
+def _part_of(whole: DTensor, local: Tensor, shape: torch.Size) -> DTensor:
+    """Returns a tensor of `shape` whose rows are shared as those of `whole` are, and of which this rank holds `local`.
+
+    It is contiguous, as the parts of what `fully_shard` shares are.
+    """
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, whole.device_mesh, whole.placements, run_check=False, shape=shape, stride=stride)
 
 
 def buffers_to_parameters(layer: nn.Module) -> None:

@@ -40,7 +40,8 @@ def restore(
 ) -> None:
     """Puts back what `flatten` returned, copied to each parameter's device.
 
-    `take` returns of an entry with a parameter's shape, by its name, what its rank keeps of it.
+    `take` returns of an entry that has a row for each of its parameter's, by its name, what its rank keeps of it.
+    Those are the ones that the optimiser says (`is_in_rows`), or else those with the parameter's shape.
 
     Raises:
         CheckpointError: the state speaks of a parameter that is not trained here.
@@ -49,11 +50,19 @@ def restore(
     for key in tensors:
         entry, _, name = key.partition(":")
         parameter = _parameter(named_parameters, name)
-        is_alike = shape_of(tensors, key) == tuple(parameter.shape)
-        held = take(tensors, key, parameter) if is_alike else tensors[key]
+        held = take(tensors, key, parameter) if _is_in_rows(optimizer, tensors, key, parameter) else tensors[key]
         optimizer.state[parameter][entry] = held.to(_device(optimizer, parameter, entry), copy=True)
     for name, entries in numbers.items():
         optimizer.state[_parameter(named_parameters, name)].update(entries)
+
+
+def _is_in_rows(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], key: str, parameter: nn.Parameter
+) -> bool:
+    says = getattr(optimizer, "is_in_rows", None)
+    if says is None:
+        return shape_of(tensors, key) == tuple(parameter.shape)
+    return says(key.partition(":")[0], parameter)
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:

@@ -1,13 +1,13 @@
-"""Builds optimisers: each is a library's own; this file chooses groups and options."""
+"""Builds optimisers: chooses the class, groups and options."""
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.nn import Parameter
 
-from stoker.errors import PlanError
+from stoker.optim.adafactor import Adafactor
+from stoker.optim.eight_bit import EightBit, EightBitAdamW
 from stoker.optim.flat import FlatAdamW
 from stoker.optim.groups import NamedParameters, RateScale, by_decay, is_hidden_matrix
 from stoker.optim.stochastic import StochasticAdamW, Update
@@ -32,6 +32,7 @@ def build(
     rounded_update: Update | None = None,
     flat: bool = False,
     flat_update: Update | None = None,
+    eight_bit: EightBit | None = None,
 ) -> torch.optim.Optimizer:
     """Returns the optimiser `kind` over those of `named_parameters` that require a gradient.
 
@@ -39,11 +40,11 @@ def build(
     `epsilon` are AdamW's (and of Muon's AdamW part); `momentum` is SGD's (0 unless set) and Muon's (0.95 unless set).
     `rate_scale` gives parameters, by name, a multiple of the rate, which the strategy applies at each step.
     `rounded_update` makes AdamW a `StochasticAdamW`, which bf16 weights need; `flat` makes it a `FlatAdamW`, with
-    `flat_update` as its step if given.
+    `flat_update` as its step if given. `eight_bit`: how the averages of adamw_8bit are kept, which it must be told.
 
     Raises:
-        PlanError: the kind needs a package that is not installed.
-        ValueError: the kind is unknown, no parameter is trained, or a bf16 one would be rounded to the nearest.
+        ValueError: the kind is unknown, no parameter is trained, a bf16 one would be rounded to the nearest, or
+            something that the kind needs is missing.
     """
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if not trained:
@@ -71,11 +72,14 @@ def build(
         case "adamw":
             return adamw(trained)
         case "adamw_8bit":
-            return _adamw_8bit()(groups(trained), lr=learning_rate, betas=(first_beta, second_beta), eps=epsilon)
+            if eight_bit is None:
+                raise ValueError("adamw_8bit needs to be told how its averages are kept: eight_bit")
+            betas = first_beta, second_beta
+            return EightBitAdamW(groups(trained), lr=learning_rate, betas=betas, eps=epsilon, kept=eight_bit)
         case "sgd":
             return torch.optim.SGD(groups(trained), lr=learning_rate, momentum=momentum or 0.0)
         case "adafactor":
-            return _adafactor(groups(trained), learning_rate)
+            return Adafactor(groups(trained), lr=learning_rate)
         case "muon":
             return _muon(trained, groups, adamw, learning_rate, 0.95 if momentum is None else momentum)
         case _:
@@ -84,25 +88,6 @@ def build(
 
 def _can_fuse(named: Sequence[tuple[str, Parameter]]) -> bool:
     return all(parameter.device.type in _FUSED_DEVICES for _, parameter in named)
-
-
-def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise PlanError(
-            "train.optimizer.kind: adamw_8bit needs bitsandbytes, which is not installed.",
-            fix="Install it with: pip install bitsandbytes, or use adamw.",
-        )
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit
-
-
-def _adafactor(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Optimizer:
-    # Transformers' class rather than torch's: torch's multiplies the rate by each weight's root mean square, so that a
-    # rate chosen for AdamW would train some fifty times slower. With both switches off, the rate is the rate.
-    from transformers.optimization import Adafactor
-
-    return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
 
 
 def _muon(

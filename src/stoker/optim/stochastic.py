@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from stoker.optim.shared import held
 
 Update = Callable[..., None]
 """Takes one parameter's step in place: (weight, gradient, average, square average, *, step, learning_rate, betas,
@@ -61,10 +62,10 @@ class StochasticAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         state["step"] += 1
         self._update(
-            _held(parameter),
-            _held(grad),
-            _held(state["exp_avg"]),
-            _held(state["exp_avg_sq"]),
+            held(parameter),
+            held(grad),
+            held(state["exp_avg"]),
+            held(state["exp_avg_sq"]),
             step=state["step"],
             learning_rate=group["lr"],
             betas=group["betas"],
@@ -73,8 +74,3 @@ class StochasticAdamW(torch.optim.Optimizer):
             gradient_scale=self._gradient_scale,
             number=number,
         )
-
-
-def _held(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank has."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -112,6 +112,7 @@ class Job:
             weight_dtype=self.config.train.weight_dtype,
             casts_by_layer=casts_by_layer,
             spread=self.spread,
+            adapter=self.config.adapter,
         )
 
 

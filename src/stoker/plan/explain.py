@@ -2,9 +2,10 @@
 
 from stoker.plan import shared_rows, speed
 from stoker.plan.links import Links
-from stoker.plan.memory import VALUE_BYTES, frozen_weight_bytes, gathered_share, optimizer_bytes
+from stoker.plan.memory import VALUE_BYTES, frozen_weight_bytes, gathered_share
 from stoker.plan.plan import size
 from stoker.plan.spread import volume
+from stoker.plan.states import bytes_each
 from stoker.plan.survey import Offer, Request
 
 CATEGORIES = (
@@ -27,8 +28,8 @@ def explain(request: Request, one: Offer, category: str) -> str:
         + ("" if config.adapter else "; trained ones in their own type with copies to compute with"),
         "adapters": f"{trained:,} trained values, with copies of {value} bytes to compute with where they are fp32",
         "gradients": f"one for each of {trained:,} trained values, in their type",
-        "optimizer": f"{config.train.optimizer.kind}: {optimizer_bytes(config.train.optimizer):g} bytes for each of "
-        f"{trained:,} fp32 values",
+        "optimizer": f"{config.train.optimizer.kind}: {bytes_each(config.train.optimizer, config.adapter):.3g} bytes "
+        f"for each of {trained:,} fp32 values",
         "activations": f"{tokens:,} tokens (micro-batch {plan.micro_batch_size} x {plan.row_tokens:,}) x {value} bytes "
         f"through {len(spec.layers)} layers that {plan.recompute}, at the backward's peak",
         "attention": "its backward's gradient of q in fp32, where that is the highest of a layer; else what the "

@@ -12,10 +12,11 @@ from functools import cached_property
 from stoker.arch import arithmetic
 from stoker.arch.borrowed import AnySpec
 from stoker.arch.spec import LayerSpec
-from stoker.config.schema import Optimizer
+from stoker.config.schema import Adapter, Optimizer
 from stoker.plan import facts, shared_rows
 from stoker.plan.remember import remember
 from stoker.plan.spread import SINGLE, Spread
+from stoker.plan.states import state_bytes
 
 GIB = 2**30
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -105,13 +106,14 @@ def estimate(
     weight_dtype: str = "fp32",
     casts_by_layer: bool = False,
     spread: Spread = SINGLE,
+    adapter: Adapter | None = None,
 ) -> Memory:
     """Returns what a micro-batch of `tokens` tokens needs besides the layers' activations.
 
-    `trained` and `frozen` are counts of parameters. `weight_dtype` is that of trained matrices, their gradients and
-    averages; norms and biases are fp32. `casts_by_layer`: matrices that are trained are cast to the compute type layer
-    by layer; otherwise every copy lives as long as the forward's results. bf16 ones are not cast at all. `spread`: the
-    result is that of one of its devices.
+    `trained` and `frozen` are counts of parameters, of an `adapter` and its base where there is one. `weight_dtype` is
+    that of trained matrices, their gradients and averages; norms and biases are fp32. `casts_by_layer`: matrices that
+    are trained are cast to the compute type layer by layer; otherwise every copy lives as long as the forward's
+    results. bf16 ones are not cast at all. `spread`: the result is that of one of its devices.
     """
     value_bytes = VALUE_BYTES[precision]
     is_narrow = weight_dtype == "bf16"
@@ -119,9 +121,10 @@ def estimate(
     # What four bytes for every trained value would take, less what matrices in two bytes spare.
     share = 1.0 - 0.5 * num_matrix_parameters(spec) / trained if is_narrow else 1.0
     kept = round(4 * share * trained)
-    gradients, state, copies = kept, share * trained * optimizer_bytes(optimizer), 0
+    gradients, copies, shards = kept, 0, spread.optimizer_shards
+    state = share * state_bytes(spec, optimizer, trained, adapter=adapter, shards=shards)
     if spread.stage:
-        state += kept  # DeepSpeed's optimiser steps on a flat copy of its part
+        state += kept / shards  # DeepSpeed's optimiser steps on a flat copy of its part
     if precision != "fp32" and not is_narrow:
         one_layer = _largest_layer(spec) + 2 * spec.vocab_size * spec.hidden_size
         # Gathered layers are cast one at a time, whichever way they run.
@@ -136,7 +139,7 @@ def estimate(
     states = {
         "weights": (kept + base) // spread.weight_shards,
         "gradients": gradients // spread.gradient_shards,
-        "optimizer": round(state / spread.optimizer_shards),
+        "optimizer": round(state),
     }
     weights, gradients, state = (0 if name in spread.on_host else count for name, count in states.items())
     weights += copies
@@ -249,21 +252,3 @@ def _fused_sizes(spec: AnySpec, layer: LayerSpec) -> list[int]:
 @remember(0)
 def _largest_layer(spec: AnySpec) -> int:
     return max((sum(_fused_sizes(spec, layer)) for layer in set(spec.layers)), default=0)
-
-
-def optimizer_bytes(optimizer: Optimizer) -> float:
-    """Returns the bytes of optimiser state for each trained parameter."""
-    match optimizer.kind:
-        case "adamw":
-            return 8.0
-        case "adamw_8bit":
-            # Two 8-bit averages and their scales: one fp32 for each block of 256 values, twice.
-            return 2.0 + 2 * 4 / 256
-        case "sgd":
-            return 4.0 if optimizer.momentum else 0.0
-        case "adafactor":
-            # A row and a column for each matrix: a thousandth of AdamW's at ordinary widths.
-            return 0.01
-        case "muon":
-            # One average for the matrices; embeddings and norms have AdamW's two, hence the upper bound.
-            return 8.0

@@ -20,8 +20,9 @@ from stoker.plan.amounts import Amounts, Mixing, Product, Way, amounts
 from stoker.plan.catalogue import CatalogueDevice
 from stoker.plan.efficiencies import MEASURED, Efficiencies
 from stoker.plan.links import Links
-from stoker.plan.memory import VALUE_BYTES, frozen_weight_bytes, optimizer_bytes
+from stoker.plan.memory import VALUE_BYTES, frozen_weight_bytes
 from stoker.plan.spread import Spread, volume
+from stoker.plan.states import bytes_each
 
 _LOGIT_BYTES = 8  # of the loss: logits written, read twice as bf16 and rewritten as their gradient
 # Of an optimiser step, bytes a trained parameter besides its state: gradient read twice (norm, update) and zeroed,
@@ -259,7 +260,7 @@ class _Clock:
         return fused + work.op_by_op_layers * self.found.op_by_op_launch_seconds
 
     def _optimizer(self) -> float:
-        state = 2 * optimizer_bytes(self.config.train.optimizer)
+        state = 2 * bytes_each(self.config.train.optimizer, self.config.adapter)
         moved = _UPDATE_BYTES + state
         if not self.is_frozen and self.plan.precision != "fp32":
             is_narrow = self.config.train.weight_dtype == "bf16"

@@ -20,11 +20,12 @@ from stoker.plan.choose import Choice, Statistics, check, settle
 from stoker.plan.efficiencies import MEASURED, Efficiencies
 from stoker.plan.hardware import Device, Hardware
 from stoker.plan.ladder import words
-from stoker.plan.memory import BASE_BYTES, GIB, VALUE_BYTES, frozen_weight_bytes, optimizer_bytes
+from stoker.plan.memory import BASE_BYTES, GIB, VALUE_BYTES, frozen_weight_bytes
 from stoker.plan.plan import Plan
 from stoker.plan.rates import Rates
 from stoker.plan.speed import Step
 from stoker.plan.spread import SINGLE, STRATEGIES, Spread, configured, share, spreads
+from stoker.plan.states import bytes_each
 from stoker.plan.workload import Documents, Workload, workload
 
 Method = Literal["full", "lora", "nf4", "int8", "fp8"]
@@ -241,7 +242,7 @@ class Offer:
         plan, config = self.plan, self.config
         if plan is None:
             return 0
-        each = plan.num_trained_parameters * (4 + optimizer_bytes(config.train.optimizer))
+        each = plan.num_trained_parameters * (4 + bytes_each(config.train.optimizer, config.adapter))
         best = config.data.validation is not None and config.output.keep_best
         return round(each * (config.output.keep_last + best) + 4 * plan.num_trained_parameters)
 

@@ -40,7 +40,6 @@ MIXED = "data.train=[{path: a.jsonl, weight: 2.0}, {path: b.jsonl, weight: 1.0}]
             "is about the model's own weights, which an adapter leaves frozen",
         ),
         ([*NARROW, "train.optimizer={kind: sgd}"], "rounds stochastically, and sgd does not"),
-        (["engine.strategy=fsdp2", "train.optimizer={kind: adamw_8bit}"], "adamw_8bit steps whole matrices"),
         (["engine.strategy=ddp", "engine.fsdp2.offload=cpu"], "engine.fsdp2 has no effect: engine.strategy is ddp"),
         (["engine.num_processes=8", "engine.fsdp2.replicas=3"], "replicas = 3 does not divide engine.num_processes"),
         (["adapter.rank=8", "engine.fsdp2.param_dtype=bf16"], "param_dtype is about weights that are trained"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from stoker.compose.updates import eight_bit
 from stoker.distributed.single import SingleDevice
 from stoker.optim import optimizers
 
@@ -53,12 +54,10 @@ class ToyTask(nn.Module):
 
 
 def make_strategy(kind="adamw", *, precision="fp32", dropout=0.0, seed=0, device="cpu"):
-    if kind == "adamw_8bit":
-        pytest.importorskip("bitsandbytes")
     torch.manual_seed(seed)
     strategy = SingleDevice(device, precision=precision)
     task = ToyTask(dropout=dropout)
-    strategy.prepare(task, partial(optimizers.build, kind=kind, learning_rate=1e-2))
+    strategy.prepare(task, partial(optimizers.build, kind=kind, learning_rate=1e-2, eight_bit=eight_bit("reference")))
     return strategy, task
 
 

@@ -1,16 +1,13 @@
-import importlib.util
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from stoker.errors import PlanError
+from stoker.compose.updates import eight_bit
 from stoker.optim import optimizers
 
-WITHOUT_BITSANDBYTES = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
-)
-KINDS = [pytest.param(kind, marks=WITHOUT_BITSANDBYTES if kind == "adamw_8bit" else ()) for kind in optimizers.KINDS]
+build_any = partial(optimizers.build, eight_bit=eight_bit("reference"))
 
 
 class Model(nn.Module):
@@ -34,10 +31,10 @@ def take_steps(optimizer, model, count=3):
         optimizer.step()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", optimizers.KINDS)
 def test_every_kind_lowers_the_loss(kind):
     model = Model()
-    optimizer = optimizers.build(model.named_parameters(), kind=kind, learning_rate=0.5 if kind == "sgd" else 1e-2)
+    optimizer = build_any(model.named_parameters(), kind=kind, learning_rate=0.5 if kind == "sgd" else 1e-2)
     before = model.loss().item()
     take_steps(optimizer, model)
     assert model.loss().item() < before - 0.05
@@ -60,10 +57,10 @@ def test_adamw_equals_torch_with_the_same_options():
     assert build.param_groups[0]["fused"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", optimizers.KINDS)
 def test_weight_decay_shrinks_matrices_and_leaves_norms_and_embeddings(kind):
     model = Model()
-    optimizer = optimizers.build(model.named_parameters(), kind=kind, learning_rate=0.1, weight_decay=0.5)
+    optimizer = build_any(model.named_parameters(), kind=kind, learning_rate=0.1, weight_decay=0.5)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -132,9 +129,8 @@ class TestMuon:
             assert torch.equal(expected, parameter)
 
 
-def test_missing_bitsandbytes_names_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(PlanError, match="pip install bitsandbytes"):
+def test_eight_bits_must_be_told_how_averages_are_kept():
+    with pytest.raises(ValueError, match="eight_bit"):
         optimizers.build(Model().named_parameters(), kind="adamw_8bit", learning_rate=1e-3)
 
 

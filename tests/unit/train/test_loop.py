@@ -65,8 +65,6 @@ def make(toy, tmp_path):
     """Returns (trainer, strategy, recorder) of a fresh process's worth of objects."""
 
     def build(*, kind="adamw", precision="fp32", seed=0, validation=True, observers=(), loader=None, **options):
-        if kind == "adamw_8bit":
-            pytest.importorskip("bitsandbytes")
         torch.manual_seed(1234 + seed)
         strategy, _ = toy.make_strategy(kind=kind, dropout=0.3, precision=precision, seed=seed)
         recorder = toy.Recorder()

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from stoker.compose.updates import eight_bit
 from stoker.data.batch import Batch
 from stoker.distributed.single import SingleDevice
 from stoker.observe.events import StepLogged
@@ -68,7 +69,7 @@ def make_strategy(*, kind="adamw", dropout=0.0, precision="fp32", seed=0, device
     torch.manual_seed(seed)
     strategy = SingleDevice(device, precision=precision)
     task = SupervisedTask(ToyModel(dropout=dropout))
-    strategy.prepare(task, partial(optimizers.build, kind=kind, learning_rate=1e-2))
+    strategy.prepare(task, partial(optimizers.build, kind=kind, learning_rate=1e-2, eight_bit=eight_bit("reference")))
     return strategy, task
 
 

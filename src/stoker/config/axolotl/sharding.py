@@ -6,11 +6,9 @@ Members of `fsdp_config` come with FSDP 1's prefix or without it; `fsdp` may be 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from stoker.config.axolotl import optimizer
 from stoker.config.axolotl.outcome import Outcome, Reading, UnreadableError
 from stoker.config.axolotl.values import advice, flag, text, whole
 from stoker.config.document import Path
-from stoker.config.rules import SHARED_OPTIMIZERS
 
 _STRATEGY: Path = ("engine", "strategy")
 _SECTION: Path = ("engine", "fsdp2")
@@ -69,8 +67,6 @@ def member(reading: Reading) -> Outcome:
 def replicas(reading: Reading) -> Mapping[Path, Any]:
     """Returns the settings of `dp_replicate_size` and `dp_shard_size`, beside what they do to the batch."""
     size = whole(reading.value)
-    if _steps_whole(reading):
-        return {}
     if str(reading.path[-1]) == "dp_shard_size":
         return {_STRATEGY: "fsdp2"} if size > 1 else {}
     is_shared = whole(reading.other("dp_shard_size") or 1) > 1 or bool(reading.other("fsdp_config"))
@@ -82,18 +78,8 @@ def _of_strategy(name: str) -> dict[Path, Any]:
     return {_STRATEGY: "ddp"} if reshards is None else {(*_SECTION, "reshard_after_forward"): reshards}
 
 
-def _steps_whole(reading: Reading) -> str:
-    """The file's optimiser, if it cannot step parts of matrices, which is all that a process has under fsdp2; or ""."""
-    kind = optimizer.kind(reading.whole)
-    return "" if kind in SHARED_OPTIMIZERS else kind
-
-
 def _shared(reading: Reading, settings: Mapping[Path, Any], note: str = "") -> Outcome:
     settings = {_STRATEGY: "fsdp2", **settings}
-    kind = _steps_whole(reading)
-    if kind and settings[_STRATEGY] == "fsdp2":
-        why = f"fsdp2 holds parts of matrices, which {kind} steps whole; engine.strategy stays auto"
-        return Outcome("no effect", f"{why}, which is ddp on several GPUs. For fsdp2 use adamw_torch_fused")
     shown = ", ".join(f"{'.'.join(map(str, path))}: {_yaml(value)}" for path, value in settings.items())
     return Outcome("honoured", f"{shown}{'; ' if note else ''}{note}", settings, note)
 
