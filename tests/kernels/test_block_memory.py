@@ -15,6 +15,8 @@ from stoker.adapters.lora import add_lora
 from stoker.arch import activations
 from stoker.arch.activations import Micro
 from stoker.arch.families import read
+from stoker.kernels.attention import attention
+from stoker.kernels.kept_attention import KeptAttention
 from stoker.kernels.offload import HostOffload
 from stoker.models import native
 
@@ -82,6 +84,34 @@ def test_a_long_rows_backward_peaks_in_attention_as_the_plan_says(keep):
     held = activations.fused(spec.layers[0], 64, Micro(TOKENS, 4), keep, tile_tokens=TOKENS // 16)
     in_kernels = 4 * 64 * TOKENS  # the fp32 sum of q's gradient is inside of a GPU's kernel
     assert memory.peak - after_forward == pytest.approx(held.passing - in_kernels, rel=0.1)
+
+
+def test_queries_keys_and_values_in_one_tensor_leave_the_device_with_an_offload():
+    length, heads, channels = 64, 4, 16
+    drawn = torch.randn(1, length, 3 * heads, channels)
+    offload = HostOffload(min_bytes=length * channels)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v).flatten(2)
+
+    def run(where: HostOffload | None) -> tuple[int, list[Tensor]]:
+        with LiveBytes() as memory:
+            attended = KeptAttention(attend, drawn.clone().split(heads, dim=2), offload=where)
+            attended.put_away()
+            kept = memory.now - (0 if where is None else where.host_bytes)
+        values = attended.values().clone()
+        return kept, [values, *attended.backward(torch.ones_like(values))]
+
+    kept, results = run(offload)
+    held, expected = run(None)
+    unit = length * heads * channels * 4
+    assert held >= 4 * unit  # q, k, v and the result
+    assert kept < 0.1 * unit
+    assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
+    assert offload.num_stored == 0
+    # Another tensor at the address of one that has left is another tensor.
+    _, again = run(offload)
+    assert all(torch.equal(one, other) for one, other in zip(again, expected, strict=True))
 
 
 class _RanOut(torch.autograd.Function):

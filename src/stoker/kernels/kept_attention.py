@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from stoker.kernels.offload import HostOffload
 
@@ -43,28 +44,44 @@ class _Packing:
     def __init__(self, heads: tuple[Tensor, ...], offload: HostOffload | None) -> None:
         self.heads: tuple[Tensor, ...] = ()
         self.offload = offload
-        self.handles: dict[int, tuple[int, int]] = {}  # of a storage: handle, and where its stored tensor begins
+        # Of storages that may be gone by now: addresses would be another's then.
+        self.handles: dict[StorageWeakRef, int] = {}
         self._storages = [x.untyped_storage().data_ptr() for x in heads]
 
     def pack(self, tensor: Tensor) -> Tensor | tuple:
         """Drops heads that are given anew, and hands to the host what it takes."""
         storage = tensor.untyped_storage().data_ptr()
+        view = (tensor.shape, tensor.stride(), tensor.storage_offset())
         if storage in self._storages:
-            return self._storages.index(storage), tensor.shape, tensor.stride(), tensor.storage_offset()
-        if self.offload is None or storage in self.handles or not self.offload.takes(tensor):
-            return tensor.detach()  # attention's own output, as it is, would hold the graph that saves it
-        handle = self.offload.store(tensor.detach())
-        self.handles[storage] = (handle, int(tensor.storage_offset()))
-        return (handle,)
+            return (None, self._storages.index(storage), *view)
+        handle = self.put_away(tensor)
+        # Attention's own output, as it is, would hold the graph that saves it.
+        return tensor.detach() if handle is None else (handle, None, *view)
+
+    def put_away(self, tensor: Tensor) -> int | None:
+        """Returns the handle of a tensor's storage on the host, stored if it was not; None if it stays.
+
+        All of a storage goes: q, k and v lie in one, with gaps each of them, and what is left of it would hold it here.
+        """
+        storage = tensor.untyped_storage()
+        known = StorageWeakRef(storage)
+        if self.offload is None or known in self.handles:
+            return self.handles.get(known)
+        count = storage.nbytes() // tensor.element_size()
+        whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, (count,), (1,))
+        if not self.offload.takes(whole):
+            return None
+        self.handles[known] = handle = self.offload.store(whole)
+        return handle
 
     def unpack(self, packed: Tensor | tuple) -> Tensor:
         """The tensor again."""
         if isinstance(packed, Tensor):
             return packed
-        if len(packed) == 1 and self.offload is not None:
-            return self.offload.fetch(packed[0])
-        index, shape, stride, offset = packed
-        return self.heads[index].as_strided(shape, stride, offset)
+        handle, index, *view = packed
+        if handle is not None and self.offload is not None:
+            return self.offload.fetch(handle).as_strided(*view)
+        return self.heads[index].as_strided(*view)
 
 
 class KeptAttention:
@@ -99,17 +116,11 @@ class KeptAttention:
 
     def put_away(self) -> None:
         """Drops the output from the device, if it is to wait on the host."""
-        offload, handles = self._packing.offload, self._packing.handles
-        if offload is None or self._output is None:
-            return
-        output, storage = self._output, self._output.untyped_storage().data_ptr()
-        if storage not in handles:  # attention keeps another tensor than its output
-            if not offload.takes(output):
-                return
-            handles[storage] = (offload.store(output), int(output.storage_offset()))
-        handle, begin = handles[storage]
-        self._view = (handle, (output.shape, output.stride(), int(output.storage_offset()) - begin))
-        self._output = None
+        output = self._output
+        handle = None if output is None else self._packing.put_away(output)
+        if output is not None and handle is not None:
+            self._view = (handle, (output.shape, output.stride(), output.storage_offset()))
+            self._output = None
 
     def backward(self, grad: Tensor, heads: tuple[Tensor, ...] = ()) -> list[Tensor]:
         """Gradients of q, k and v, from that of the output; `heads` are they, where they were forgotten.
@@ -120,7 +131,7 @@ class KeptAttention:
         torch.autograd.grad((self._edge,), (self._root,), (grad,))
         self._packing.heads = ()
         if self._packing.offload is not None:
-            for handle, _ in self._packing.handles.values():
+            for handle in self._packing.handles.values():
                 self._packing.offload.release(handle)
         grads = list(self._sink)
         self._sink.clear()  # the graph, which may live on, holds the same list
