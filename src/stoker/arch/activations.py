@@ -31,13 +31,15 @@ _IN_FLIGHT = 4
 class Held:
     """Bytes of a layer: `kept` until its backward, `passing` during it, and what waits on the `host` meanwhile.
 
-    `leaving`: what may still be on its way to the host when the forward has ended.
+    `leaving`: what may still be on its way to the host when the forward has ended. `arriving`: its weights' gradients,
+    where they are there from its backward on and not before.
     """
 
     kept: int
     passing: int
     host: int = 0
     leaving: int = 0
+    arriving: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ class Micro:
     head_copies: int = 0
     repeats_heads: bool = False
     """Attention keeps keys and values for every query head: that of packed rows, in PyTorch before 2.13."""
+    gradient_bytes: int = 0
+    """Of each weight of a layer, where its gradient arrives in the micro-batch's backward. 0 where it is there before,
+    as from the second micro-batch of a step on, and where the layers' weights are frozen."""
 
 
 def fused(
@@ -196,16 +201,28 @@ def op_by_op(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep) -> He
     return Held(unit, whole + passing)
 
 
+def arriving(layer: LayerSpec, hidden_size: int, micro: Micro) -> int:
+    """Returns the bytes of gradients that a layer's backward leaves (see `Micro.gradient_bytes`)."""
+    if not micro.gradient_bytes:
+        return 0
+    linears = arithmetic.linears(layer, hidden_size).values()
+    return micro.gradient_bytes * sum(linear.weights * max(1, linear.experts) for linear in linears)
+
+
 def peak(runs: Sequence[tuple[Held, int]]) -> int:
     """Returns the bytes of all layers at the backward's peak: when a layer runs it, those after it hold nothing.
 
-    `runs`: layers in their order, each with how many alike follow one another, of which the last one's moment is the
-    highest.
+    Less those of gradients that have not arrived by then, those of the layers before it: who adds the result to a sum
+    of all else, all gradients among it, has the peak. `runs`: layers in their order, each with how many alike follow
+    one another, of which the first one's moment or the last one's is the highest.
     """
-    total = highest = 0
+    total = highest = to_come = 0
     for held, count in runs:
+        first = total + held.kept + held.passing - to_come
+        last = first + (count - 1) * (held.kept - held.arriving)
+        highest = max(highest, first, last)
         total += count * held.kept
-        highest = max(highest, total + held.passing)
+        to_come += count * held.arriving
     return highest
 
 

@@ -12,7 +12,7 @@ from stoker.plan import execution, facts, ladder, rates, speed
 from stoker.plan.adapter import adapter_parameters, num_targeted
 from stoker.plan.hardware import Device
 from stoker.plan.ladder import Ladder, Weighed
-from stoker.plan.memory import VALUE_BYTES, Memory, estimate, transposed_bytes
+from stoker.plan.memory import VALUE_BYTES, Memory, estimate, trained_head_bytes, transposed_bytes
 from stoker.plan.rates import Rates
 from stoker.plan.remember import remember
 from stoker.plan.spread import SINGLE, Spread
@@ -136,10 +136,13 @@ def _shares_heads() -> bool:
     return (int(major), int(minor)) >= (2, 13)
 
 
-def micro_of(config: RunConfig, spec: AnySpec, tokens: int, *, precision: str, device: Device) -> Micro:
+def micro_of(
+    config: RunConfig, spec: AnySpec, tokens: int, *, precision: str, device: Device, gradient_bytes: int = 0
+) -> Micro:
     """Returns what decides how much layers hold of a micro-batch of so many tokens."""
     repeats = device.kind == "cuda" and config.data.packing and not _shares_heads()
-    return Micro(tokens, VALUE_BYTES[precision], product_values(config, spec), _head_copies(device), repeats)
+    copies = _head_copies(device)
+    return Micro(tokens, VALUE_BYTES[precision], product_values(config, spec), copies, repeats, gradient_bytes)
 
 
 class Size:
@@ -148,8 +151,34 @@ class Size:
     def __init__(self, job: Job, rows: int) -> None:
         self.job, self.rows = job, rows
         tokens = rows * job.row_tokens
-        self.micro = micro_of(job.config, job.spec, tokens, precision=job.machine.precision, device=job.machine.device)
+        self.micro = micro_of(
+            job.config,
+            job.spec,
+            tokens,
+            precision=job.machine.precision,
+            device=job.machine.device,
+            gradient_bytes=self._gradient_bytes(),
+        )
         self._besides = {fused: job.memory(tokens, casts_by_layer=fused) for fused in (False, True)}
+
+    def _gradient_bytes(self) -> int:
+        """See `Micro.gradient_bytes`: each step's gradients are new, unless graphs of micro-batches add to old ones."""
+        config, job = self.job.config, self.job
+        if config.adapter is not None or job.spread.num_processes > 1 or self.rows < config.train.batch_size:
+            return 0
+        if config.engine.cuda_graphs is True or (config.engine.cuda_graphs == "auto" and self._may_be_captured()):
+            return 0
+        return 2 if config.train.weight_dtype == "bf16" else 4
+
+    def _may_be_captured(self) -> bool:
+        job = self.job
+        if execution.why_no_graphs(job.config, job.spec, job.machine.device, offload=False):
+            return False
+        return self.flops_of_a_layer(job.flops) <= max(execution.LAUNCH_BOUND_FLOPS.values())
+
+    def flops_of_a_layer(self, flops: float) -> float:
+        """FLOPs of a layer in a micro-batch, of `flops` for a token of the model."""
+        return flops * self.rows * self.job.row_tokens / max(1, len(self.job.spec.layers))
 
     def candidate(self, ladder: Ladder) -> "Candidate":
         """Returns what this micro-batch takes with `ladder`, in tiles where they lower the peak."""
@@ -166,11 +195,24 @@ class Size:
         return Candidate(self, held.ladder, memory, held.host)
 
     def _beside_head(self, held: Weighed) -> int | None:
-        """What `Memory.with_activations` is told: a frozen head leaves nothing behind."""
-        return None if self.job.config.adapter is None else held.after_forward
+        """What `Memory.with_activations` is told: a frozen head leaves nothing behind.
+
+        Nor does a trained one but its gradient, and while it runs no layer's gradient is there, if they arrive.
+        """
+        if self.job.config.adapter is not None:
+            return held.after_forward
+        if not self.micro.gradient_bytes:
+            return None
+        memory = self._besides[held.ladder.layers == "fused"]
+        head = trained_head_bytes(self.job.spec, self.micro, self.job.config.train.weight_dtype)
+        return held.after_forward + head - memory.gradients - memory.logits
 
     def best(self) -> "Candidate":
-        """Returns the candidate that computes least again of those that fit, or else the nearest to fitting."""
+        """Returns the candidate that computes least again of those that fit, or else the nearest to fitting.
+
+        Where q, k and v wait on the host, the faster of it and the first without: their copies may take longer than
+        making them again.
+        """
         if self.job.given is not None:
             return self.candidate(self.job.given)
         each = ladder.profile(self.job.spec, self.micro, **self.job.settings)
@@ -182,7 +224,13 @@ class Size:
         room = max(allowed - one.total + one.logits for one in self._besides.values())
         fitting = (held for held in each.within(room) if self._lack(held) <= (False, allowed))
         found = next(fitting, None)
-        return self._made(found if found is not None else min(each, key=self._lack))
+        if found is None:
+            return self._made(min(each, key=self._lack))
+        made = self._made(found)
+        if not _sends_heads(found.ladder):
+            return made
+        without = next((self._made(held) for held in fitting if not _sends_heads(held.ladder)), made)
+        return without if without.seconds < made.seconds else made
 
     def _lack(self, held: Weighed) -> tuple[bool, int]:
         """Returns whether the host lacks memory for a ladder, and the bytes that it takes on the device."""
@@ -190,6 +238,11 @@ class Size:
         on_host = held.host + self._besides[False].states_on_host
         total = besides.total_with(held.device, beside_head=self._beside_head(held))
         return on_host > self.job.machine.host_bytes, total
+
+
+def _sends_heads(ladder: Ladder) -> bool:
+    """Whether q, k and v of some layer wait on the host."""
+    return ladder.offload and "mixer" in ladder.keep
 
 
 @dataclass(frozen=True)
@@ -236,7 +289,7 @@ class Candidate:
         hindrance = execution.why_no_graphs(job.config, job.spec, job.machine.device, offload=self.ladder.offload)
         if hindrance:
             return hindrance
-        flops = job.flops_with(self.ladder) * self.rows * job.row_tokens / max(1, len(job.spec.layers))
+        flops = self.size.flops_of_a_layer(job.flops_with(self.ladder))
         if flops > execution.LAUNCH_BOUND_FLOPS[self.ladder.layers]:
             return "the GPU works longer than launching takes"
         return ""

@@ -78,8 +78,10 @@ def _held(layer: LayerSpec, hidden_size: int, micro: Micro, rung: Keep, way: tup
     """Returns what a layer holds; `way`: how the layers run, whether they offload, and the tokens of a tile."""
     how, offload, tile_tokens = way
     if how == "op by op" or why_not_llama(layer):
-        return activations.op_by_op(layer, hidden_size, micro, rung)
-    return activations.fused(layer, hidden_size, micro, rung, offload=offload, tile_tokens=tile_tokens)
+        held = activations.op_by_op(layer, hidden_size, micro, rung)
+    else:
+        held = activations.fused(layer, hidden_size, micro, rung, offload=offload, tile_tokens=tile_tokens)
+    return replace(held, arriving=activations.arriving(layer, hidden_size, micro))
 
 
 @remember(0)
@@ -148,7 +150,8 @@ def ladders(
     A layer that the layer kernel cannot run among others that it can keeps all, or its input alone.
     `asked` and `offload` are the user's settings, "auto" for the plan's choice. `can_fuse`: the layer kernel can run
     this model; `fuses_all`: it is the faster one even where nothing is computed again. With an automatic offload,
-    attention's output waits on the host before any layer computes attention again.
+    what attention keeps waits on the host before any layer computes attention again: with q, k and v first, which are
+    then not computed again either, and without them where that is still too much.
     """
     everything = ("all",) * len(layers)
     if not can_fuse:
@@ -162,7 +165,7 @@ def ladders(
         yield from _mixtures(layers, LADDER, asked, offload=offload is True, how="fused")
         return
     yield from _mixtures(layers, LADDER[:3], asked, offload=False, how="fused")
-    yield from _mixtures(layers, LADDER[2:], asked, offload=True, how="fused")
+    yield from _mixtures(layers, LADDER[1:], asked, offload=True, how="fused")
 
 
 def _mixtures(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from stoker.arch import arithmetic
+from stoker.arch.activations import Micro
 from stoker.arch.borrowed import AnySpec
 from stoker.arch.spec import LayerSpec
 from stoker.config.schema import Adapter, Optimizer
@@ -146,7 +147,7 @@ def estimate(
     logits = head_bytes(spec, tokens, value_bytes)
     if is_narrow:
         # Beside the logits there is the head's gradient alone, in fp32 and then rounded: more than all of them or not.
-        logits = max(0, logits + (4 + 2) * spec.vocab_size * spec.hidden_size - gradients)
+        logits = max(0, logits + _head_gradient_bytes(spec, weight_dtype) - gradients)
     scratch = scratch_bytes(spec, quantization, value_bytes)
     held = weights + gradients + state + logits + scratch + communication
     reserve = BASE_BYTES[device] + round(_FRAGMENTATION * held)
@@ -158,6 +159,16 @@ def head_bytes(spec: AnySpec, tokens: int, value_bytes: int) -> int:
     """Returns what the head and the loss hold: chunks of logits with their gradient, and the rows about them."""
     logits = min(_LOGITS_BYTES, 2 * 4 * tokens * spec.vocab_size)
     return logits + _HEAD_TENSORS * tokens * spec.hidden_size * value_bytes
+
+
+def _head_gradient_bytes(spec: AnySpec, weight_dtype: str) -> int:
+    """Bytes of a trained head's gradient while it is made: in fp32, then rounded beside that for bf16 weights."""
+    return (4 + (2 if weight_dtype == "bf16" else 0)) * spec.vocab_size * spec.hidden_size
+
+
+def trained_head_bytes(spec: AnySpec, micro: Micro, weight_dtype: str) -> int:
+    """Returns what the head and the loss hold of a micro-batch where the head is trained: its gradient, too."""
+    return head_bytes(spec, micro.tokens, micro.value_bytes) + _head_gradient_bytes(spec, weight_dtype)
 
 
 def zero_bytes(

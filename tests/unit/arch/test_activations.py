@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from stoker.arch import activations, arithmetic
@@ -71,6 +73,29 @@ def test_the_peak_is_where_a_layer_and_those_before_it_hold_most():
     assert activations.peak([(Held(10, 5), 2)]) == activations.peak([(Held(10, 5), 1), (Held(10, 5), 1)]) == 25
     # The first layer's backward needs much, but by then the second has let go of what it kept.
     assert activations.peak([(Held(1, 20), 1), (Held(10, 5), 1)]) == 21
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_peak_with_gradients_that_arrive_is_the_highest_moment_of_the_backward(seed):
+    draw = random.Random(seed)
+    kinds = [Held(draw.randrange(100), draw.randrange(100), arriving=draw.randrange(100)) for _ in range(3)]
+    runs = [(kind, draw.randrange(1, 4)) for kind in kinds]
+    layers = [kind for kind, count in runs for _ in range(count)]
+    # Every moment of a backward, one by one: what is there when a layer's own gradients are.
+    held, gradients, moments = sum(layer.kept for layer in layers), 0, []
+    for layer in reversed(layers):
+        gradients += layer.arriving
+        moments.append(held + layer.passing + gradients)
+        held -= layer.kept
+    assert held == 0
+    assert activations.peak(runs) + gradients == max(moments)
+
+
+def test_the_gradients_of_a_layer_are_those_of_its_weights(spec):
+    layer = spec.layers[0]
+    weights = 4096 * (6144 + 4096) + 3 * 4096 * 14336
+    assert activations.arriving(layer, 4096, Micro(8192, 2, gradient_bytes=2)) == 2 * weights
+    assert activations.arriving(layer, 4096, MICRO) == 0
 
 
 def test_op_by_op_a_layer_keeps_its_input_or_everything(spec):

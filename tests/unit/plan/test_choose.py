@@ -7,7 +7,9 @@ import pytest
 from stoker.arch.activations import LADDER
 from stoker.errors import PlanError
 from stoker.plan.choose import MemoryPlanError, Statistics, choose
+from stoker.plan.efficiencies import MEASURED
 from stoker.plan.plan import CHOICES
+from stoker.plan.rates import of as rates_of
 
 GIB = 2**30
 
@@ -46,11 +48,11 @@ def test_recompute_is_chosen_only_where_memory_demands_it(run, llama_8b, machine
         (80, "none", {"all"}, False),
         (40, "none", {"all", "mixer"}, False),
         (24, "none", {"mixer", "attention"}, False),
-        (20, "none", {"attention"}, True),
+        (20, "none", {"mixer", "attention"}, True),
         (40, "nf4", {"all"}, False),
         (24, "nf4", {"all", "mixer"}, False),
         (16, "nf4", {"mixer", "attention"}, False),
-        (10, "nf4", {"attention"}, True),
+        (10, "nf4", {"mixer", "attention"}, True),
     ],
 )
 def test_the_ladder_fills_the_memory_that_is_there(run, llama_8b, machine, gib, quantization, rungs, offload):
@@ -97,10 +99,33 @@ def test_a_memory_limit_is_what_the_plan_fills(run, llama_8b, machine):
         choose(run("engine.memory_limit_gib=10"), llama_8b, machine(80))
 
 
+def test_q_k_and_v_wait_on_the_host_only_where_copies_are_not_what_a_step_waits_for(run, llama_8b, machine):
+    asked = ("data.sequence_length=4096", "engine.micro_batch_size=2")
+    quick = choose(run(*asked), llama_8b, machine(20))
+    assert set(quick.keep) == {"mixer", "attention"}
+    slow = replace(rates_of(machine(20).first("cuda")), efficiencies=replace(MEASURED, host_link=0.02))
+    slow_plan = choose(run(*asked), llama_8b, machine(20), rates=slow)
+    assert slow_plan.offload_activations
+    assert set(slow_plan.keep) == {"attention"}
+
+
+def test_layers_keep_more_where_gradients_arrive_while_they_let_go(run, llama_8b, machine):
+    # One micro-batch a step: the last layer's backward, with all that is kept, comes before the gradients.
+    asked = ("engine.micro_batch_size=2", "train.weight_dtype=bf16", "data.sequence_length=4096")
+    full = run(*asked, "train.batch_size=2", "adapter=null"), run(*asked, "train.batch_size=4", "adapter=null")
+    once, twice = (choose(one, llama_8b, machine(76)) for one in full)
+    assert once.keep.count("all") > twice.keep.count("all")
+    assert once.memory.total <= once.available_bytes
+    # But not where graphs add to gradients that are always there.
+    captured = run(*asked, "train.batch_size=2", "adapter=null", "engine.cuda_graphs=true", "data.packing=false")
+    assert choose(captured, llama_8b, machine(76)).keep == twice.keep
+
+
 def test_attention_waits_on_the_host_before_it_is_computed_again(run, llama_8b, machine):
     asked = ("data.sequence_length=4096", "engine.micro_batch_size=2")
     away = choose(run(*asked), llama_8b, machine(20))
-    assert away.host_bytes == 32 * (2 * 64 + 1) * 2**20  # x, attention's output and its statistics of 8,192 tokens
+    # x, attention's output and its statistics of 8,192 tokens, and where they are kept q, k and v.
+    assert away.host_bytes == (32 * (2 * 64 + 1) + away.keep.count("mixer") * 96) * 2**20
     assert "pinned host memory" in away.reasons["offload_activations"]
     here = choose(run(*asked, "engine.offload_activations=false"), llama_8b, machine(21.5))
     assert "input" in here.keep
