@@ -193,6 +193,7 @@ def _plan(choice: Choice) -> Plan:
         reshards=spread.reshards,
         on_host=tuple(sorted(spread.on_host)),
         sharing=spread.sharing,
+        on_disk=tuple(sorted(spread.on_disk)),
     )
 
 

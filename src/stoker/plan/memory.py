@@ -6,6 +6,7 @@ weights are in the compute type or a quantised one. These are estimates for choo
 beside them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -34,6 +35,10 @@ _NCCL_BYTES = 512 * 2**20
 # Of gradients that DeepSpeed sums at once (reduce_bucket_size: 5e8 values of two bytes), and how many such buckets are
 # alive with overlap_comm (4.5, by Transformers' page on DeepSpeed).
 _BUCKET_BYTES, _BUCKETS = 10**9, 4.5
+# Of what DeepSpeed keeps on NVMe, the host has buffers of at most so many bytes, by its defaults: for a sub-group of
+# 1e9 values (sub_group_size) its weights, both averages and gradients in fp32, and five parts of weights (buffer_size:
+# 1e8).
+_DISK_BUFFERS = {"optimizer": 3 * 4 * 10**9, "gradients": 4 * 10**9, "weights": 5 * 4 * 10**8}
 # NF4 (quant/nf4.py): 4 bits a value, a byte of scale for 64 of them, and two fp32 for each 256 of those.
 _NF4_BYTES = 0.5 + 1 / 64 + 2 * 4 / (64 * 256)
 
@@ -151,8 +156,14 @@ def estimate(
     scratch = scratch_bytes(spec, quantization, value_bytes)
     held = weights + gradients + state + logits + scratch + communication
     reserve = BASE_BYTES[device] + round(_FRAGMENTATION * held)
-    on_host = sum(count for name, count in states.items() if name in spread.on_host)
-    return Memory(weights, gradients, state, 0, logits, scratch, 0, reserve, communication, on_host)
+    return Memory(weights, gradients, state, 0, logits, scratch, 0, reserve, communication, _on_host(states, spread))
+
+
+def _on_host(states: Mapping[str, int], spread: Spread) -> int:
+    """Returns the bytes of what waits on the host, and of buffers for what waits on a disk."""
+    return sum(
+        min(states[name], _DISK_BUFFERS[name]) if name in spread.on_disk else states[name] for name in spread.on_host
+    )
 
 
 def head_bytes(spec: AnySpec, tokens: int, value_bytes: int) -> int:

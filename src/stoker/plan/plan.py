@@ -72,6 +72,7 @@ class Plan:
     reshards: bool = True
     on_host: tuple[str, ...] = ()
     sharing: int = 1
+    on_disk: tuple[str, ...] = ()
 
     @property
     def spread(self) -> Spread:
@@ -85,6 +86,7 @@ class Plan:
             self.reshards,
             frozenset(self.on_host),
             self.sharing,
+            frozenset(self.on_disk),
         )
 
     @property

@@ -18,8 +18,8 @@ class Spread:
     """A strategy over `num_processes` devices, `per_node` of them in each node; `stage`: of ZeRO, 1 to 3.
 
     `replicas`: groups that share weights among themselves. `reshards`: a layer's weights are let go after its forward.
-    `on_host`: what of "weights", "gradients" and "optimizer" waits outside of the device. `sharing`: devices that share
-    each row.
+    `on_host`: what of "weights", "gradients" and "optimizer" waits outside of the device, `on_disk` what of that waits
+    on NVMe. `sharing`: devices that share each row.
     """
 
     strategy: StrategyName = "single"
@@ -30,6 +30,7 @@ class Spread:
     reshards: bool = True
     on_host: frozenset[str] = frozenset()
     sharing: int = 1
+    on_disk: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -93,11 +94,12 @@ def configured(spread: Spread, config: RunConfig) -> Spread:
         replicas = chosen.replicas if spread.num_processes % chosen.replicas == 0 else 1
         return replace(spread, replicas=replicas, reshards=reshards, on_host=everything)
     if spread.strategy == "deepspeed":
-        places = zip(("optimizer", "weights"), deepspeed.offload(engine.deepspeed), strict=True)
-        away = {name for name, place in places if place not in ("none", "auto")}
-        if "optimizer" in away and spread.stage >= 2:
-            away.add("gradients")  # reduced ones go where the optimiser steps (ZeRO-Offload, arXiv:2101.06840)
-        return replace(spread, on_host=frozenset(away))
+        optimizer, weights = deepspeed.offload(engine.deepspeed)
+        # Reduced gradients go where the optimiser's state is (ZeRO-Offload, arXiv:2101.06840).
+        gradients = optimizer if spread.stage >= 2 else "none"
+        places = {"optimizer": optimizer, "gradients": gradients, "weights": weights}
+        away = frozenset(name for name, place in places.items() if place in ("cpu", "nvme"))
+        return replace(spread, on_host=away, on_disk=frozenset(name for name in away if places[name] == "nvme"))
     return spread
 
 

@@ -207,6 +207,25 @@ def test_an_offloaded_optimiser_takes_the_gradients_with_it(run, llama_8b, stage
     assert away.states_on_host == pytest.approx(bytes_a_weight * count / 8, rel=1e-6)
 
 
+def test_what_waits_on_nvme_takes_buffers_of_the_host_alone(run):
+    from stoker.arch import shapes
+
+    spec = shapes.spec("llama-3.1-70b")
+    full = ("adapter=null", "train.batch_size=4", "engine.micro_batch_size=1", "engine.strategy=deepspeed")
+    full += ("engine.deepspeed.stage=3", "engine.deepspeed.nvme_path=/disk")
+    small = Hardware((machine().devices[0], Device("cpu", "CPU", 256 * GIB)), num_threads=8)
+
+    def planned(place):
+        asked = run(*full, f"engine.deepspeed.offload_optimizer={place}")
+        return choose_over(asked, spec, small, num_processes=8, stages=(3,)).memory
+
+    with pytest.raises(PlanError):  # eight parts of 131 GiB
+        planned("cpu")
+    away = planned("nvme")
+    assert away.gradients == away.optimizer == 0
+    assert away.states_on_host == 16 * 10**9  # a sub-group of 1e9 values: weights, two averages and gradients
+
+
 def test_replicas_hold_larger_parts_and_layers_that_stay_gathered_more(run, llama_8b):
     full = ("adapter=null", "train.batch_size=4", "engine.strategy=fsdp2", "engine.micro_batch_size=1")
     hybrid = choose_over(run(*full, "engine.fsdp2.replicas=2"), llama_8b, machine(141), num_processes=16)
