@@ -17,6 +17,7 @@ import yaml
 
 from stoker.adapters.lora import Awaited
 from stoker.compose import parallel
+from stoker.config.deepspeed import OPTIMIZERS
 from stoker.distributed.deepspeed import Zero, require_disk
 from stoker.errors import PlanError
 from stoker.models import native
@@ -33,16 +34,17 @@ pytestmark = [
 ALL = os.environ.get("STOKER_TEST_ALL") == "1"
 OFFLOADED = "zero3-offload_optimizer+offload_param"
 KINDS = ("zero1", "zero2", "zero3", OFFLOADED)
-QUICK = (("zero2", "full"), ("zero3", "nf4"))
+QUICK = (("zero2", "full"), ("zero3", "nf4"), ("zero2", "8-bit"))
+POSSIBLE = [name for name, case in jobs.CASES.items() if case.optimizer in OPTIMIZERS]
 ON_TWO = (
-    *(("zero3", name) for name in jobs.CASES),
+    *(("zero3", name) for name in POSSIBLE),
     *(("zero2", name) for name in ("full", "tied", "lora", "mixture", "gptj")),
     *(("zero1", name) for name in ("full", "dora")),
     ("zero2-offload_optimizer", "full"),
     (OFFLOADED, "int8"),
 )
 ON_FOUR = (
-    *(("zero3", name) for name in jobs.CASES),
+    *(("zero3", name) for name in POSSIBLE),
     *(("zero2", name) for name in ("full", "tied", "lora")),
     ("zero1", "mamba"),
     ("zero3-offload_optimizer", "opt"),
@@ -69,14 +71,20 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize(("world_size", "kind", "name"), CASES)
 def test_losses_norms_and_weights_are_those_of_one_device(results, world_size, kind, name):
-    expected, found = jobs.alone(name), results(world_size)[kind, name]
-    # Sums over ranks are taken in another order: some units in the last place of fp32.
-    assert found["losses"] == pytest.approx(expected["losses"], abs=5e-6)
-    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
-    assert found["loss"] == pytest.approx(expected["loss"], abs=5e-6)
+    expected, found, case = jobs.alone(name), results(world_size)[kind, name], jobs.CASES[name]
+    # Blocks of averages in 8 bits are others here: they lie in flat parts.
+    grain = 10 * case.grain if case.optimizer == "adamw_8bit" else case.grain
+    assert found["losses"] == pytest.approx(expected["losses"], abs=grain)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=max(1e-4, 2 * grain))
+    assert found["loss"] == pytest.approx(expected["loss"], abs=grain)
+    for key, weight in found["state"].weights.items():
+        torch.testing.assert_close(found["whole"][key], weight, rtol=0, atol=0)
+    if case.optimizer == "adamw_8bit":
+        averages = [value for key, value in found["state"].optimizer.items() if key.startswith("exp_avg")]
+        assert {value.dtype for value in averages} == {torch.float32}
+        return
     for key, weight in expected["state"].weights.items():
         torch.testing.assert_close(found["state"].weights[key], weight, atol=2e-4, rtol=1e-3)
-        torch.testing.assert_close(found["whole"][key], found["state"].weights[key], rtol=0, atol=0)
     assert found["state"].optimizer.keys() == expected["state"].optimizer.keys()
     for key, value in expected["state"].optimizer.items():
         torch.testing.assert_close(found["state"].optimizer[key], value, atol=1e-5, rtol=1e-3)
@@ -127,17 +135,19 @@ def both_halves(ranks, names, states):
 
 @slow
 def test_a_state_goes_on_under_another_strategy_and_on_another_number_of_ranks(tmp_path):
-    names = ("full", "nf4")
+    names = ("full", "nf4", "8-bit")
     alone = {("single", name): jobs.alone(name, 10)["state"] for name in names}
     found, states = jobs.on_ranks(2, tmp_path, both_halves, names, alone)
     # On three ranks parts end within rows, and the last ones are padded.
-    found |= jobs.on_ranks(3, tmp_path, go_on, {key: states[key] for key in (("zero2", "full"), ("zero3", "nf4"))})
+    on_three = (("zero2", "full"), ("zero3", "nf4"), ("zero2", "8-bit"))
+    found |= jobs.on_ranks(3, tmp_path, go_on, {key: states[key] for key in on_three})
     for (kind, name), state in states.items():
         onwards = jobs.train(name, "single", start=10, steps=10, state=state)
         found["single", (kind, name)] = onwards["losses"]
-    assert len(found) == 8 + 8 + 8
+    assert len(found) == 12 + 12 + 12
     for (_, (_, name)), losses in found.items():
-        assert losses == pytest.approx(jobs.alone(name)["losses"][10:], abs=1e-5)
+        grain = 0.02 if name == "8-bit" else 1e-5
+        assert losses == pytest.approx(jobs.alone(name)["losses"][10:], abs=grain)
 
 
 def odd_steps(ranks, kind):

@@ -11,7 +11,7 @@ from stoker.data.loader import StepLoader
 from stoker.errors import TrainingError
 from stoker.tasks.supervised import SupervisedTask
 
-QUICK = ("full", "nf4", "8-bit", "adafactor")
+QUICK = ("full", "nf4", "8-bit")
 ALL = os.environ.get("STOKER_TEST_ALL") == "1"
 NAMES = tuple(jobs.CASES) if ALL else QUICK
 SIZES = (2, 4) if ALL else (2,)

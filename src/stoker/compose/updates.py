@@ -41,7 +41,7 @@ def adamw(kernels: str, *, seed: int = 0, part: int = 0) -> Update:
 def eight_bit(kernels: str) -> EightBit:
     """Returns how averages are kept in 8 bits, stepped by the implementation `kernels`."""
     from stoker.kernels.adamw import AdamWStep
-    from stoker.kernels.adamw_8bit import BLOCK_SIZE, Average, adamw_8bit_
+    from stoker.kernels.adamw_8bit import BLOCK_SIZE, Average, adamw_8bit_, dequantize, quantize
 
     def update(
         weight: "torch.Tensor",
@@ -56,7 +56,13 @@ def eight_bit(kernels: str) -> EightBit:
         averages = Average(*average), Average(*square)
         adamw_8bit_(weight, grad, *averages, numbers, implementation=_where(weight, kernels))
 
-    return EightBit(update, adamw(kernels), BLOCK_SIZE)
+    return EightBit(
+        update,
+        plain=adamw(kernels),
+        block_size=BLOCK_SIZE,
+        compress=lambda values, signed: quantize(values, signed=signed),
+        expand=lambda code, scale: dequantize(Average(code, scale)),
+    )
 
 
 def _where(weight: "torch.Tensor", kernels: str) -> str:

@@ -17,8 +17,8 @@ from stoker.errors import ConfigError
 
 Values = Mapping[str, Any]
 
-OPTIMIZERS = ("adamw", "sgd")
-"""Kinds that treat each number by itself: they step flat parts of many weights."""
+OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")
+"""Kinds that treat each number by itself, or with its neighbours: they step flat parts of many weights."""
 
 _PLACE = ("engine", "deepspeed", "config")
 _SCHEDULES = {"WarmupLR": ("constant",), "WarmupDecayLR": ("linear",), "WarmupCosineLR": ("cosine",)}
@@ -270,8 +270,13 @@ def _impossible(config: RunConfig) -> Iterator[Finding]:
         yield Finding(("train", "weight_dtype"), what, "Use fp32, or strategy: fsdp2.")
     if train.optimizer.kind not in OPTIMIZERS:
         what = f"train.optimizer.kind = {train.optimizer.kind}: DeepSpeed steps flat parts of many weights at once."
-        fix = f"Use {' or '.join(OPTIMIZERS)}, which treat each number by itself, or strategy: fsdp2."
+        fix = (
+            f"Use {', '.join(OPTIMIZERS[:-1])} or {OPTIMIZERS[-1]}, which need no rows or columns, or strategy: fsdp2."
+        )
         yield Finding(("train", "optimizer", "kind"), what, fix)
+    if train.optimizer.kind == "adamw_8bit" and optimizer == "nvme":
+        what = "train.optimizer.kind = adamw_8bit: DeepSpeed writes no state to NVMe but fp32."
+        yield Finding(("engine", "deepspeed", "offload_optimizer"), what, "Use cpu, or optimizer: {kind: adamw}.")
     if engine.context_parallel > 1:
         what = f"engine.context_parallel = {engine.context_parallel}: rows are shared under ddp and fsdp2."
         yield Finding(("engine", "context_parallel"), what, "Use strategy: fsdp2, or leave it out.")

@@ -72,6 +72,8 @@ def make_for_parts(make_optimizer: MakeOptimizer, trained: Mapping[str, nn.Param
     stand_ins = {name: _stand_in(parameter) for name, parameter in trained.items()}
     of = {id(stand_ins[name]): parameter for name, parameter in trained.items()}
     optimizer = make_optimizer(stand_ins.items())
+    if hasattr(optimizer, "steps_flat_parts"):
+        setattr(optimizer, "steps_flat_parts", True)  # noqa: B010 - most optimisers have no such thing
     for group in optimizer.param_groups:
         group["params"] = [of[id(stand_in)] for stand_in in group["params"]]
     return optimizer

@@ -1,6 +1,7 @@
 """Weights and optimiser states that DeepSpeed holds in flat parts, as whole tensors by name and back."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,6 +9,26 @@ from torch import Tensor, nn
 
 from stoker.distributed.optimizer_state import Numbers
 from stoker.errors import CheckpointError
+
+
+class _Expanded(Mapping[str, Tensor]):
+    """Tensors of a state, those with a scale (`exp_avg_scale:NAME` of `exp_avg:NAME`) as what they stand for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], expand: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._tensors, self._expand = tensors, expand
+
+    def __getitem__(self, key: str) -> Tensor:
+        entry, _, name = key.partition(":")
+        scale = f"{entry}_scale:{name}"
+        if scale in self._tensors:
+            return self._expand(self._tensors[key], self._tensors[scale])
+        return self._tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for key in self._tensors if not key.partition(":")[0].endswith("_scale"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class ZeroParts:
@@ -34,7 +55,14 @@ class ZeroParts:
             return parameter.detach().clone()
 
     def optimizer_state(self, keep: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], Numbers]:
-        """Returns the state as `optimizer_state.flatten` does; `keep` is applied to each tensor as it comes."""
+        """Returns the state as `optimizer_state.flatten` does; `keep` is applied to each tensor as it comes.
+
+        Averages are fp32, in whatever the optimiser keeps them.
+        """
+        with self._in_fp32():
+            return self._optimizer_state(keep)
+
+    def _optimizer_state(self, keep: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], Numbers]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         states = self._zero.optimizer.state
@@ -53,6 +81,31 @@ class ZeroParts:
                 elif value is not None:
                     numbers.setdefault(name, {})[entry] = value
         return tensors, numbers
+
+    @contextmanager
+    def _in_fp32(self) -> Generator[None]:
+        """Within it the state's averages are fp32, also those that the optimiser keeps in less: DeepSpeed gathers
+        nothing else. For that time they take what they would in fp32."""
+        optimizer = self._zero.optimizer
+        if not hasattr(optimizer, "expand"):
+            yield
+            return
+        held = [part for part in self._flat_parts() if optimizer.state.get(part)]
+        for part in held:
+            optimizer.expand(part)
+        self._link(held)
+        try:
+            yield
+        finally:
+            for part in held:
+                optimizer.compress(part)
+            self._link(held)
+
+    def _link(self, held: Sequence[Tensor]) -> None:
+        """Tells DeepSpeed's stages 1 and 2 of the state's tensors, parts of which they keep with each weight."""
+        if self._stage < 3 and held:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Takes whole weights, which every rank has, by the names of the trained ones."""
@@ -80,6 +133,8 @@ class ZeroParts:
                 f"The checkpoint holds optimiser state of {name}, which is not trained here.",
                 fix="Resume with the model and adapter settings that the run began with.",
             )
+        if hasattr(self._zero.optimizer, "expanded"):
+            tensors = _Expanded(tensors, self._zero.optimizer.expanded)
         state = self._zero.optimizer.state
         state.clear()
         if not tensors and not numbers:
@@ -95,9 +150,7 @@ class ZeroParts:
                 if entry not in shaped:
                     state[part][entry] = value.to(self._step_device(part), copy=True)
             state[part] |= numbers.get(first, {})
-        if self._stage < 3:
-            self._zero._hp_optimizer_states_linked = False
-            self._zero._lazy_init_hp_params_optimizer_state()
+        self._link(self._flat_parts())
         for name, parameter in self._trained.items():
             for entry in shaped:
                 self._set_part(parameter, tensors[f"{entry}:{name}"], entry)

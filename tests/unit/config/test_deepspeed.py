@@ -127,6 +127,14 @@ def test_what_ours_leaves_open_the_json_decides():
         (None, {"engine": {"deepspeed": {"offload_parameters": "cpu"}}}, "weights are offloaded in stage 3"),
         (None, {"engine": {"deepspeed": {"offload_optimizer": "nvme"}}}, "goes to NVMe in stage 3, and the stage is 2"),
         (None, {"engine": {"deepspeed": {"stage": 3, "offload_optimizer": "nvme"}}}, "nothing says where"),
+        (
+            None,
+            {
+                "engine": {"deepspeed": {"stage": 3, "offload_optimizer": "nvme", "nvme_path": "/disk"}},
+                "train": {"optimizer": {"kind": "adamw_8bit"}},
+            },
+            "writes no state to NVMe but fp32",
+        ),
         (None, {"train": {"optimizer": {"kind": "muon"}}}, "kind = muon: DeepSpeed steps flat parts"),
         (None, {"adapter": None, "train": {"weight_dtype": "bf16"}}, "keeps its weights in fp32"),
         (

@@ -54,6 +54,30 @@ def test_those_in_fp32_are_torchs_adamw():
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
+def test_averages_put_there_in_fp32_are_compressed_at_the_next_step_to_what_they_were():
+    unbroken, broken = (nn.Parameter(torch.ones(64, 300)) for _ in range(2))
+    first, second = stepped(unbroken, 3), stepped(broken, 3)
+    second.expand(broken)
+    assert {one.dtype for one in second.state[broken].values() if isinstance(one, torch.Tensor)} == {torch.float32}
+    for optimizer, parameter in ((first, unbroken), (second, broken)):
+        parameter.grad = torch.full((64, 300), 0.5)
+        optimizer.step()
+    assert torch.equal(unbroken, broken)
+    for name, value in first.state[unbroken].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(second.state[broken][name])), name
+
+
+def test_flat_parts_of_several_weights_are_kept_in_eight_bits_too():
+    parameter = nn.Parameter(torch.zeros(5000))
+    optimizer = stepped(parameter, 0)
+    optimizer.steps_flat_parts = True
+    parameter.grad = torch.ones(5000)
+    optimizer.step()
+    state = optimizer.state[parameter]
+    assert state["exp_avg"].dtype == torch.int8
+    assert state["exp_avg_scale"].shape == (20,)
+
+
 def test_a_scale_of_gradients_acts_on_the_next_step():
     plain, scaled = (nn.Parameter(torch.ones(64, 64)) for _ in range(2))
     stepped(plain, 3)
