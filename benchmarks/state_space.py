@@ -35,7 +35,7 @@ from stoker.kernels import (
     chunked_scan_forward,
     gated_norm,
     selective_scan,
-    selective_scan_triton,
+    selective_scan_forward,
 )
 from stoker.models import native
 from stoker.nn import mamba1, mamba2
@@ -282,7 +282,7 @@ def run_kernels(out: Path) -> None:
 
 Patches = tuple[tuple[object, str, object], ...]
 
-_SCAN, _FORWARD, _BACKWARD = selective_scan_triton, chunked_scan_forward, chunked_scan_backward
+_SCAN, _FORWARD, _BACKWARD = selective_scan_forward, chunked_scan_forward, chunked_scan_backward
 
 
 def scan_tile(chunk: int, channels: int, neighbours: int, warps: int) -> Patches:

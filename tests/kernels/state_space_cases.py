@@ -5,7 +5,8 @@ from stoker.kernels import (
     chunked_scan_backward,
     chunked_scan_forward,
     gated_norm,
-    selective_scan_triton,
+    selective_scan_backward,
+    selective_scan_forward,
 )
 
 WIDE = ["A", "bias", "D", "begin", "end", "grad_A", "grad_bias", "grad_D", "shares", "key_shares", "partial"]
@@ -23,14 +24,14 @@ def cases(capability: int) -> list[tuple]:
     flags = {"HAS_D": True, "HAS_BIAS": True, "PARAMETER_GRADS": True}
     forward, backward = chunked_scan_forward.WARPS, chunked_scan_backward.WARPS
     scan = {
-        "CHUNK": selective_scan_triton.CHUNK,
-        "CHANNELS": selective_scan_triton.CHANNELS,
-        "NEIGHBOURS": selective_scan_triton.NEIGHBOURS,
+        "CHUNK": selective_scan_forward.CHUNK,
+        "CHANNELS": selective_scan_forward.CHANNELS,
+        "NEIGHBOURS": selective_scan_forward.NEIGHBOURS,
         "HAS_BIAS": True,
         "HAS_GATE": True,
         "PACKED": True,
     }
-    warps = selective_scan_triton.WARPS
+    warps = selective_scan_forward.WARPS
     conv = {"ROWS": causal_conv.ROWS, "WIDTH": 4, "HAS_BIAS": True, "SILU": True, "PACKED": True}
     carry = {"CHUNK": scan["CHUNK"], "BLOCK": 128, "HAS_BEGIN": True, "PACKED": True, "BACKWARD": True, "STAGES": 4}
     return [
@@ -44,11 +45,11 @@ def cases(capability: int) -> list[tuple]:
         (chunked_scan_forward._output_kernel, tiles | stages | {"HAS_D": True}, forward, CHUNKED),
         (chunked_scan_backward._grad_inputs_kernel, tiles | stages | flags, backward, CHUNKED),
         (chunked_scan_backward._grad_shared_kernel, tiles | stages, backward, CHUNKED),
-        (selective_scan_triton._chunk_states_kernel, scan | {"BACKWARD": True}, warps, SELECTIVE),
-        (selective_scan_triton._carry_kernel, carry, 1, SELECTIVE),
-        (selective_scan_triton._scan_kernel, scan | {"HAS_D": True}, warps, SELECTIVE),
+        (selective_scan_forward._chunk_states_kernel, scan | {"BACKWARD": True}, warps, SELECTIVE),
+        (selective_scan_forward._carry_kernel, carry, 1, SELECTIVE),
+        (selective_scan_forward._scan_kernel, scan | {"HAS_D": True}, warps, SELECTIVE),
         (
-            selective_scan_triton._scan_backward_kernel,
+            selective_scan_backward._scan_backward_kernel,
             scan | {"HAS_D": True, "PARAMETER_GRADS": True},
             warps,
             SELECTIVE,

@@ -32,7 +32,8 @@ from torch.nn import functional as F
 
 from stoker.kernels.documents import DocumentLengths, document_ids, starts
 from stoker.kernels.recurrent import contiguous_channels
-from stoker.kernels.selective_scan_triton import Inputs, inputs_of, launch_backward, launch_forward
+from stoker.kernels.selective_scan_backward import launch_backward
+from stoker.kernels.selective_scan_forward import Inputs, inputs_of, launch_forward
 from stoker.kernels.triton_support import check_implementation
 
 
