@@ -11,6 +11,7 @@ from remote_model import write
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from stoker.adapters.lora import add_lora
+from stoker.arch.spec import ArchSpec
 from stoker.compose.merge import merge as merge_named
 from stoker.compose.model import open_base
 from stoker.compose.session import open_session
@@ -67,6 +68,26 @@ def test_code_of_another_repository_is_not_pinned_and_so_refused(folder):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="another repository, other/place"):
         open_base(str(folder), trust_remote_code=True)
+
+
+INTERNLM2 = {
+    "model_type": "internlm2",
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 1,
+    "auto_map": {"AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM"},
+}
+
+
+def test_a_native_model_needs_no_code_of_its_own(tmp_path):
+    (tmp_path / "modeling_internlm2.py").write_text("raise SystemExit('this must not run')")
+    assert isinstance(models.read(tmp_path, INTERNLM2, trust_remote_code=True), ArchSpec)
+
+
+def test_a_setting_that_a_family_refuses_is_named_before_the_code_that_might_bear_it(tmp_path):
+    with pytest.raises(ModelError, match=r"attention_dropout = 0\.1") as refused:
+        models.read(tmp_path, {**INTERNLM2, "attention_dropout": 0.1})
+    assert "brings its own code (modeling_internlm2.InternLM2ForCausalLM)" in str(refused.value)
 
 
 def test_what_the_code_does_not_bear_is_left_to_it_and_said(folder):

@@ -47,7 +47,8 @@ class BorrowedSpec:
     The mixer of each of `layers` is a `BorrowedMixer`, its modules lie below `layers_name` ("model.layers").
     `max_positions` is the context it was made for, in tokens; `num_parameters` counts a tied head once. `packs`: the
     class takes attention from outside, so that packed rows can run at once; a check on the loaded model confirms it.
-    `is_remote`: the class comes with the model, not with Transformers.
+    `is_remote`: the class comes with the model, not with Transformers. `shared`: names of linear layers whose weight
+    others have too, which therefore have no adapter.
     """
 
     model_type: str
@@ -61,6 +62,7 @@ class BorrowedSpec:
     packs: bool
     is_remote: bool
     why: str
+    shared: tuple[str, ...] = ()
 
     @property
     def family(self) -> str:
@@ -73,12 +75,13 @@ class BorrowedSpec:
         return f"{self.class_name} of its own" if self.is_remote else f"Transformers' {self.class_name}"
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(in, out) features of every linear layer of the layers, by its Hugging Face module name."""
+        """(in, out) features of every linear layer that an adapter can be on, by its Hugging Face module name."""
         return {
-            f"{self.layers_name}.{index}.{name}": (into, out)
+            whole: (into, out)
             for index, layer in enumerate(self.layers)
             if isinstance(layer.mixer, BorrowedMixer)
             for name, into, out in layer.mixer.linears
+            if (whole := f"{self.layers_name}.{index}.{name}") not in self.shared
         }
 
     def to_dict(self) -> dict[str, Any]:

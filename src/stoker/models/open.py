@@ -53,7 +53,10 @@ def read(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = F
             return borrowed.read(folder, why=why, is_remote=False)
         except ModelError as error:
             raise (_both(refusal, error) if model_type in families.FAMILIES else error) from error
-    _refuse_remote_code(config, where, trust_remote_code=trust_remote_code)
+    try:
+        _refuse_remote_code(config, where, trust_remote_code=trust_remote_code)
+    except ModelError as error:  # the family may need less than leave to run code: a setting, put right
+        raise (_both(refusal, error) if model_type in families.FAMILIES else error) from error
     return borrowed.read(folder, why=why, is_remote=True)
 
 
@@ -93,7 +96,7 @@ def hf_tensors(model: Model, spec: Spec) -> Iterable[tuple[str, Tensor]]:
 
 
 def _both(native: ModelError, borrowed: ModelError) -> ModelError:
-    """What the family refused, and that Transformers' class, which would be the remedy, refuses it too."""
+    """What the family refused, and why the class of another, which would be the remedy, cannot have it either."""
     problem, other = native.problems[0], borrowed.problems[0]
     return ModelError(
         problem.what, where=problem.where, fix=f"{other.what.removesuffix('.')}. {other.fix or ''}".strip()

@@ -1,5 +1,6 @@
 """Finds the class of a causal language model, and the parts of an instance that matter: layers, head, linear layers."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -144,6 +145,16 @@ def linears_of_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in blocks.named_modules():
         if is_linear(module):
             yield f"{path}.{name}", module
+
+
+def shared_linears(model: nn.Module) -> frozenset[str]:
+    """Returns the names of the layers' linear layers whose weight several of them have, as Zamba 2's shared blocks do.
+
+    An adapter of one could not be merged: its update would reach the others.
+    """
+    linears = [(name, module.weight) for name, module in linears_of_blocks(model)]
+    uses = Counter(id(weight) for _, weight in linears)
+    return frozenset(name for name, weight in linears if uses[id(weight)] > 1)
 
 
 def max_positions(config: Any) -> int:

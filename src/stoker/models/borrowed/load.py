@@ -48,6 +48,7 @@ def read(folder: Path, *, why: str, is_remote: bool) -> BorrowedSpec:
     keeps_scores = num_heads > 0 and not find.has_fused_attention(model)
     score_values = _SCORE_COPIES * num_heads * min(positions, _ROW_TOKENS) if keeps_scores else 0
     layers = (_layer(block, num_heads * head_dim, score_values) for block in blocks)
+    shared = find.shared_linears(model)
     return BorrowedSpec(
         model_type=str(config.model_type),
         class_name=type(model).__name__,
@@ -60,6 +61,7 @@ def read(folder: Path, *, why: str, is_remote: bool) -> BorrowedSpec:
         packs=find.takes_attention(model),
         is_remote=is_remote,
         why=why,
+        shared=tuple(sorted(shared)),
     )
 
 
@@ -115,16 +117,23 @@ def _load(
 ) -> BorrowedModel:
     """The model, with our norms and feed-forwards in it if `swap`."""
     plain = _with_weights(folder, spec, dtype=dtype).eval()
+    shared = find.shared_linears(plain)
     if swap:
-        swaps.replace_gated(plain, kernels=kernels)
+        swaps.replace_gated(plain, kernels=kernels, but=shared)
     convert = _Converter(quantization, device=torch.device(device), kernels=kernels)
     _convert_fused(plain, convert)
-    transposed = swaps.replace_linears(plain, convert)
+    transposed = swaps.replace_linears(plain, convert, but=shared)
     plain.to(device)
     if swap:
         swaps.replace_norms(plain, kernels=kernels)
     model = BorrowedModel(plain, kernels=kernels).eval()
     model.transposed = transposed
+    if shared:
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in shared if not name[-1].isdigit()}))
+        model.notices.append(
+            f"{len(shared)} linear layers ({names}) are neither quantised nor have adapters, because each shares its "
+            "weight with another layer's"
+        )
     checks.check(model)
     return model
 

@@ -1,6 +1,6 @@
 """Parts of a borrowed model replaced by ours, on one instance, where structure and numbers agree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import torch
@@ -20,13 +20,15 @@ _TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 Convert = Callable[[FusedLinear], nn.Module]
 
 
-def replace_linears(model: nn.Module, convert: Convert) -> frozenset[str]:
+def replace_linears(model: nn.Module, convert: Convert, *, but: Collection[str] = ()) -> frozenset[str]:
     """Puts `convert(FusedLinear)` in the place of every plain linear layer of the model's layers, one by one.
 
-    Returns the names of those that store their weight transposed.
+    Those named in `but` stay. Returns the names of those that store their weight transposed.
     """
     transposed = set()
     for name, module in list(linears_of_blocks(model)):
+        if name in but:
+            continue
         if is_transposed(module):
             transposed.add(name)
         _put(model, name, convert(_fused([(name, module)])))
@@ -34,14 +36,14 @@ def replace_linears(model: nn.Module, convert: Convert) -> frozenset[str]:
 
 
 @torch.no_grad()
-def replace_gated(model: nn.Module, *, kernels: str) -> int:
+def replace_gated(model: nn.Module, *, kernels: str, but: Collection[str] = ()) -> int:
     """Puts our gated feed-forward in the place of every one that computes the same; returns how many.
 
-    Its linear layers are still plain ones: call this first, then `replace_linears`.
+    Its linear layers are still plain ones: call this first, then `replace_linears`. Those with a layer of `but` stay.
     """
     count = 0
     for name, module in list(model.named_modules()):
-        ours = _gated(name, module)
+        ours = None if f"{name}.{_GATED[0]}" in but else _gated(name, module)
         if ours is None:
             continue
         for activation in ACTIVATIONS:
