@@ -123,7 +123,7 @@ def _other_trainers() -> str:
 _MODELS_HEAD = """\
 # Which models train
 
-<!-- Written by `python -m docs.generate` from src/stoker/arch/support.py; change that, not this page. -->
+<!-- Written by `python -m docs.generate` from src/stoker/arch/support.py and support.toml; change those, not this. -->
 
 `stoker models` prints this table, `stoker models NAME` says which path a model takes, and why.
 
@@ -147,7 +147,8 @@ _MODELS_HEAD = """\
 ## Code that comes with a model
 
 A model whose `config.json` names code of its own (`auto_map`), and for which Transformers has no class, is refused:
-that code would run with all your rights. Read it, then allow it:
+that code would run with all your rights. A native type (`internlm2`, `minicpm`) needs none of it, whatever `auto_map`
+says. Read it, then allow it:
 
 ```yaml
 model:
@@ -167,7 +168,20 @@ def models_page() -> str:
     for row in support.rows():
         cells = (f"`{row.model_type}`", row.path, row.family, *row.cells())
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
-    return "\n".join([_MODELS_HEAD, *lines, ""])
+    return "\n".join([_MODELS_HEAD, *lines, "", *_tested(), ""])
+
+
+def _tested() -> list[str]:
+    """Returns what all types of each path are tested for."""
+    lines = []
+    for path, beside in (
+        ("native", "Transformers' class"),
+        ("borrowed", "the plain class, with PEFT where there are adapters"),
+    ):
+        held = [set(row.held_to) for row in support.rows() if row.path == path]
+        names = ", ".join(sorted(set.intersection(*held)))
+        lines.append(f"Each of the {len(held)} {path} types is tested beside {beside}, for: {names}.\n")
+    return lines
 
 
 def readme() -> str:

@@ -74,6 +74,22 @@ CONFIGS = {
     "apertus": _GROUPED,
     "seed_oss": {"head_dim": 8, **_GROUPED, "attention_dropout": 0.0, "residual_dropout": 0.0},
     "ernie4_5": _GROUPED,
+    "zamba2": {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "mamba_d_state": 4,
+        "n_mamba_heads": 8,
+        "chunk_size": 16,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "use_mem_rope": True,
+        "use_shared_attention_adapter": True,
+        "adapter_rank": 4,
+        "max_position_embeddings": 64,
+    },
+    "hunyuan_v1_dense": {"head_dim": 8, **_GROUPED, "max_position_embeddings": 64},
     "vaultgemma": {"head_dim": 8, "sliding_window": 8, **_GROUPED},
 }
 """Model type to a small configuration of it, without dropout."""

@@ -2,8 +2,7 @@
 
     CASES = {"qwen3": Qwen3Config(**SIZES), ...}
 
-    @pytest.mark.parametrize("check", CHECKS)
-    @pytest.mark.parametrize("name", CASES)
+    @pytest.mark.parametrize(("name", "check"), every_check(CASES))
     def test_family(name, check):
         CHECKS[check](pair(CASES[name]))
 
@@ -14,15 +13,17 @@ Configurations are tiny: two or three layers, hidden size 32 to 64, a vocabulary
 import copy
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from stoker.adapters import fused_block, lora
 from stoker.adapters.fused_block import fuse_blocks
@@ -30,7 +31,9 @@ from stoker.arch import arithmetic, families
 from stoker.arch.shape import why_not_llama
 from stoker.arch.spec import ArchSpec
 from stoker.data.batch import Batch
+from stoker.errors import ModelError
 from stoker.export import adapter
+from stoker.export.merged import merge
 from stoker.models import native
 from stoker.models.folder import read_config
 from stoker.nn.decoder import Decoder
@@ -138,16 +141,39 @@ def check_gradients(pair: Pair) -> None:
 
 
 def check_loss(pair: Pair) -> None:
-    """The training task's loss is the cross-entropy of Transformers' logits over the trained targets."""
-    ids = pair.tokens(2, 24)
+    """The training task's loss is the cross-entropy of Transformers' logits over the trained targets: of whole rows, of
+    rows padded on the right, and of packed rows, whose documents Transformers computes one by one."""
+    for lengths, documents in ((((24,), (24,)), None), (((10,), (24,)), None), (_PACKED, _PACKED)):
+        batch = _batch(pair, lengths, documents)
+        ids, targets = batch.input_ids, batch.targets
+        task = SupervisedTask(pair.ours).eval()  # a mixture's balancing loss is for training alone
+        with torch.no_grad():
+            if documents is None:
+                mask = torch.arange(ids.shape[1]) < torch.tensor(lengths)
+                rows = pair.theirs(ids, attention_mask=mask.long(), use_cache=False).logits
+            else:
+                alone = [one[None] for row, sizes in zip(ids, documents, strict=True) for one in row.split(sizes)]
+                rows = torch.cat([pair.theirs(one, use_cache=False).logits for one in alone], 1)
+            expected = nn.functional.cross_entropy(rows.flatten(0, 1), targets.flatten(), reduction="sum")
+            found = task(batch).loss_sum
+        assert abs(found - expected) <= pair.tolerance * max(1.0, expected)
+
+
+_PACKED = ((5, 26, 9), (17, 1, 22))
+
+
+def _batch(pair: Pair, lengths: tuple[tuple[int, ...], ...], documents: tuple[tuple[int, ...], ...] | None) -> Batch:
+    """Rows of documents of `lengths`, padded to the longest; two of three positions are trained."""
+    longest = max(map(sum, lengths))
+    ids = pair.tokens(len(lengths), longest)
     targets = ids.roll(-1, 1)
     targets[:, ::3] = -100
-    with torch.no_grad():
-        logits = pair.theirs(ids, use_cache=False).logits
-    expected = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    task = SupervisedTask(pair.ours).eval()  # a mixture's balancing loss is for training alone
-    result = task(Batch(ids, targets, None, ids.numel(), int((targets != -100).sum())))
-    assert abs(result.loss_sum.item() - expected.item()) <= pair.tolerance * max(1.0, expected.item())
+    for row, sizes in enumerate(lengths):
+        targets[row, sum(sizes) - 1 :] = -100
+        targets[row, torch.tensor(sizes).cumsum(0) - 1] = -100
+        ids[row, sum(sizes) :] = FIRST_ID
+    trained = int((targets != -100).sum())
+    return Batch(ids, targets, documents, sum(map(sum, lengths)), trained, row_tokens=tuple(map(sum, lengths)))
 
 
 @torch.no_grad()
@@ -165,10 +191,9 @@ def check_padding(pair: Pair) -> None:
 @torch.no_grad()
 def check_packing(pair: Pair) -> None:
     """Packed documents are what each is alone."""
-    lengths = ((5, 26, 9), (17, 1, 22))
     ids = pair.tokens(2, 40)
-    packed = pair.ours.logits(pair.ours(ids, document_lengths=lengths))
-    for row, sizes in enumerate(lengths):
+    packed = pair.ours.logits(pair.ours(ids, document_lengths=_PACKED))
+    for row, sizes in enumerate(_PACKED):
         for document, found in zip(ids[row].split(sizes), packed[row].split(sizes), strict=True):
             assert_close(found, pair.theirs(document[None], use_cache=False).logits[0], pair.tolerance)
 
@@ -265,6 +290,19 @@ def check_lora(pair: Pair, targets: str | list[str] = "all-linear") -> None:
         assert_close(again.logits(again(ids)), expected, pair.tolerance)
 
 
+@torch.no_grad()
+def check_export(pair: Pair) -> None:
+    """An adapter merged into its base is a folder that Transformers loads, and that computes what the two do."""
+    folder, model = Path(tempfile.mkdtemp(prefix="parity-merged-")), pair.fresh()
+    lora.add_lora(model, rank=2, alpha=4)
+    _perturb(model)
+    adapter.save(model, folder / "adapter", base_name=str(pair.folder))
+    merge(pair.folder, folder / "adapter", folder / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "merged", attn_implementation="eager")
+    ids = pair.tokens(2, 16)
+    assert_close(model.logits(model(ids)), loaded(ids, use_cache=False).logits, pair.tolerance)
+
+
 def _perturb(model: nn.Module) -> None:
     """Gives every trained tensor other values, so that no adapter is zero."""
     generator = torch.Generator().manual_seed(2)
@@ -309,6 +347,54 @@ def check_bf16(pair: Pair) -> None:
     assert nn.functional.cosine_similarity(*gradients, dim=0) > 0.98
 
 
+def check_tied(pair: Pair) -> None:
+    """With a head of its own where it was the embedding, or the embedding for a head where it was not, all the same.
+
+    A family that cannot refuses by name.
+    """
+    config = copy.deepcopy(pair.theirs.config)
+    config.tie_word_embeddings = not pair.spec.tied_head
+    if pair.spec.head_bias:
+        with pytest.raises(ModelError, match="tie_word_embeddings"):
+            families.read(config.to_dict(), "config.json")
+        return
+    other = _pair(_Key(config), pair.tolerance)
+    head, embedding = other.theirs.get_output_embeddings(), other.theirs.get_input_embeddings()
+    assert other.spec.tied_head == (head.weight is embedding.weight)  # some classes tie nothing, whatever is asked for
+    for check in (check_logits, check_gradients, check_round_trip, check_counts):
+        check(other)
+
+
+# Linear layers of Transformers that "all-linear" leaves out: routers and a shared expert's gate, which decide and do
+# not compute, and Mamba's step sizes, whose weight is read past the layer.
+_LEFT_OUT = ("router", "router.layer", "mlp.gate", "shared_expert_gate", "dt_proj")
+
+
+def check_targets(pair: Pair) -> None:
+    """All linear layers of the layers get an adapter, experts' 3-D weights too, but routers and parts of a state space.
+
+    The latter stay fp32 in a model of half precision, and nothing but adapters is trained.
+    """
+    state_spaces = [name for name, module in pair.theirs.named_modules() if hasattr(module, "A_log")]
+    apart = {name for name in _linears(pair.theirs) if name.endswith(_LEFT_OUT)}
+    apart |= {f"{name}.out_proj" for name in state_spaces}  # PEFT refuses some; they have one when asked for by name
+    model = pair.fresh(dtype=torch.bfloat16)
+    kept = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    assert len([name for name in kept if name.endswith(("A_log", ".D", "dt_bias"))]) == 3 * len(state_spaces)
+    found = lora.add_lora(model, rank=2, alpha=4).names
+    assert set(found) == _linears(pair.theirs) - apart
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def _linears(model: nn.Module) -> set[str]:
+    """Names of the linear layers but the head, and of parameters that hold all experts."""
+    kinds, head = nn.Linear | Conv1D, model.get_output_embeddings()
+    names = {name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head}
+    return names | {name for name, tensor in model.named_parameters() if tensor.dim() == 3 and ".experts." in name}
+
+
 CHECKS: dict[str, Callable[[Pair], None]] = {
     "logits": check_logits,
     "gradients": check_gradients,
@@ -320,13 +406,29 @@ CHECKS: dict[str, Callable[[Pair], None]] = {
     "counts": check_counts,
     "layers": check_layers,
     "lora": check_lora,
+    "export": check_export,
     "nf4": check_nf4,
     "bf16": check_bf16,
+    "tied": check_tied,
+    "targets": check_targets,
 }
 
 
-def check_family(config: PretrainedConfig, *, tolerance: float = TOLERANCE) -> None:
-    """All checks, one after the other."""
-    made = pair(config, tolerance=tolerance)
-    for check in CHECKS.values():
-        check(made)
+def every_check(cases: Mapping[str, Any], checks: Iterable[str] = CHECKS) -> list[Any]:
+    """Parameters (name, check) of all `cases`: configurations, or stand-ins whose names begin with the model type."""
+    return [
+        pytest.param(name, check, marks=pytest.mark.proves(check, model_type=_model_type(name, case)))
+        for name, case in cases.items()
+        for check in checks
+    ]
+
+
+def proved(names: Iterable[str], *properties: str) -> list[Any]:
+    """Parameters `name` of a test that stands for `properties` of the model type that each begins with."""
+    return [
+        pytest.param(name, marks=pytest.mark.proves(*properties, model_type=name.partition(" ")[0])) for name in names
+    ]
+
+
+def _model_type(name: str, case: Any) -> str:
+    return case.model_type if isinstance(case, PretrainedConfig) else name.partition(" ")[0]

@@ -16,6 +16,7 @@ from stoker.export.merged import merge
 from stoker.generate.decode import generate
 from stoker.models.borrowed import load as borrowed
 from stoker.nn.frozen_linear import FrozenLinear
+from stoker.nn.linear import FusedLinear
 from stoker.tasks.supervised import SupervisedTask
 
 # fp32 and logits of about 1 to 10: norms, feed-forwards and attention take sums in another order.
@@ -48,6 +49,7 @@ def through_peft(model_type, folder, *, is_trainable=False):
         return PeftModel.from_pretrained(theirs(folder_of(model_type)), folder, is_trainable=is_trainable)
 
 
+@pytest.mark.proves("loss", "gradients", "lora")
 @every_model
 def test_a_training_step_has_the_loss_and_gradients_of_transformers_with_peft(model_type, tmp_path):
     model = adapted(model_type).train()
@@ -90,6 +92,7 @@ def test_a_training_step_has_the_loss_and_gradients_of_transformers_with_peft(mo
         torch.testing.assert_close(model.eval().logits(model(ids)), again(input_ids=ids).logits, **TOLERANCE)
 
 
+@pytest.mark.proves("packing")
 @every_model
 def test_packed_documents_do_not_see_one_another(model_type):
     model = ours(model_type)
@@ -102,6 +105,7 @@ def test_packed_documents_do_not_see_one_another(model_type):
         assert (packed - model(ids)).abs().max() > 1e-3
 
 
+@pytest.mark.proves("recompute")
 @every_model
 def test_layers_that_run_again_give_the_same_gradients(model_type):
     model = adapted(model_type).train()
@@ -123,6 +127,7 @@ def test_layers_that_run_again_give_the_same_gradients(model_type):
         torch.testing.assert_close(once, twice)
 
 
+@pytest.mark.proves("generation")
 @every_model
 def test_greedy_answers_are_those_of_transformers(model_type):
     model, prompt = ours(model_type), ids_of(1, 5)
@@ -132,6 +137,7 @@ def test_greedy_answers_are_those_of_transformers(model_type):
     assert list(generate(model, prompt[0].tolist(), max_new_tokens=12)) == expected.tolist()
 
 
+@pytest.mark.proves("export")
 @every_model
 def test_a_merged_adapter_is_a_model_that_transformers_loads(model_type, tmp_path):
     model = adapted(model_type)
@@ -143,6 +149,16 @@ def test_a_merged_adapter_is_a_model_that_transformers_loads(model_type, tmp_pat
         merged = theirs(tmp_path / "merged")(ids).logits
         torch.testing.assert_close(merged, model.logits(model(ids)), **TOLERANCE)
         assert (merged - theirs(folder_of(model_type))(ids).logits).abs().max() > 1e-2
+
+
+def test_linear_layers_that_share_a_weight_with_others_have_no_adapter():
+    model = ours("zamba2")
+    spec = borrowed.read(folder_of("zamba2"), why="it is a test", is_remote=False)
+    adapted_to = add_lora(model, rank=2, alpha=4).names
+    assert set(spec.linear_shapes()) == set(adapted_to)
+    assert {"model.layers.1.linear", "model.layers.3.mamba_decoder.mamba.in_proj"} <= set(adapted_to)
+    assert not any("shared_transformer" in name for name in adapted_to)
+    assert "44 linear layers (down_proj, gate_up_proj, k_proj, o_proj, q_proj, v_proj) are neither" in model.notices[0]
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "fp8"])
@@ -159,8 +175,7 @@ def test_a_quantised_base_computes_with_the_weights_that_it_holds(model_type, qu
         expected, made = plain(ids).logits, model.logits(model(ids))
     # fp8 rounds what layers read as well, to three bits.
     allowed = 0.15 if quantization == "fp8" else 1e-4
-    assert len(frozen) == sum(len(layer) for layer in [frozen])
-    assert frozen
+    assert len(frozen) == sum(isinstance(module, FusedLinear) for module in ours(model_type).modules())
     assert (made - expected).abs().max() <= allowed * expected.abs().max()
 
 

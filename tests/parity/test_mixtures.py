@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import CHECKS, assert_close, check_lora, pair
+from oracle import CHECKS, assert_close, check_lora, every_check, pair
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
@@ -93,8 +93,7 @@ _EXPERTS = ["o_proj", "experts.gate_up_proj", "experts.down_proj"]
 PEFT_TARGETS = dict.fromkeys(("qwen3_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3"), _EXPERTS)
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "check"), every_check(CASES))
 def test_family(name, check):
     made = pair(CASES[name], tolerance=TOLERANCE)
     if check == "lora":

@@ -1,13 +1,15 @@
 """What works for which model type: the table that `stoker models` and docs/models.md show. No torch.
 
-Native rows come from the registry of families; all that is recorded here is about the classes of Transformers that are
-tried out. Both are held to what tests find on tiny checkpoints (tests/parity/test_support.py), so that the table cannot
-claim what is not so.
+Rows are the registry's families and the classes of Transformers that are tried out. What works is in support.toml,
+which the tests' results on tiny checkpoints make (tests/parity/conftest.py): a cell that no test has found is "no".
 """
 
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
 
 from stoker.arch.families import FAMILIES, read
 from stoker.arch.shape import why_not_llama
@@ -23,20 +25,21 @@ class Support:
 
     `layers`: "kernel" if a layer of the type's default configuration can be one operation, else "op by op". `packing`:
     packed rows run "at once", or document "by document". `generation`: from a "cache", or each token from the "whole
-    text".
+    text". `held_to`: what it is tested for beside Transformers' class on tiny checkpoints, by the tests' names.
     """
 
     model_type: str
     path: Literal["native", "borrowed"]
     family: str
-    layers: Literal["kernel", "op by op"] = "op by op"
-    lora: bool = True
-    nf4: bool = True
-    fp8: bool = True
-    packing: Literal["at once", "by document"] = "at once"
-    recompute: bool = True
-    export: bool = True
-    generation: Literal["cache", "whole text"] = "cache"
+    layers: Literal["kernel", "op by op"]
+    lora: bool
+    nf4: bool
+    fp8: bool
+    packing: Literal["at once", "by document", "no"]
+    recompute: bool
+    export: bool
+    generation: Literal["cache", "whole text", "no"]
+    held_to: tuple[str, ...]
 
     def cells(self) -> list[str]:
         """Returns what works in words, in the order of COLUMNS."""
@@ -48,40 +51,69 @@ COLUMNS = ("layers", "lora", "nf4", "fp8", "packing", "recompute", "export", "ge
 """The fields of a row that say what works."""
 
 
-def _borrowed(model_type: str, family: str, **facts: str) -> Support:
-    return Support(model_type, "borrowed", family, **facts)  # type: ignore[arg-type]
-
-
-_TRIED = (
-    _borrowed("apertus", "Apertus"),
-    _borrowed("arcee", "Arcee"),
-    _borrowed("bitnet", "BitNet b1.58"),
-    _borrowed("bloom", "BLOOM", packing="by document"),
-    _borrowed("codegen", "CodeGen"),
-    _borrowed("ernie4_5", "ERNIE 4.5"),
-    _borrowed("gpt_bigcode", "GPT-BigCode, StarCoder"),
-    _borrowed("gpt_neo", "GPT-Neo", packing="by document"),
-    _borrowed("gptj", "GPT-J"),
-    _borrowed("helium", "Helium"),
-    _borrowed("mpt", "MPT", packing="by document"),
-    _borrowed("nemotron", "Nemotron"),
-    _borrowed("openai-gpt", "GPT", packing="by document", generation="whole text"),
-    _borrowed("opt", "OPT"),
-    _borrowed("persimmon", "Persimmon"),
-    _borrowed("recurrent_gemma", "RecurrentGemma", packing="by document", generation="whole text"),
-    _borrowed("rwkv", "RWKV 4", packing="by document"),
-    _borrowed("seed_oss", "Seed-OSS"),
-    _borrowed("vaultgemma", "VaultGemma"),
-    _borrowed("xglm", "XGLM", packing="by document"),
-)
+TRIED = {
+    "apertus": "Apertus",
+    "arcee": "Arcee",
+    "bitnet": "BitNet b1.58",
+    "bloom": "BLOOM",
+    "codegen": "CodeGen",
+    "ernie4_5": "ERNIE 4.5",
+    "gpt_bigcode": "GPT-BigCode, StarCoder",
+    "gpt_neo": "GPT-Neo",
+    "gptj": "GPT-J",
+    "helium": "Helium",
+    "hunyuan_v1_dense": "Hunyuan dense",
+    "mpt": "MPT",
+    "nemotron": "Nemotron",
+    "openai-gpt": "GPT",
+    "opt": "OPT",
+    "persimmon": "Persimmon",
+    "recurrent_gemma": "RecurrentGemma",
+    "rwkv": "RWKV 4",
+    "seed_oss": "Seed-OSS",
+    "vaultgemma": "VaultGemma",
+    "xglm": "XGLM",
+    "zamba2": "Zamba 2",
+}
+"""Model types of Transformers' classes that tests run, with the models' own name."""
 
 
 def rows() -> Iterator[Support]:
     """Yields the table: native model types in the registry's order, then the borrowed ones that were tried out."""
     for model_type, family in FAMILIES.items():
         name = getattr(family, "__name__", model_type).rpartition(".")[2]
-        yield Support(model_type, "native", name, _layers(model_type))
-    yield from (row for row in _TRIED if row.model_type not in FAMILIES)
+        yield _row(model_type, "native", name, _layers(model_type))
+    for model_type, name in TRIED.items():
+        if model_type not in FAMILIES:
+            yield _row(model_type, "borrowed", name, "op by op")
+
+
+def _row(
+    model_type: str, path: Literal["native", "borrowed"], family: str, layers: Literal["kernel", "op by op"]
+) -> Support:
+    found = results().get(model_type, {})
+    # Of a native model packed rows run at once and answers come from a cache, or it does not at all.
+    packing, generation = found.get("packing", "no"), found.get("generation", "no")
+    return Support(
+        model_type=model_type,
+        path=path,
+        family=family,
+        layers=layers,
+        lora="lora" in found,
+        nf4="nf4" in found,
+        fp8="fp8" in found,
+        packing="at once" if packing is True else packing,
+        recompute="recompute" in found,
+        export="export" in found,
+        generation="cache" if generation is True else generation,
+        held_to=tuple(found),
+    )
+
+
+@cache
+def results() -> Mapping[str, Mapping[str, Any]]:
+    """Returns what tests have found: model type to property to True, or to how it is there ("by document")."""
+    return tomllib.loads(resources.files("stoker.arch").joinpath("support.toml").read_text(encoding="utf-8"))
 
 
 def _layers(model_type: str) -> Literal["kernel", "op by op"]:

@@ -35,6 +35,7 @@ def command(
         facts, row = describe(model, revision=revision, trust_remote_code=trust_remote_code)
     if row is not None:
         facts += map(Fact, COLUMNS, row.cells())
+        facts.append(Fact("tested for", ", ".join(row.held_to)))
     for name, text in facts:
         typer.echo(f"{name:<12}{text}")
 

@@ -36,25 +36,25 @@ _ACTIVATIONS: dict[str, Activation] = {
 def read_decoder(
     reader: ConfigReader, layers: LayerSpec | Sequence[LayerSpec], *, family: str, final_norm: NormSpec, **fields: Any
 ) -> ArchSpec:
-    """The model of these layers; one stands for `num_hidden_layers` of it. `fields` are more of `ArchSpec`'s, or other.
+    """The model of these layers; one stands for `num_hidden_layers` of it. `fields` are more of `ArchSpec`'s.
 
-    Reads vocab_size, hidden_size, max_position_embeddings and tie_word_embeddings.
+    Reads vocab_size and hidden_size, and max_position_embeddings and tie_word_embeddings unless `fields` has
+    max_positions and tied_head.
     """
     if isinstance(layers, LayerSpec):
         layers = (layers,) * reader.size("num_hidden_layers")
-    usual: dict[str, Any] = {
-        "vocab_size": reader.size("vocab_size"),
-        "hidden_size": reader.size("hidden_size"),
-        "tied_head": reader.flag("tie_word_embeddings"),
-    }
     if "max_positions" not in fields:
-        usual["max_positions"] = reader.size("max_position_embeddings")
+        fields["max_positions"] = reader.size("max_position_embeddings")
+    if "tied_head" not in fields:
+        fields["tied_head"] = reader.flag("tie_word_embeddings")
     return ArchSpec(
         family=family,
         model_type=reader.config["model_type"],
+        vocab_size=reader.size("vocab_size"),
+        hidden_size=reader.size("hidden_size"),
         layers=tuple(layers),
         final_norm=final_norm,
-        **(usual | fields),
+        **fields,
     )
 
 

@@ -4,30 +4,27 @@ A key that is absent has the default that Transformers gives it for that model t
 compute is refused. Checked against transformers 5.24: `configuration_*.py` and `modeling_*.py` of the two.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from stoker.arch.families import latent
 from stoker.arch.families.common import read_decoder, refuse_dropout
 from stoker.arch.families.mixtures import read_auxiliary_loss
-from stoker.arch.families.names import SEPARATE, ExpertNames, Held, Names, entries
+from stoker.arch.families.names import ExpertNames, Held, Names, entries
 from stoker.arch.families.reader import ConfigReader
-from stoker.arch.families.rope import read_rope
 from stoker.arch.spec import (
     ArchSpec,
     ExpertsSpec,
     GatedSpec,
-    LatentAttentionSpec,
     LayerSpec,
     NormSpec,
     RouterSpec,
     WeightEntry,
 )
 
-# Transformers builds the latent vectors' norms with its own default, whatever rms_norm_eps says.
-_LATENT_NORM = NormSpec(epsilon=1e-6)
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {
+        **latent.DEFAULTS,
         "vocab_size": 32000,
         "hidden_size": 4096,
         "intermediate_size": 11008,
@@ -36,7 +33,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "num_attention_heads": 32,
         "max_position_embeddings": 2048,
-        "q_lora_rank": 1536,
         "n_routed_experts": 64,
         "n_shared_experts": 2,
         "first_k_dense_replace": 0,
@@ -44,6 +40,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "topk_method": "greedy",
     },
     "deepseek_v3": {
+        **latent.DEFAULTS,
         "vocab_size": 129280,
         "hidden_size": 7168,
         "intermediate_size": 18432,
@@ -52,7 +49,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "num_attention_heads": 128,
         "max_position_embeddings": 4096,
-        "q_lora_rank": 1536,
         "n_routed_experts": 256,
         "n_shared_experts": 1,
         "num_experts_per_tok": 8,
@@ -61,12 +57,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "n_group": 8,
         "topk_group": 4,
     },
-}
-_ATTENTION: Mapping[str, Held] = {
-    "attention.q_norm": "self_attn.q_a_layernorm",
-    "attention.query_up": "self_attn.q_b_proj",
-    "attention.kv_norm": "self_attn.kv_a_layernorm",
-    "attention.up": "self_attn.kv_b_proj",
 }
 _EXPERTS: Mapping[str, Held] = {
     "feed_forward.router": "mlp.gate",
@@ -88,7 +78,9 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     reader.require("hidden_act", "silu", fix="Only SwiGLU feed-forwards (silu) are native.")
     reader.require("mlp_bias", False, fix="DeepSeek's feed-forwards have no biases.")
     norm = NormSpec(epsilon=reader.positive("rms_norm_eps", 1e-6))
-    attention, dense = _attention(reader, model_type), GatedSpec(reader.size("intermediate_size"))
+    interleaved = model_type == "deepseek_v2" or reader.flag("rope_interleave", True)
+    attention = latent.read_attention(reader, interleaved=interleaved)
+    dense = GatedSpec(reader.size("intermediate_size"))
     experts = _experts(reader, model_type)
     num_dense = reader.get("first_k_dense_replace")
     if not isinstance(num_dense, int) or num_dense < 0:
@@ -100,47 +92,7 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
 
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
     """Every parameter of a `Decoder` built from `spec`, with the Hugging Face tensors it holds."""
-    mixer = spec.layers[0].mixer
-    straight = isinstance(mixer, LatentAttentionSpec) and mixer.query_rank is None
-    down = ("self_attn.q_proj" if straight else "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
-    return entries(spec, Names({**SEPARATE, **_ATTENTION, **_EXPERTS, "attention.down": down}))
-
-
-def _attention(reader: ConfigReader, model_type: str) -> LatentAttentionSpec:
-    turned, nope = reader.size("qk_rope_head_dim", 64), reader.size("qk_nope_head_dim", 128)
-    value, num_heads = reader.size("v_head_dim", 128), reader.size("num_attention_heads")
-    if value > turned + nope:
-        raise reader.error(f"v_head_dim = {value} is above qk_nope_head_dim + qk_rope_head_dim = {turned + nope}.")
-    query_rank, has_bias = reader.optional_size("q_lora_rank"), reader.flag("attention_bias", False)
-    if has_bias and query_rank is None:
-        raise reader.error("attention_bias = true without q_lora_rank is not native.")
-    rope = read_rope(
-        reader,
-        head_dim=turned,
-        max_positions=reader.size("max_position_embeddings"),
-        interleaved=model_type == "deepseek_v2" or reader.flag("rope_interleave", True),
-    )
-    return LatentAttentionSpec(
-        num_heads=num_heads,
-        query_rank=query_rank,
-        latent_rank=reader.size("kv_lora_rank", 512),
-        nope_dim=nope,
-        value_dim=value,
-        rope=rope,
-        norm=_LATENT_NORM,
-        scale=_scale(reader, turned + nope),
-        bias=has_bias,
-    )
-
-
-def _scale(reader: ConfigReader, head_dim: int) -> float:
-    """Of the scores: YaRN's scaling of all dimensions goes here twice, for queries and for keys."""
-    rope = reader.get("rope_scaling") or reader.get("rope_parameters") or {}
-    all_dims = rope.get("mscale_all_dim") or 0.0
-    is_scaled = rope.get("rope_type", rope.get("type", "default")) != "default" and all_dims
-    factor = float(rope.get("factor") or 1.0)
-    scale = 0.1 * all_dims * math.log(factor) + 1.0 if is_scaled and factor > 1.0 else 1.0
-    return head_dim**-0.5 * scale * scale
+    return entries(spec, Names({**latent.names(spec), **_EXPERTS}))
 
 
 def _experts(reader: ConfigReader, model_type: str) -> ExpertsSpec:

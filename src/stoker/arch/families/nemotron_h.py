@@ -40,7 +40,6 @@ _DEFAULTS = {
     "head_dim": 128,
     "max_position_embeddings": 4096,
     "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": False,
     "mlp_bias": False,
 }
 # The names that older files have for the same settings.
@@ -63,7 +62,9 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
         FULL: LayerSpec(mixer=read_attention(reader, rope=None), feed_forward=None, norm=norm),
         "mlp": LayerSpec(mixer=None, feed_forward=plain, norm=norm),
     }
-    return read_decoder(reader, [parts[kind] for kind in _kinds(reader)], family="nemotron_h", final_norm=norm)
+    layers = [parts[kind] for kind in _kinds(reader)]
+    # Transformers' class has a head of its own, whatever tie_word_embeddings says.
+    return read_decoder(reader, layers, family="nemotron_h", final_norm=norm, tied_head=False)
 
 
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
