@@ -10,6 +10,17 @@ from filelock import FileLock
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+_FOLDER = Path(__file__).parent
+_SECONDS = 1800.0
+
+
+def pytest_collection_modifyitems(items):
+    """Gives these tests more time than others: their processes share a few cores, and the first pays for a fixture."""
+    for item in items:
+        if item.path.parent == _FOLDER and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(_SECONDS))
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory, worker_id):
     """What two processes found of sharding and checkpoints (`sharding_jobs`), begun once for all workers of pytest."""

@@ -15,10 +15,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from stoker import builtin
 
-pytestmark = [
-    pytest.mark.skipif(os.environ.get("STOKER_TEST_ALL") != "1", reason="make test-distributed runs it"),
-    pytest.mark.timeout(600),
-]
+pytestmark = pytest.mark.skipif(os.environ.get("STOKER_TEST_ALL") != "1", reason="make test-distributed runs it")
 
 ZERO3 = ("--set", "engine.strategy=deepspeed", "--set", "engine.deepspeed.stage=3")
 WAYS = {"fsdp2": ("--set", "engine.strategy=fsdp2"), "zero3": ZERO3}
@@ -57,7 +54,7 @@ def folder(tmp_path_factory):
 
 def train(folder, name, *options):
     command = [sys.executable, "-m", "stoker.cli.main", "train", f"{name}.yaml", "--overwrite", *map(str, options)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -49,7 +49,6 @@ EVERY = tuple(jobs.CASES)
 SOME = ("full", "tied", "nf4", "mixture", "opt")  # DeepSpeed's engines take longest to start
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(not ALL, reason="make test-distributed runs it")
 @pytest.mark.parametrize(
     ("places", "names"),

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed; `make env` does it"
     ),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
 ]
 
 ALL = os.environ.get("STOKER_TEST_ALL") == "1"
@@ -251,7 +251,7 @@ def stoker(tmp_path):
     def train(*options, code=0, **environment):
         command = [sys.executable, "-m", "stoker.cli.main", "train", "run.yaml", *map(str, options)]
         kept = {"capture_output": True, "text": True, "env": os.environ | environment}
-        done = subprocess.run(command, cwd=tmp_path, timeout=250, check=False, **kept)
+        done = subprocess.run(command, cwd=tmp_path, timeout=600, check=False, **kept)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 

@@ -107,7 +107,7 @@ def unbroken(tmp_path_factory):
 
 
 def ended(process, code):
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == code, output
     return output
 
