@@ -36,10 +36,10 @@ from stoker.train.guard import MemoryGuard
 from stoker.train.step import take_step
 
 STEPS = 20
-_SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **_TOKENS}
-_ATTENTION = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+ATTENTION = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class Case:
 
 
 def _llama(**more):
-    return LlamaConfig(**{**_SIZES, **_ATTENTION, **more})
+    return LlamaConfig(**{**SIZES, **ATTENTION, **more})
 
 
 def _mixture(**more):
-    return MixtralConfig(**{**_SIZES, **_ATTENTION, "num_local_experts": 4, "output_router_logits": True, **more})
+    return MixtralConfig(**{**SIZES, **ATTENTION, "num_local_experts": 4, "output_router_logits": True, **more})
 
 
 _LORA = {"rank": 4, "alpha": 8}
@@ -82,11 +82,11 @@ CASES = {
     "nf4": Case(_llama(), _LORA, "nf4", recompute=True),
     "int8": Case(_llama(), _LORA, "int8", fused=True),
     "mixture": Case(_mixture(), recompute=True),
-    "mamba": Case(MambaConfig(**_SIZES, state_size=8, intermediate_size=64)),
+    "mamba": Case(MambaConfig(**SIZES, state_size=8, intermediate_size=64)),
     # Its table of words is tied to the head, and narrower than the layers.
     "opt": Case(
         OPTConfig(
-            **_SIZES,
+            **SIZES,
             ffn_dim=48,
             num_attention_heads=4,
             max_position_embeddings=32,

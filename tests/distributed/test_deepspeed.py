@@ -14,11 +14,12 @@ import pytest
 import sharding_jobs
 import torch
 import yaml
+from transformers import LlamaConfig
 
 from stoker.adapters.lora import Awaited
 from stoker.compose import parallel
 from stoker.config.deepspeed import OPTIMIZERS
-from stoker.distributed.deepspeed import Zero, require_disk
+from stoker.distributed.deepspeed import Zero, package, require_disk
 from stoker.errors import PlanError
 from stoker.models import native
 from stoker.models.streamed import StreamedDecoder
@@ -279,16 +280,38 @@ def test_without_libaio_a_run_with_nvme_is_refused_before_its_data_is_prepared(s
     assert not (tmp_path / "run").exists()
 
 
+# DeepSpeed leaves parts of less than a MiB in memory.
+WIDE = jobs.Case(LlamaConfig(**jobs.SIZES | {"hidden_size": 256}, **jobs.ATTENTION))
+
+
+def on_disk(ranks, folder):
+    """Losses with the optimiser's state, and with weights too, on a disk, each with the bytes that lie there then."""
+    found = {}
+    for parts in (("offload_optimizer",), ("offload_optimizer", "offload_param")):
+        place = folder / "+".join(parts)
+        model = jobs.build(WIDE)
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        zero |= {part: {"device": "nvme", "nvme_path": str(place)} for part in parts}
+        settings = {"zero_optimization": zero}
+        strategy = Zero(ranks, "cpu", settings=settings, model=model, layers=list(model.blocks))
+        losses = jobs.train("full", "zero3", model=model, strategy=strategy, steps=4)["losses"]
+        ranks.sum([0.0])
+        found[parts] = losses, sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    return found
+
+
 @slow
-def test_states_that_wait_on_nvme_give_the_losses_of_one_device(stoker, tmp_path):
-    deepspeed = pytest.importorskip("deepspeed")
-    if not deepspeed.ops.__compatible_ops__["async_io"]:
+def test_states_that_wait_on_nvme_give_the_losses_of_one_device(tmp_path):
+    package("cpu", None)
+    if not importlib.import_module("deepspeed").ops.__compatible_ops__["async_io"]:
         pytest.skip("libaio's headers are not installed, without which DeepSpeed reads no NVMe")
-    (tmp_path / "disk").mkdir()
-    stoker("--set", "output.folder=alone")
-    stoker("--gpus", 2, *NVME)
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), abs=2e-5)
-    assert any(path.is_file() for path in (tmp_path / "disk").rglob("*"))
+    expected = jobs.train("full", "single", model=jobs.build(WIDE), steps=4)["losses"]
+    for parts in ("offload_optimizer", "offload_optimizer+offload_param"):
+        (tmp_path / parts).mkdir()
+    count = sum(parameter.numel() for parameter in jobs.build(WIDE).parameters())
+    for losses, num_bytes in jobs.on_ranks(2, tmp_path, on_disk, tmp_path).values():
+        assert losses == pytest.approx(expected, abs=5e-6)
+        assert num_bytes >= 12 * count  # of both ranks: weights and two averages
 
 
 @slow

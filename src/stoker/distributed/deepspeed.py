@@ -132,16 +132,19 @@ class Zero(SingleDevice):
     def gathered(self, *, trained_only: bool) -> Generator[None]:
         """Within it the first rank's module holds whole parameters, in stage 3 on the host."""
         held: list[tuple[nn.Module, str, nn.Parameter]] = []
+        whole: dict[int, nn.Parameter] = {}  # one that several modules share is gathered once, and stays one
         try:
             if self._stage == 3:
                 for module in self._task.modules():
                     for name, parameter in list(module._parameters.items()):
                         if parameter is None or (trained_only and not parameter.requires_grad):
                             continue
-                        whole = self._kept(self._parts.whole(parameter))
+                        if id(parameter) not in whole:
+                            kept = self._kept(self._parts.whole(parameter))
+                            whole[id(parameter)] = nn.Parameter(kept, requires_grad=False)
                         if self.rank == 0:
                             held.append((module, name, parameter))
-                            module._parameters[name] = nn.Parameter(whole, requires_grad=False)
+                            module._parameters[name] = whole[id(parameter)]
             yield
         finally:
             for module, name, parameter in held:

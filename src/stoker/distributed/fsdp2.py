@@ -181,15 +181,17 @@ class Sharded(SingleDevice):
             if isinstance(module, FSDPModule):
                 module.reshard()
         held: list[tuple[nn.Module, str, nn.Parameter]] = []
+        whole: dict[int, nn.Parameter] = {}  # one that several modules share is gathered once, and stays one
         try:
             for module in self._model.modules():
                 for name, parameter in list(module._parameters.items()):
                     if not isinstance(parameter, DTensor) or (trained_only and not parameter.requires_grad):
                         continue
-                    whole = self._kept(parameter.detach())
+                    if id(parameter) not in whole:
+                        whole[id(parameter)] = nn.Parameter(self._kept(parameter.detach()), requires_grad=False)
                     if self.rank == 0:
                         held.append((module, name, cast("nn.Parameter", parameter)))
-                        module._parameters[name] = nn.Parameter(whole, requires_grad=False)
+                        module._parameters[name] = whole[id(parameter)]
             yield
         finally:
             for module, name, parameter in held:
