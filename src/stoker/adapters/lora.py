@@ -45,10 +45,13 @@ class LoraPart:
 
 @dataclass(frozen=True)
 class Awaited:
-    """Of a model whose weights come later: the device that they will be on, and what reads a linear layer's weight."""
+    """Of a model whose weights come later: the device that they will be on, and what reads a linear layer's weight.
+
+    Without `weight_of`, the adapters' own values come from a file: DoRA's magnitudes follow from no weight then.
+    """
 
     device: torch.device | str
-    weight_of: Callable[[FusedLinear], Tensor]
+    weight_of: Callable[[FusedLinear], Tensor] | None = None
 
 
 class LoraLinear(nn.Module):
@@ -83,8 +86,10 @@ class LoraLinear(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(num_rows, settings.rank, device=device))
         self._kept_norms: tuple[tuple[int, ...], Tensor] | None = None
         self.magnitude = None
-        if settings.dora:
-            weight = base.weight if awaited is None else awaited.weight_of(base)
+        if settings.dora and awaited is not None and awaited.weight_of is None:
+            self.magnitude = nn.Parameter(torch.zeros(num_rows, device=device))
+        elif settings.dora:
+            weight = base.weight if awaited is None or awaited.weight_of is None else awaited.weight_of(base)
             self.magnitude = nn.Parameter(self._norms_of(weight))
 
     @property

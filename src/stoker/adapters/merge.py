@@ -1,10 +1,11 @@
 """Adapters folded into the weights they adapt."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stoker.adapters.experts import LoraExperts
 from stoker.adapters.lora import LoraLinear, replace
+from stoker.kernels.lora import row_norms
 from stoker.nn.frozen_linear import FrozenLinear
 from stoker.nn.moe import FrozenExpertLinear
 
@@ -36,7 +37,35 @@ def _merge_experts(layer: LoraExperts) -> None:
 
 
 def _merge(layer: LoraLinear) -> None:
-    weight, scale = layer.base.weight, None if layer.magnitude is None else layer.dora_scale()
+    weight = layer.base.weight
     for part in layer.adapters():
-        merged = torch.addmm(weight[part.rows].float(), part.b.float(), part.a.float(), alpha=layer.settings.scaling)
-        weight[part.rows] = merged if scale is None else merged * scale[part.rows, None]
+        weight[part.rows] = merged(
+            weight[part.rows], part.a, part.b, scaling=layer.settings.scaling, magnitude=part.magnitude
+        )
+
+
+@torch.no_grad()
+def merged(weight: Tensor, a: Tensor, b: Tensor, *, scaling: float, magnitude: Tensor | None = None) -> Tensor:
+    """Returns W + s B A `[out, in]` in fp32 or, with DoRA's `magnitude` `[out]`, its rows made as long as that says.
+
+    Rows are independent of one another: any of them with theirs of `b` and `magnitude` give theirs of the result.
+    """
+    total = torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling)
+    if magnitude is None:
+        return total
+    return total * (magnitude.float() / torch.linalg.vector_norm(total, dim=1))[:, None]
+
+
+@torch.no_grad()
+def adapted_output(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *, scaling: float, magnitude: Tensor | None = None
+) -> Tensor:
+    """Returns what a layer with its adapter makes of `x` `[N, in]`, as training computes it, without W + s B A: fp32.
+
+    What `x @ merged(...).T` is held against.
+    """
+    a, b = a.float(), b.float()
+    output = x @ weight.float().T + scaling * ((x @ a.T) @ b.T)
+    if magnitude is None:
+        return output
+    return output * (magnitude.float() / row_norms(weight, a, b, scaling=scaling, slices=[slice(0, b.shape[0])]))

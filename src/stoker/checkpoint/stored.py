@@ -33,6 +33,13 @@ class StoredTensors(Mapping[str, Tensor]):
         """Returns the shape of the whole tensor."""
         return self._shapes[name]
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns the dtype of a tensor."""
+        with safe_open(self._boxes[name][0][0], framework="pt") as file:
+            part = file.get_slice(name)
+            # Of no rows: the library names dtypes by its own short names.
+            return (part[:0] if part.get_shape() else file.get_tensor(name)).dtype
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Returns rows `start` to `stop - 1` of a tensor that has rows."""
         found: Tensor | None = None

@@ -7,7 +7,7 @@ host memory is one tensor, and the file is hashed as it is written. Reading is t
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,10 +38,15 @@ def write(
     file: DurableFile,
     tensors: Mapping[str, Tensor],
     parts: Mapping[str, tuple[Sequence[int], Sequence[int]]] | None = None,
+    *,
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Writes `tensors` to `file`, moving one at a time to host memory; `parts` says which are in parts (`PARTS`).
 
+    With `read`, `tensors` have shapes and dtypes alone, as those on the meta device: it gives the values by name.
+
     Raises:
+        ValueError: `read` gives values of another shape or dtype.
         OSError: the disk is full, or the file cannot be written for another reason.
     """
     # Widest elements first, so that every tensor starts at a multiple of its element's size.
@@ -53,9 +58,13 @@ def write(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
-    for _, tensor in ordered:
-        if tensor.numel():
-            file.write(_bytes(tensor))
+    for name, tensor in ordered:
+        values = read(name) if read else tensor
+        if values.shape != tensor.shape or values.dtype != tensor.dtype:
+            raise ValueError(f"{name} is {values.dtype} {list(values.shape)}, not {tensor.dtype} {list(tensor.shape)}")
+        if values.numel():
+            file.write(_bytes(values))
+        del values  # before the next one is read
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -20,6 +20,7 @@ from stoker.cli import (
     convert,
     doctor,
     evaluate,
+    export,
     generate,
     init,
     inspect,
@@ -71,6 +72,7 @@ app.command("eval")(evaluate.command)
 app.command("chat")(chat.command)
 app.command("generate")(generate.command)
 app.command("merge")(merge.command)
+app.command("export")(export.command)
 app.command("models")(models.command)
 app.command("bench")(bench.command)
 app.command("doctor")(doctor.command)

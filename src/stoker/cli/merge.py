@@ -1,25 +1,37 @@
 """`stoker merge`: fold an adapter into its base."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from stoker.cli.options import Base, Trained, TrustRemoteCode
+from stoker.cli.options import Base, Dtype, MaxShardSize, NewFolder, TrustRemoteCode
+
+Adapter = Annotated[
+    str,
+    typer.Argument(
+        metavar="ADAPTER", help="A run's folder, an adapter's folder, or a checkpoint (RUN/checkpoints/step-...)."
+    ),
+]
 
 
 def command(
-    adapter: Trained,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must be new or empty.")],
+    adapter: Adapter,
+    output: NewFolder,
     base: Base = None,
-    dtype: Annotated[str, typer.Option(help="auto (the base's own), fp32, bf16 or fp16.")] = "auto",
+    dtype: Dtype = "auto",
+    max_shard_size: MaxShardSize = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a folder that Transformers loads, after checking its logits against adapter and base.
+
+    A model is merged one tensor at a time, so that any fits into memory. Of a checkpoint that holds a whole model,
+    writes that.
 
     Example: stoker merge runs/quickstart -o merged
     """
     from stoker.compose.merge import merge
 
-    report = merge(adapter, output, base=base, dtype=dtype, trust_remote_code=trust_remote_code)
+    report = merge(
+        adapter, output, base=base, dtype=dtype, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code
+    )
     typer.echo(report)

@@ -21,6 +21,11 @@ Trained = Annotated[
 Base = Annotated[
     str | None, typer.Option("--base", help="The base of an adapter, if it is not where the adapter says.")
 ]
+NewFolder = Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must be new or empty.")]
+Dtype = Annotated[str, typer.Option(help="auto (each weight's own), fp32, bf16 or fp16.")]
+MaxShardSize = Annotated[
+    str | None, typer.Option("--max-shard-size", metavar="SIZE", help="Of one file of weights; 5GiB if not said.")
+]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to write at most.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
 TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Keep the likeliest tokens up to this share.")]

@@ -13,16 +13,15 @@ from stoker.compose.run_folder import RunFolder
 from stoker.compose.vocabulary import Tokens
 from stoker.config.load import load
 from stoker.config.schema import RunConfig
-from stoker.errors import ModelError, OutputError
+from stoker.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from stoker.export.streamed import Progress
     from stoker.nn.decoder import Decoder
-    from stoker.nn.linear import FusedLinear
 
 _TASK = "model."  # checkpoints name parameters as the task that is trained does
-_SHARD_BYTES = 512 * 2**20
 
 
 def is_checkpoint(name: str) -> bool:
@@ -38,111 +37,119 @@ def adapter(name: str) -> Iterator[Path | None]:
     Raises:
         CheckpointError: it is not whole. ModelError: it is of a model that runs through Transformers.
     """
-    from stoker.compose.trainer import add_adapter
-
-    path, config = Path(name).expanduser(), _config(name)
-    if config.adapter is None:
+    if not has_adapter(name):
         yield None
         return
-    from stoker.adapters.lora import Awaited
-    from stoker.export import adapter as folders
-
-    base, tokenizer = _open(config)
-    weights, decoder = _weights(path), _on_meta(base)
-    chosen = config.adapter.model_copy(update={"start_from": None})
-    add_adapter(decoder, chosen, seed=0, awaited=Awaited("cpu", _no_weight))
-    _fill(decoder, weights)
     with TemporaryDirectory() as aside:
         # Beside a copy of the run's configuration, which says how the adapter was trained.
-        folder = Path(aside) / "adapter"
-        shutil.copyfile(RunFolder(path.parent.parent).config, Path(aside) / "config.yaml")
-        name_of_base = str(base.folder.resolve()) if Path(base.name).expanduser().is_dir() else base.name
-        folders.save(decoder, folder, base_name=name_of_base, revision=base.revision)
-        tokenizer.save_pretrained(str(folder))
-        yield folder
+        shutil.copyfile(RunFolder(Path(name).expanduser().parent.parent).config, Path(aside) / "config.yaml")
+        _save_adapter(name, Path(aside) / "adapter")
+        yield Path(aside) / "adapter"
 
 
-def write_model(name: str, output: Path, *, dtype: str | None = None) -> str:
+def has_adapter(name: str) -> bool:
+    """Whether the checkpoint `name` is of a run that trains an adapter."""
+    return _config(name).adapter is not None
+
+
+def write_adapter(name: str, output: Path) -> str:
+    """Writes the adapter of the checkpoint `name` and its tokenizer to `output`; says what was done.
+
+    Raises:
+        CheckpointError: it is not whole. OutputError: `output` holds something, or cannot be written. ModelError: it is
+            of a model that runs through Transformers.
+    """
+    from stoker.export.new_folder import new_folder
+
+    path = Path(name).expanduser()
+    num_bytes = sum(file.stat().st_size for file in path.glob("weights*.safetensors"))
+    with new_folder(output, needed_bytes=num_bytes) as aside:
+        _save_adapter(name, aside)
+    return f"wrote the adapter of {path} to {output}"
+
+
+def _save_adapter(name: str, folder: Path) -> None:
+    from stoker.adapters.lora import Awaited
+    from stoker.compose.trainer import add_adapter
+    from stoker.export import adapter as folders
+
+    config = _config(name)
+    assert config.adapter is not None
+    _, base, tokenizer = _open(config)
+    weights, decoder = _weights(Path(name).expanduser()), _on_meta(base)
+    chosen = config.adapter.model_copy(update={"start_from": None})
+    add_adapter(decoder, chosen, seed=0, awaited=Awaited("cpu"))
+    _fill(decoder, weights)
+    name_of_base = str(base.folder.resolve()) if Path(base.name).expanduser().is_dir() else base.name
+    folders.save(decoder, folder, base_name=name_of_base, revision=base.revision)
+    tokenizer.save_pretrained(str(folder))
+
+
+def write_model(
+    name: str,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    progress: "Progress | None" = None,
+) -> str:
     """Writes the model of the checkpoint `name`, of a run that trains every weight, to `output`; says what was done.
 
-    `dtype` names torch's type of the written weights; None: that in which they are trained. Memory holds half a GiB of
-    them at a time, or the largest tensor.
+    `dtype` names torch's type of the written weights; None: that in which they are trained. Memory holds one tensor.
 
     Raises:
         CheckpointError: it is not whole. OutputError: `output` holds something, or cannot be written.
     """
     import torch
 
-    from stoker.models import writer
-    from stoker.models.folder import weight_files
-    from stoker.models.native import hf_tensors
-    from stoker.models.reader import Reader
+    from stoker.export.new_folder import refuse_occupied
+    from stoker.export.streamed import no_progress, written
+    from stoker.export.trained_tensors import TrainedTensors
+    from stoker.models.writer import DEFAULT_SHARD_BYTES
 
-    if output.exists() and any(output.iterdir()):
-        raise OutputError("it exists and is not an empty folder.", where=str(output), fix="Name a new folder.")
+    refuse_occupied(output)
     path, config = Path(name).expanduser(), _config(name)
-    base, tokenizer = _open(config)
-    weights, decoder = _weights(path), _on_meta(base)
-    assert isinstance(base.spec, ArchSpec)
-    for ours, parameter in decoder.named_parameters():
-        held = _TASK + ours
-        kept = weights.rows(held, 0, 0).dtype if held in weights and parameter.dim() else parameter.dtype
-        parameter.data = parameter.data.to(getattr(torch, dtype) if dtype else kept)
+    original, base, tokenizer = _open(config)
+    assert isinstance(base.spec, ArchSpec) and isinstance(original.spec, ArchSpec)
+    weights = _weights(path)
+    kept_config = {key: value for key, value in base.config.items() if key != "quantization_config"}
     with ExitStack() as stack:
-        reader = Reader(weight_files(base.folder), stack)
-        source = _Source(decoder, base.spec, weights, reader)
-        tensors = hf_tensors(decoder, base.spec)
-        kept_config = {key: value for key, value in base.config.items() if key != "quantization_config"}
-        writer.write(tensors, output, config=kept_config, max_shard_bytes=_SHARD_BYTES, read=source.read)
-    tokenizer.save_pretrained(str(output))
-    return f"wrote the model of {path} to {output}"
-
-
-class _Source:
-    """The values of Hugging Face's tensors by name: trained ones from a checkpoint, others from the base's files."""
-
-    def __init__(self, decoder: "Decoder", spec: ArchSpec, weights: "Mapping[str, Tensor]", reader: Any) -> None:
-        from stoker.arch.families import weight_map
-
-        self._decoder, self._weights, self._reader = decoder, weights, reader
-        self._entries = {name: entry for entry in weight_map(spec) for name in entry.stored or entry.theirs}
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
-
-    def read(self, name: str) -> "Tensor":
-        from stoker.models.native import entry_tensors
-
-        entry = self._entries[name]
-        if _TASK + entry.ours not in self._weights:  # train.only left it as it was
-            self._reader.let_go()
-            return self._reader.tensor(name)
-        if self._last[0] != entry.ours:  # the parts of one weight come one after the other
-            whole = self._weights[_TASK + entry.ours]
-            self._last = entry.ours, dict(entry_tensors(self._decoder, entry, whole))
-        return self._last[1][name]
+        tensors = TrainedTensors(
+            weights,
+            base.spec,
+            base=base.folder,
+            base_spec=original.spec,
+            stack=stack,
+            dtype=getattr(torch, dtype) if dtype else None,
+        )
+        options = {"max_shard_bytes": max_shard_bytes or DEFAULT_SHARD_BYTES, "progress": progress or no_progress}
+        with written(tensors, output, config=kept_config, **options) as aside:
+            tokenizer.save_pretrained(str(aside))
+    return f"wrote the model of {path} to {output}\nverified: the files, read again, hold what was written"
 
 
 def _config(name: str) -> RunConfig:
     return load(RunFolder(Path(name).expanduser().parent.parent).config)
 
 
-def _open(config: RunConfig) -> tuple[Base, Any]:
+def _open(config: RunConfig) -> tuple[Base, Base, Any]:
+    """The base as its folder has it, the same with the tokens that the run added, and its tokenizer."""
     chosen = config.model
-    base = open_base(
+    original = open_base(
         chosen.base,
         revision=chosen.revision,
         trust_remote_code=chosen.trust_remote_code,
         overrides=chosen.overrides,
     )
-    if not isinstance(base.spec, ArchSpec):
+    if not isinstance(original.spec, ArchSpec):
         raise ModelError(
-            f"checkpoints of models that run through Transformers ({base.spec.class_name}) are not read here.",
+            f"checkpoints of models that run through Transformers ({original.spec.class_name}) are not read here.",
             fix="Finish the run with stoker train RUN.YAML --resume: its adapter or model is written at the end.",
         )
     tokens = Tokens.of(chosen, may_grow=config.adapter is None)
-    tokenizer = load_tokenizer(base, override=chosen.tokenizer, chat_template=chosen.chat_template, tokens=tokens)
-    if chosen.new_tokens or chosen.special_tokens.model_fields_set:
-        base = base.with_tokens(tokenizer)
-    return base, tokenizer
+    tokenizer = load_tokenizer(original, override=chosen.tokenizer, chat_template=chosen.chat_template, tokens=tokens)
+    grows = bool(chosen.new_tokens or chosen.special_tokens.model_fields_set)
+    return original, original.with_tokens(tokenizer) if grows else original, tokenizer
 
 
 def _weights(path: Path) -> Any:
@@ -158,13 +165,6 @@ def _on_meta(base: Base) -> "Decoder":
 
     assert isinstance(base.spec, ArchSpec)
     return on_meta(base.spec, dtype=torch.float32, kernels="reference")
-
-
-def _no_weight(layer: "FusedLinear") -> "Tensor":
-    """In place of a base's weight, of which only DoRA's first magnitudes would follow: the checkpoint has the last."""
-    import torch
-
-    return torch.zeros(1).expand(sum(layer.out_features), layer.in_features)
 
 
 def _fill(decoder: "Decoder", weights: "Mapping[str, Tensor]") -> None:

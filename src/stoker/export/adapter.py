@@ -8,17 +8,19 @@ experts belong to Transformers' 3-D parameters (`expert_adapters`).
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from stoker.adapters.experts import LoraExperts, expert_layers, lora_experts
 from stoker.adapters.lora import Awaited, LoraPart, LoraSummary, add_lora, linear_shapes, lora_layers
 from stoker.adapters.settings import LoraSettings
+from stoker.checkpoint import tensors as safetensors_file
+from stoker.checkpoint.durable import DurableFile
 from stoker.errors import ModelError, OutputError
 from stoker.export import expert_adapters, peft_config
 from stoker.models.borrowed.load import other_linears
@@ -41,12 +43,7 @@ def save(model: nn.Module, folder: Path, *, base_name: str, revision: str | None
     if not layers and not experts:
         raise ValueError("the model has no adapters")
     parts = [part for layer in layers for part in layer.adapters()]
-    # Clones, because safetensors refuses tensors that share memory, as the parts of a group do.
-    tensors = {
-        _key(part.name, kind): tensor.detach().cpu().clone()
-        for part in parts
-        for kind, tensor in _by_kind(part).items()
-    }
+    tensors = {_key(part.name, kind): tensor.detach() for part in parts for kind, tensor in _by_kind(part).items()}
     tensors |= _of_experts(model, experts)
     config = peft_config.write(
         [*layers, *experts][0].settings,
@@ -59,11 +56,13 @@ def save(model: nn.Module, folder: Path, *, base_name: str, revision: str | None
     aside = [folder / f"{name}.partial" for name in (WEIGHTS_FILE, peft_config.FILE)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside[0], metadata={"format": "pt"})
+        aside[0].unlink(missing_ok=True)  # of a process that was killed
+        with DurableFile(aside[0]) as file:
+            safetensors_file.write(file, tensors)
         aside[1].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path in aside:
             path.replace(path.with_suffix(""))
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         for path in aside:
             path.unlink(missing_ok=True)
         raise OutputError(f"the adapter cannot be written: {error}.", where=str(folder), fix=fix) from error
@@ -75,17 +74,13 @@ def load(model: nn.Module, folder: Path, *, awaited: Awaited | None = None) -> L
     Raises ModelError when the folder is none, holds pickled weights, uses settings of PEFT that Stoker does not know,
     or does not fit the model; the model is then left without adapters. `awaited`: as in `add_lora`.
     """
-    config = _read_config(folder)
-    settings = peft_config.read(config, folder / peft_config.FILE)
-    tensors = _named_by_parameter(model, _read_tensors(folder / WEIGHTS_FILE), config.get("target_parameters") or ())
-    names = sorted({name for name, _ in tensors})
-    expected = _expected(names, linear_shapes(model), settings) | _expected_of_experts(model, names, settings)
-    _check(tensors, expected, folder / WEIGHTS_FILE)
+    stored = open_stored(model, folder)
+    settings = stored.settings
     summary = add_lora(
         model,
         rank=settings.rank,
         alpha=settings.alpha,
-        targets=names,
+        targets=stored.names,
         dropout=settings.dropout,
         rank_stabilized=settings.rank_stabilized,
         dora=settings.dora,
@@ -93,11 +88,51 @@ def load(model: nn.Module, folder: Path, *, awaited: Awaited | None = None) -> L
     )
     with torch.no_grad():
         for part in (part for layer in lora_layers(model) for part in layer.adapters()):
+            tensors = stored.read(part.name)
             for kind, parameter in _by_kind(part).items():
-                parameter.copy_(tensors[part.name, kind])
+                parameter.copy_(tensors[kind])
         for layer in lora_experts(model):
-            expert_adapters.from_peft(layer, {kind: tensors[layer.name, kind] for kind in (_A, _B)})
+            expert_adapters.from_peft(layer, stored.read(layer.name))
     return summary
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter in a folder, known to fit a model: `names` of what it adapts, as `add_lora` takes targets.
+
+    Those are Hugging Face's linear layers, and of experts the parameters that hold them.
+    """
+
+    settings: LoraSettings
+    names: tuple[str, ...]
+    _path: Path
+    _keys: Mapping[tuple[str, str], str]
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """Returns the tensors of one of `names`: "lora_A" [rank, in], "lora_B" [out, rank] and, with DoRA,
+        "lora_magnitude_vector" [out]; of experts as PEFT holds them (`expert_adapters`)."""
+        with safe_open(self._path, framework="pt") as file:
+            return {
+                kind: file.get_tensor(self._keys[name, kind])
+                for kind in (_A, _B, _MAGNITUDE)
+                if (name, kind) in self._keys
+            }
+
+
+def open_stored(model: nn.Module, folder: Path) -> StoredAdapter:
+    """Returns the adapter of `folder`, whose values are read when asked for; `model`, without adapters, stays as it is.
+
+    Raises ModelError as `load` does.
+    """
+    config = _read_config(folder)
+    path = folder / WEIGHTS_FILE
+    settings = peft_config.read(config, folder / peft_config.FILE)
+    keys, shapes = _stored_tensors(path)
+    keys = _named_by_parameter(model, keys, config.get("target_parameters") or ())
+    names = sorted({name for name, _ in keys})
+    expected = _expected(names, linear_shapes(model), settings) | _expected_of_experts(model, names, settings)
+    _check({which: shapes[key] for which, key in keys.items()}, expected, path)
+    return StoredAdapter(settings, tuple(names), path, keys)
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
@@ -133,9 +168,9 @@ def _of_experts(model: nn.Module, layers: Sequence[LoraExperts]) -> dict[str, Te
 
 
 def _named_by_parameter(
-    model: nn.Module, tensors: Mapping[tuple[str, str], Tensor], targets: Sequence[str]
-) -> dict[tuple[str, str], Tensor]:
-    """The tensors with those of experts under the name of the parameter that they adapt."""
+    model: nn.Module, tensors: Mapping[tuple[str, str], str], targets: Sequence[str]
+) -> dict[tuple[str, str], str]:
+    """The tensors' keys with those of experts under the name of the parameter that they adapt."""
     layers = list(expert_layers(model))
     adapted = {layer.name for layer in layers if expert_adapters.is_target(layer.name, targets)}
     names = {module: name for name, module in expert_adapters.modules(layers, adapted).items()}
@@ -176,15 +211,15 @@ def _expected(
 
 
 def _check(
-    tensors: Mapping[tuple[str, str], Tensor], expected: Mapping[tuple[str, str], tuple[int, ...]], path: Path
+    tensors: Mapping[tuple[str, str], tuple[int, ...]], expected: Mapping[tuple[str, str], tuple[int, ...]], path: Path
 ) -> None:
     """Raises ModelError naming the tensors that are missing, too many, or of another shape than expected."""
     problems = [f"{_key(*which)} is missing" for which in sorted(expected.keys() - tensors.keys())]
     problems += [f"{_key(*which)} fits nothing in this model" for which in sorted(tensors.keys() - expected.keys())]
     problems += [
-        f"{_key(*which)} has shape {list(tensors[which].shape)}, not {list(shape)}"
+        f"{_key(*which)} has shape {list(tensors[which])}, not {list(shape)}"
         for which, shape in sorted(expected.items())
-        if which in tensors and tuple(tensors[which].shape) != shape
+        if which in tensors and tensors[which] != shape
     ]
     if problems:
         more = f"; and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
@@ -209,14 +244,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(path: Path) -> dict[tuple[str, str], Tensor]:
-    """Returns the tensors by Hugging Face module name and kind."""
+def _stored_tensors(path: Path) -> tuple[dict[tuple[str, str], str], dict[str, tuple[int, ...]]]:
+    """Returns the keys of a file's tensors by Hugging Face module name and kind, and their shapes by key."""
     if not path.is_file():
         pickled = path.with_name(_PICKLED_FILE).is_file()
         what = f"{_PICKLED_FILE} is a pickle, which can run code" if pickled else f"{path.name} is missing"
         raise ModelError(f"{what}.", where=str(path.parent), fix="Save the adapter again with safetensors.")
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
         raise ModelError(f"it cannot be read: {error}.", where=str(path), fix="Copy or save it again.") from error
     matches = {key: _KEY.fullmatch(key) for key in tensors}
@@ -224,4 +260,4 @@ def _read_tensors(path: Path) -> dict[tuple[str, str], Tensor]:
     if foreign or not tensors:
         what = f"it holds {', '.join(foreign[:_MAX_NAMED])}, not part of a LoRA adapter" if foreign else "it is empty"
         raise ModelError(f"{what}.", where=str(path), fix="Stoker cannot load this adapter.")
-    return {(match["name"], match["kind"]): tensors[key] for key, match in matches.items() if match is not None}
+    return {(match["name"], match["kind"]): key for key, match in matches.items() if match is not None}, tensors

@@ -55,8 +55,13 @@ def to_peft(layer: LoraExperts) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def from_peft(layer: LoraExperts, tensors: Mapping[str, Tensor]) -> None:
     """Fills the adapter from PEFT's `tensors` "lora_A" and "lora_B"."""
-    layer.lora_a.copy_(tensors["lora_A"].view_as(layer.lora_a))
-    b = tensors["lora_B"].view(layer.base.out_features, layer.settings.rank, -1).permute(2, 0, 1)
-    if layer.base.is_interleaved:
-        b = torch.cat((b[:, ::2], b[:, 1::2]), dim=1)
+    a, b = by_expert(layer.base, tensors)
+    layer.lora_a.copy_(a)
     layer.lora_b.copy_(b)
+
+
+def by_expert(layer: ExpertLinear, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns A `[E, rank, in]` and B `[E, out, rank]` of the adapter on `layer` from PEFT's "lora_A" and "lora_B"."""
+    a = tensors["lora_A"].view(layer.num_experts, -1, layer.in_features)
+    b = tensors["lora_B"].view(layer.out_features, a.shape[1], -1).permute(2, 0, 1)
+    return a, torch.cat((b[:, ::2], b[:, 1::2]), dim=1) if layer.is_interleaved else b

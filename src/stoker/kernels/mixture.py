@@ -19,7 +19,7 @@ A frozen weight may be stored in another form and made dense for a product (`Fro
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,10 +39,19 @@ class FrozenExperts(Protocol):
         ...
 
 
+@runtime_checkable
+class SingleExperts(Protocol):
+    """Weights [E, out, in] that are never in memory together: each expert's is made when it is asked for."""
+
+    def one(self, expert: int) -> Tensor:
+        """Returns the weight `[out, in]` of one expert, in the dtype of the forward."""
+        ...
+
+
 class ExpertMatrix(NamedTuple):
     """One linear layer of every expert: `weight` [E, out, in], `bias` [E, out], `a` [E, r, in], `b` [E, out, r]."""
 
-    weight: Tensor | FrozenExperts
+    weight: Tensor | FrozenExperts | SingleExperts
     bias: Tensor | None = None
     a: Tensor | None = None
     b: Tensor | None = None
@@ -72,9 +81,13 @@ def mixture_reference(
 
 
 def _expert_linear(x: Tensor, matrix: ExpertMatrix, expert: int) -> Tensor:
-    if not isinstance(matrix.weight, Tensor):
-        raise TypeError("the reference takes dense weights")
-    out = torch.nn.functional.linear(x, matrix.weight[expert], None if matrix.bias is None else matrix.bias[expert])
+    if isinstance(matrix.weight, Tensor):
+        weight = matrix.weight[expert]
+    elif isinstance(matrix.weight, SingleExperts):
+        weight = matrix.weight.one(expert)
+    else:
+        raise TypeError("the reference takes dense weights, or those of one expert at a time")
+    out = torch.nn.functional.linear(x, weight, None if matrix.bias is None else matrix.bias[expert])
     if matrix.a is not None and matrix.b is not None:
         out = out + matrix.scaling * (x @ matrix.a[expert].T @ matrix.b[expert].T)
     return out
@@ -87,12 +100,15 @@ def mixture(
 
     weights: [N, k], any float dtype; chosen: [N, k], integer experts; gate_up: to 2 I columns, gate first; down: back
     to D. Computes in the dtype of `x`, or in autocast's where it is on; gradients of x, weights and every tensor that
-    requires one, in its own dtype, with float32 sums; no second derivatives. The backward may run twice.
+    requires one, in its own dtype, with float32 sums; no second derivatives. The backward may run twice. Weights of
+    one expert at a time (`SingleExperts`) go through the reference.
     """
+    if not isinstance(gate_up.weight, Tensor) and isinstance(gate_up.weight, SingleExperts):
+        return mixture_reference(x, weights, chosen, gate_up, down, limit=options.limit)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
-    frozen = tuple(None if isinstance(matrix.weight, Tensor) else matrix.weight for matrix in (gate_up, down))
+    frozen: Any = tuple(None if isinstance(matrix.weight, Tensor) else matrix.weight for matrix in (gate_up, down))
     tensors = [
         tensor
         for matrix in (gate_up, down)

@@ -84,15 +84,25 @@ def hf_tensors(decoder: Decoder, spec: ArchSpec) -> Iterator[tuple[str, Tensor]]
 
 def entry_tensors(decoder: Decoder, entry: WeightEntry, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors, by name, of one parameter of `decoder`, as views of its value `parameter`."""
+    names = entry.stored or entry.theirs
+    for name, rows in zip(names, split(parameter, entry, part_sizes(decoder, entry)), strict=True):
+        yield name, as_stored(rows, entry)
+
+
+def part_sizes(decoder: Decoder, entry: WeightEntry) -> tuple[int, ...] | None:
+    """The rows of each Hugging Face tensor of an entry; None: all have the same number."""
     module = decoder.get_submodule(entry.ours.rpartition(".")[0])
-    sizes = module.out_features if isinstance(module, FusedLinear) else None
-    for name, rows in zip(entry.stored or entry.theirs, _split(parameter, entry, sizes), strict=True):
-        values = interleave(rows) if entry.interleaved else rows
-        yield name, values.transpose(-1, -2) if entry.transposed and values.dim() > 1 else values
+    return module.out_features if isinstance(module, FusedLinear) else None
 
 
-def _split(parameter: Tensor, entry: WeightEntry, sizes: tuple[int, ...] | None) -> list[Tensor]:
-    """The parameter as the Hugging Face tensors of `entry`; `sizes`: the rows of each, None: all have the same."""
+def as_stored(rows: Tensor, entry: WeightEntry) -> Tensor:
+    """The values of one Hugging Face tensor as files hold them, from its rows of our parameter."""
+    values = interleave(rows) if entry.interleaved else rows
+    return values.transpose(-1, -2) if entry.transposed and values.dim() > 1 else values
+
+
+def split(parameter: Tensor, entry: WeightEntry, sizes: tuple[int, ...] | None) -> list[Tensor]:
+    """The parameter as the Hugging Face tensors of `entry`; `sizes`: as `part_sizes` gives them."""
     if not entry.stacked:
         count = len(entry.theirs)
         return list(parameter.split(sizes)) if sizes else list(parameter.chunk(count)) if count > 1 else [parameter]

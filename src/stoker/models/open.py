@@ -75,13 +75,21 @@ def load(
     return loaded
 
 
-def save(model: Model, spec: Spec, folder: Path | str, *, config: Mapping[str, Any], source: Path) -> None:
+def save(
+    model: Model,
+    spec: Spec,
+    folder: Path | str,
+    *,
+    config: Mapping[str, Any],
+    source: Path,
+    max_shard_bytes: int = writer.DEFAULT_SHARD_BYTES,
+) -> None:
     """Writes `model` as a folder that Transformers loads: weights, and `config` with the weights' dtype.
 
     The code of a model that brings its own comes from the folder `source`. Raises OutputError when it cannot be
     written.
     """
-    writer.write(hf_tensors(model, spec), folder, config=config)
+    writer.write(hf_tensors(model, spec), folder, config=config, max_shard_bytes=max_shard_bytes)
     if isinstance(spec, BorrowedSpec) and spec.is_remote:
         for path in sorted(source.glob("*.py")):
             shutil.copyfile(path, Path(folder) / path.name)

@@ -65,7 +65,9 @@ class Reader:
         return torch.cat((tensor[:, ::2], tensor[:, 1::2]), dim=1) if name in self.interleaved else tensor
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor that is not packed."""
+        """The dtype of a tensor's values: of a packed one that which it had before."""
+        if name in self.packed:
+            return getattr(torch, str(self._packed_state(name)["dtype"]).removeprefix("torch."))
         # Of no rows: the library names dtypes by its own short names.
         return self._file(name).get_slice(name)[:0].dtype
 
@@ -81,9 +83,13 @@ class Reader:
         return {one: self.tensor(one).to(device) for one in there}
 
     def _packed_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in self._packed_state(name)["shape"])
+
+    def _packed_state(self, name: str) -> dict[str, Any]:
+        """What describes a packed weight: its `shape` and `dtype` before, among other things."""
         try:
             state = json.loads(bytes(self.tensor(f"{name}{weight_names.PACKED}").tolist()))
-            return tuple(int(size) for size in state["shape"])
+            return {**state, "shape": [int(size) for size in state["shape"]], "dtype": str(state["dtype"])}
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"the quantisation state of {name} cannot be read.",

@@ -22,6 +22,8 @@ from stoker.nn.linear import FusedLinear
 from stoker.nn.moe import ExpertLinear, FrozenExpertLinear
 from stoker.quant.experts import NF4Experts
 
+_VALUES_AT_ONCE = 1 << 22
+
 
 def stream_into(
     decoder: Decoder,
@@ -137,13 +139,27 @@ def _same_source(embedding: str, alias: str, reader: Reader) -> str:
     """A tied model may store its one matrix under either name or both; two different ones contradict config.json."""
     if embedding not in reader.names:
         return alias
-    if not torch.equal(reader.dense(embedding), reader.dense(alias)):
+    if not _equal(embedding, alias, reader):
         raise ModelError(
             f"config.json ties the head to the embedding, but {alias} differs from {embedding}.",
             where=str(reader.folder),
             fix='If the head is meant to be its own, set "tie_word_embeddings": false in config.json.',
         )
     return embedding
+
+
+def _equal(first: str, second: str, reader: Reader) -> bool:
+    """Whether two tensors are the same, read in pieces: they may be the largest of the model."""
+    shape = reader.shape(first)
+    if shape != reader.shape(second):
+        return False
+    rows = max(1, _VALUES_AT_ONCE // max(1, shape[-1]))
+    for start in range(0, shape[0], rows):
+        stop = min(start + rows, shape[0])
+        if not torch.equal(reader.rows(first, start, stop), reader.rows(second, start, stop)):
+            return False
+        reader.let_go()
+    return True
 
 
 def _check_shapes(decoder: Decoder, sources: dict[str, tuple[str, ...]], reader: Reader, stacked: Set[str]) -> None:

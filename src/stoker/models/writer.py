@@ -1,16 +1,20 @@
-"""Writes a model's folder as Transformers reads it: safetensors, their index when there are several, config.json."""
+"""Writes a model's folder as Transformers reads it: safetensors, their index when there are several, config.json.
+
+Files are written as those of checkpoints are: one tensor after the other, hashed on the way and flushed to the disk.
+"""
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from stoker.checkpoint import tensors as safetensors_file
+from stoker.checkpoint.durable import DurableFile
 from stoker.errors import OutputError
 
 DEFAULT_SHARD_BYTES = 5 * 2**30
@@ -24,35 +28,51 @@ def write(
     config: Mapping[str, Any],
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     read: Callable[[str], Tensor] | None = None,
-) -> None:
-    """Writes `tensors` and `config` into `folder`, which is made if need be; memory holds one shard at a time.
+) -> dict[Path, str]:
+    """Writes `tensors` and `config` into `folder`, which is made if need be; host memory holds one tensor at a time.
 
-    `read` gives the values of `tensors` that are on the meta device, by name, when they are written.
+    With `read`, `tensors` have shapes and dtypes alone, as those on the meta device: it gives the values by name, of
+    each once. Returns the SHA-256 of each file of weights, as it was written.
 
     Each file is written aside, flushed and renamed; config.json comes last, so a folder that lacks it is incomplete.
-    Files of the same name are replaced. Raises OutputError when one cannot be written; no partial file stays.
+    Its `dtype` is that of most of the bytes. Files of the same name are replaced. Raises OutputError when one cannot be
+    written; no partial file stays.
     """
     folder = Path(folder)
     named = list(tensors)
     shards = _shards(named, max_shard_bytes)
+    hashes = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").unlink(missing_ok=True)
         weight_map = {}
         for number, shard in enumerate(shards, start=1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            _write_shard(dict(shard), folder / name, read)
+            hashes[folder / name] = _write_shard(dict(shard), folder / name, read)
             weight_map |= dict.fromkeys((tensor for tensor, _ in shard), name)
         if len(shards) > 1:
             total = {"total_size": sum(tensor.nbytes for _, tensor in named)}
             _write_json({"metadata": total, "weight_map": weight_map}, folder / "model.safetensors.index.json")
-        dtype = str(named[0][1].dtype).removeprefix("torch.")
         kept = {key: value for key, value in config.items() if key != "torch_dtype"}  # the old name of dtype
-        _write_json({**kept, "dtype": dtype}, folder / "config.json")
-    except (OSError, SafetensorError) as error:
+        _write_json({**kept, "dtype": _usual_dtype(named)}, folder / "config.json")
+    except OSError as error:
         raise OutputError(
             f"the model cannot be written ({error}).", where=str(folder), fix="Free some space, or name another folder."
         ) from error
+    return hashes
+
+
+def num_bytes(tensors: Iterable[tuple[str, Tensor]]) -> int:
+    """Returns the bytes of all `tensors`, which need not have values."""
+    return sum(tensor.nbytes for _, tensor in tensors)
+
+
+def _usual_dtype(named: Iterable[tuple[str, Tensor]]) -> str:
+    """The dtype of most of the bytes of numbers with a point, as config.json names it."""
+    counted: Counter[torch.dtype] = Counter()
+    for _, tensor in named:
+        counted[tensor.dtype] += tensor.nbytes if tensor.dtype.is_floating_point else 0
+    return str(counted.most_common(1)[0][0]).removeprefix("torch.")
 
 
 def _shards(named: Sequence[tuple[str, Tensor]], max_bytes: int) -> list[list[tuple[str, Tensor]]]:
@@ -68,18 +88,17 @@ def _shards(named: Sequence[tuple[str, Tensor]], max_bytes: int) -> list[list[tu
     return shards
 
 
-def _write_shard(tensors: dict[str, Tensor], path: Path, read: Callable[[str], Tensor] | None) -> None:
+def _write_shard(tensors: dict[str, Tensor], path: Path, read: Callable[[str], Tensor] | None) -> str:
+    """Writes one file and returns its hash."""
     partial = path.with_name(path.name + _PARTIAL)
-    # Parts of one fused weight share its memory, which safetensors refuses; the copies live for one shard.
-    kind = {"device": "cpu", "memory_format": torch.contiguous_format}
-    copies = {
-        name: torch.empty_like(tensor, **kind).copy_(read(name) if read else tensor) for name, tensor in tensors.items()
-    }
+    partial.unlink(missing_ok=True)  # of a process that was killed
     try:
-        save_file(copies, partial, metadata={"format": "pt"})
-        _publish(partial, path)
+        with DurableFile(partial) as file:
+            safetensors_file.write(file, tensors, read=read)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    return file.sha256
 
 
 def _write_json(value: Mapping[str, Any], path: Path) -> None:

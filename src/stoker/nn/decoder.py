@@ -115,7 +115,10 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary: [..., D] to [..., V]."""
-        scores = nn.functional.linear(hidden, self.head_weight, self.head_bias)
+        return self.scaled(nn.functional.linear(hidden, self.head_weight, self.head_bias))
+
+    def scaled(self, scores: Tensor) -> Tensor:
+        """Logits from what the head's product gives: multiplied by `logit_scale`, then capped."""
         if self.logit_scale != 1.0:
             scores = scores * self.logit_scale
         if self.logit_softcap is not None:

@@ -59,11 +59,11 @@ def test_a_full_disk_leaves_the_previous_adapter_whole(make_base, make_adapter, 
     model = load_base(base)
     add_lora(model, rank=1, alpha=1)
 
-    def full(tensors, path, metadata):
-        path.write_bytes(b"half")
+    def full(file, tensors):
+        file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("stoker.export.adapter.save_file", full)
+    monkeypatch.setattr("stoker.export.adapter.safetensors_file.write", full)
     with pytest.raises(OutputError, match="No space left"):
         adapter.save(model, folder, base_name="x")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

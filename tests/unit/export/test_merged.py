@@ -1,17 +1,16 @@
 import errno
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stoker.adapters.lora import LoraLinear
-from stoker.adapters.merge import merge_into
+from stoker.adapters.merge import merged
 from stoker.errors import ModelError, OutputError, StokerError
 from stoker.export import adapter
 from stoker.export.merged import merge
-from stoker.models import open as models
+from stoker.export.merged_tensors import MergedTensors
+from stoker.models.writer import write
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -64,33 +63,75 @@ def test_a_merge_that_answers_otherwise_is_not_kept(make_base, make_adapter, tmp
     base = make_base(torch.bfloat16)
     adapter_folder = make_adapter(base)
 
-    def merge_wrongly(model):
-        for module in list(model.modules()):
-            if isinstance(module, LoraLinear):
-                module.settings = replace(module.settings, alpha=module.settings.alpha * 1.1)
-        return merge_into(model)
+    def merged_wrongly(*tensors, scaling, magnitude):
+        return merged(*tensors, scaling=scaling * 1.01, magnitude=magnitude)
 
-    monkeypatch.setattr("stoker.export.merged.merge_into", merge_wrongly)
-    with pytest.raises(StokerError, match=r"merging changed the answers.*not kept"):
+    monkeypatch.setattr("stoker.export.merged_tensors.merged", merged_wrongly)
+    with pytest.raises(StokerError, match=r"down_proj.*merging changed the answers.*not kept"):
+        merge(base, adapter_folder, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def test_a_file_that_reads_otherwise_is_not_kept(make_base, make_adapter, tmp_path, monkeypatch):
+    base = make_base()
+    adapter_folder = make_adapter(base)
+
+    def write_and_spoil(*args, **options):
+        hashes = write(*args, **options)
+        path = next(iter(hashes))
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        return hashes
+
+    monkeypatch.setattr("stoker.export.streamed.writer.write", write_and_spoil)
+    with pytest.raises(StokerError, match=r"what was written is not what was made: model.safetensors.*kept"):
+        merge(base, adapter_folder, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def test_weights_under_other_names_are_found_by_logits(make_base, make_adapter, tmp_path, monkeypatch):
+    """What no layer and no hash tells: that the parts are in their places."""
+    base = make_base(torch.bfloat16)
+    adapter_folder = make_adapter(base)
+    read = MergedTensors.read
+
+    def read_swapped(self, name):
+        blocks = {"0": "1", "1": "0"}
+        parts = name.split(".")
+        return read(self, ".".join([*parts[:2], blocks[parts[2]], *parts[3:]]) if parts[1] == "layers" else name)
+
+    monkeypatch.setattr(MergedTensors, "read", read_swapped)
+    with pytest.raises(ModelError, match=r"rounding to bfloat16 changes logits"):
         merge(base, adapter_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_written_model_that_answers_otherwise_is_not_kept(make_base, make_adapter, tmp_path, monkeypatch):
+def test_each_tensor_keeps_its_dtype_and_the_most_usual_is_the_models(make_base, make_adapter, tmp_path):
+    base = make_base(torch.bfloat16)
+    adapter_folder = make_adapter(base)
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    norms = {name for name in tensors if "norm" in name}
+    save_file({name: one.float() if name in norms else one for name, one in tensors.items()}, path)
+    report = merge(base, adapter_folder, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name for name, one in written.items() if one.dtype == torch.float32} == norms
+    assert report.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_shards_have_an_index_and_are_read_again(make_base, make_adapter, load_base, tmp_path):
     base = make_base()
     adapter_folder = make_adapter(base)
-    save = models.save
-
-    def save_wrongly(decoder, *args, **options):
-        weight = decoder.blocks[1].feed_forward.down.weight
-        weight[3, 4] += 1.0
-        save(decoder, *args, **options)
-        weight[3, 4] -= 1.0
-
-    monkeypatch.setattr("stoker.export.merged.models.save", torch.no_grad()(save_wrongly))
-    with pytest.raises(StokerError, match=r"what was written is not what was merged.*not kept"):
-        merge(base, adapter_folder, tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+    merge(base, adapter_folder, tmp_path / "whole")
+    merge(base, adapter_folder, tmp_path / "shards", max_shard_bytes=20_000)
+    files = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(files) > 3
+    assert all(path.stat().st_size < 24_000 for path in files)
+    merge(tmp_path / "shards", adapter_folder, tmp_path / "again")  # a sharded base
+    assert torch.equal(load_base(tmp_path / "whole")(IDS), load_base(tmp_path / "shards")(IDS))
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) == 1
 
 
 def test_values_that_are_not_finite_are_not_kept(make_base, make_adapter, tmp_path):
@@ -138,7 +179,7 @@ def test_a_full_disk_leaves_nothing_behind(make_base, make_adapter, tmp_path, mo
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("stoker.export.merged.shutil.copyfile", full)
+    monkeypatch.setattr("stoker.export.companions.shutil.copyfile", full)
     with pytest.raises(OutputError, match="No space left"):
         merge(base, adapter_folder, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}

@@ -1,8 +1,9 @@
+import errno
+import hashlib
 import json
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from stoker.errors import OutputError
@@ -38,14 +39,38 @@ def test_parts_of_one_weight_are_written_apart(tmp_path):
     assert torch.equal(load_file(tmp_path / "model.safetensors")["second"], whole[3:])
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
-def test_a_full_disk_leaves_no_partial_file_and_no_config(tmp_path, monkeypatch, error):
-    def fail(tensors, path, **options):
-        path.write_bytes(b"half")
-        raise error
+def test_a_full_disk_leaves_no_partial_file_and_no_config(tmp_path, monkeypatch):
+    def fail(descriptor, piece):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr("stoker.models.writer.save_file", fail)
+    monkeypatch.setattr("stoker.checkpoint.durable.os.write", fail)
     with pytest.raises(OutputError, match="No space left on device"):
         write(TENSORS, tmp_path, config={})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_values_are_read_when_they_are_written_and_must_have_the_shape_that_was_said(tmp_path):
+    values, asked = dict(TENSORS), []
+
+    def read(name):
+        asked.append(name)
+        return values[name]
+
+    shapes = [(name, torch.empty_like(tensor, device="meta")) for name, tensor in TENSORS]
+    hashes = write(shapes, tmp_path / "x", config={}, max_shard_bytes=40, read=read)
+    assert asked == ["a", "b", "c"]
+    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in hashes} == {
+        path.name: hash_ for path, hash_ in hashes.items()
+    }
+    assert torch.equal(load_file(tmp_path / "x" / "model-00002-of-00002.safetensors")["c"], values["c"])
+    values["b"] = torch.ones(5)
+    with pytest.raises(ValueError, match=r"b is torch.float32 \[5\], not torch.float32 \[4\]"):
+        write(shapes, tmp_path / "y", config={}, read=read)
+    assert list((tmp_path / "y").iterdir()) == []
+
+
+def test_the_models_dtype_is_that_of_most_of_its_bytes(tmp_path):
+    tensors = [("scale", torch.ones(2)), ("packed", torch.ones(50, dtype=torch.uint8)), ("w", torch.ones(9).half())]
+    write(tensors, tmp_path, config={})
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
