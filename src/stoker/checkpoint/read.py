@@ -75,7 +75,9 @@ def load(path: Path) -> Loaded:
             if fault is not None:
                 raise CheckpointError(f"The checkpoint {path} is not whole: {fault}.", fix="Use another one.")
             return _load(entry.path, entry.step, ())
-    raise CheckpointError(f"There is no checkpoint {path}.", fix="Name a folder called step-<number>.")
+    there = ", ".join(entry.path.name for entry in names.entries(path.parent))
+    fix = f"There are {there}." if there else "Name a folder called step-<number>."
+    raise CheckpointError(f"There is no checkpoint {path}.", fix=fix)
 
 
 def _load(path: Path, step: int, rejected: tuple[Rejected, ...]) -> Loaded:

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from stoker.cli.options import Dtype, MaxShardSize, NewFolder
+from stoker.cli.signals import leaving_on_sigterm
 
 Run = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's folder, or a checkpoint (RUN/checkpoints/step-000100).")
@@ -21,4 +22,6 @@ def command(run: Run, output: NewFolder, dtype: Dtype = "auto", max_shard_size: 
     """
     from stoker.compose.merge import export
 
-    typer.echo(export(run, output, dtype=dtype, max_shard_size=max_shard_size))
+    with leaving_on_sigterm():
+        report = export(run, output, dtype=dtype, max_shard_size=max_shard_size)
+    typer.echo(report)

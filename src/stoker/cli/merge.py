@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from stoker.cli.options import Base, Dtype, MaxShardSize, NewFolder, TrustRemoteCode
+from stoker.cli.signals import leaving_on_sigterm
 
 Adapter = Annotated[
     str,
@@ -31,7 +32,8 @@ def command(
     """
     from stoker.compose.merge import merge
 
-    report = merge(
-        adapter, output, base=base, dtype=dtype, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code
-    )
+    with leaving_on_sigterm():
+        report = merge(
+            adapter, output, base=base, dtype=dtype, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code
+        )
     typer.echo(report)

@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 
 from stoker.compose import artifact, unfinished
-from stoker.compose.model import open_base
+from stoker.compose.model import Base, open_base
 from stoker.compose.run_folder import RunFolder
 from stoker.errors import ConfigError, ModelError
 
@@ -90,16 +91,16 @@ def _merge(
     called: str | None = None,
 ) -> str:
     """`called`: what people know the adapter as, if not by its folder."""
+    _require_adapter(name)
     found = artifact.find(name, base=base)
-    if found.adapter is None:
-        raise ModelError(f"{name} is not an adapter, so there is nothing to merge.", fix="Use it as it is.")
+    assert found.adapter is not None
     import torch
 
     from stoker.export import merged
     from stoker.models.writer import DEFAULT_SHARD_BYTES
 
     trusted = trusted or found.trust_remote_code
-    opened = open_base(found.base, revision=found.revision, trust_remote_code=trusted)
+    opened = _open_base(found, base, trusted)
     with _progress() as progress:
         report = merged.merge(
             opened.folder,
@@ -116,8 +117,20 @@ def _merge(
         f"merged {report.num_layers} layers of {called or found.adapter} into {found.base}, in {written}\n"
         f"verified: logits differ from adapter and base by {report.max_difference:.2g} at most "
         f"(allowed {report.tolerance:.2g}; the adapter itself moves them by {report.adapter_effect:.2g})\n"
-        f"written to {report.folder}{_note(found)}"
+        f"written to {report.folder}{_note(found, base)}"
     )
+
+
+def _open_base(found: artifact.Artifact, base: str | None, trusted: bool) -> Base:
+    """The base, with a word on --base where the one that the adapter names cannot be opened."""
+    try:
+        return open_base(found.base, revision=found.revision, trust_remote_code=trusted)
+    except ModelError as error:
+        if base is not None:
+            raise
+        first, *others = error.problems
+        fix = f"{first.fix or ''} If the adapter's base lies elsewhere now, name it with --base.".strip()
+        raise ModelError([replace(first, fix=fix), *others]) from error
 
 
 def _write_model(name: str, output: Path, dtype: str | None, shard_bytes: int | None) -> str:
@@ -181,11 +194,47 @@ def _progress() -> "Iterator[Progress]":
         yield report
 
 
-def _note(found: artifact.Artifact) -> str:
-    """What to know of an adapter whose base was quantised: the sum of the two is in full precision."""
-    if found.quantization in (None, "none"):
-        return ""
-    return (
-        f"\nnote: the adapter was trained on {found.base} in {found.quantization} and is merged into the weights as "
-        "the folder holds them, so answers differ slightly from those of stoker chat on the run"
-    )
+def _require_adapter(name: str) -> None:
+    """Raises ModelError, saying what there is, unless `name` is the folder of an adapter or of a run's."""
+    folder = Path(name).expanduser()
+    run = RunFolder(folder)
+    if (folder / "adapter_config.json").is_file() or (run.adapter / "adapter_config.json").is_file():
+        return
+    names = "Name a run's folder, an adapter's folder, or a checkpoint (RUN/checkpoints/step-...)."
+    if not folder.is_dir():
+        what = "this is a file, not a folder." if folder.exists() else "there is no such folder."
+        raise ModelError(what, where=name, fix=names)
+    whole = next((path for path in (folder, run.model) if (path / "config.json").is_file()), None)
+    if whole is not None:
+        what = "there is no adapter here, so there is nothing to merge."
+        raise ModelError(what, where=name, fix=f"The whole model is in {whole}: use it as it is.")
+    steps = sorted([*folder.glob("step-*"), *run.checkpoints.glob("step-*")])
+    if steps:
+        fix = f"Merge its last checkpoint, {steps[-1]}, or finish the run with stoker train RUN.YAML --resume."
+        raise ModelError("there is no adapter here yet, only checkpoints.", where=name, fix=fix)
+    raise ModelError("there is no adapter here.", where=name, fix=names)
+
+
+def _note(found: artifact.Artifact, base: str | None) -> str:
+    """What to know of an adapter whose base was quantised, or is not the one that it names."""
+    notes = []
+    if found.quantization not in (None, "none"):
+        notes.append(
+            f"the adapter was trained on {found.base} in {found.quantization} and is merged into the weights as the "
+            "folder holds them, so answers differ slightly from those of stoker chat on the run"
+        )
+    if base is not None and found.adapter is not None:
+        named = _named_base(found.adapter)
+        if named is not None and named != base:
+            notes.append(f"the adapter names {named} as its base; that {base} holds the same weights was not checked")
+    return "".join(f"\nnote: {note}" for note in notes)
+
+
+def _named_base(folder: Path) -> str | None:
+    """The base that an adapter names; None where it names none."""
+    from stoker.export.adapter import base_of
+
+    try:
+        return base_of(folder)[0]
+    except ModelError:
+        return None

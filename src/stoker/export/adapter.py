@@ -131,7 +131,8 @@ def open_stored(model: nn.Module, folder: Path) -> StoredAdapter:
     keys = _named_by_parameter(model, keys, config.get("target_parameters") or ())
     names = sorted({name for name, _ in keys})
     expected = _expected(names, linear_shapes(model), settings) | _expected_of_experts(model, names, settings)
-    _check({which: shapes[key] for which, key in keys.items()}, expected, path)
+    named = config.get("base_model_name_or_path")
+    _check({which: shapes[key] for which, key in keys.items()}, expected, path, f", {named}" if named else "")
     return StoredAdapter(settings, tuple(names), path, keys)
 
 
@@ -211,7 +212,10 @@ def _expected(
 
 
 def _check(
-    tensors: Mapping[tuple[str, str], tuple[int, ...]], expected: Mapping[tuple[str, str], tuple[int, ...]], path: Path
+    tensors: Mapping[tuple[str, str], tuple[int, ...]],
+    expected: Mapping[tuple[str, str], tuple[int, ...]],
+    path: Path,
+    base: str,
 ) -> None:
     """Raises ModelError naming the tensors that are missing, too many, or of another shape than expected."""
     problems = [f"{_key(*which)} is missing" for which in sorted(expected.keys() - tensors.keys())]
@@ -226,7 +230,7 @@ def _check(
         raise ModelError(
             f"the adapter does not fit: {'; '.join(problems[:_MAX_NAMED])}{more}.",
             where=str(path),
-            fix="Load it on the base model that it was trained on.",
+            fix=f"Load it on the base model that it was trained on{base}.",
         )
 
 

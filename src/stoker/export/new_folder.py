@@ -1,5 +1,6 @@
 """A model's folder that appears whole or not at all, and a look at the disk before anything is written."""
 
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ def new_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
 
     On any error or interrupt it is removed; what a killed process left is removed by the next that writes to `out`.
     Raises OutputError, before anything is written, when `out` holds something, another process writes to it, or fewer
-    than `needed_bytes` of weights fit there; and when writing fails.
+    than `needed_bytes` fit there; and when writing fails.
     """
     refuse_occupied(out)
     aside, lock = out.parent / f".{out.name}.part", FileLock(out.parent / f".{out.name}.lock")
@@ -72,7 +73,7 @@ def _require_room(out: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < needed_bytes + _SPARE_BYTES:
         raise OutputError(
-            f"the model takes {_size(needed_bytes)}, and {_size(free)} are free there. Nothing was written.",
+            f"it takes {_size(needed_bytes)}, and {_size(free)} are free there. Nothing was written.",
             where=str(out),
             fix=_OTHER,
         )
@@ -80,7 +81,9 @@ def _require_room(out: Path, needed_bytes: int) -> None:
 
 def _cannot(out: Path, error: Exception) -> OutputError:
     said = getattr(error, "strerror", None) or error
-    return OutputError(f"the model cannot be written: {said}. Nothing was kept.", where=str(out), fix=_OTHER)
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    fix = _OTHER if is_full else "Name another folder."
+    return OutputError(f"it cannot be written: {said}. Nothing was kept.", where=str(out), fix=fix)
 
 
 def _size(num_bytes: int) -> str:

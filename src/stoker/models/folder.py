@@ -44,7 +44,7 @@ def resolve(name: str | Path, *, revision: str | None = None, with_code: bool = 
     if folder.exists():
         raise ModelError("this is a file, not a model's folder.", where=str(name), fix="Name the folder that holds it.")
     if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError("there is no such folder.", where=str(name), fix="Check model.base: a folder, or a Hub id.")
+        raise ModelError("there is no such folder.", where=str(name), fix="Name a folder that is there, or a Hub id.")
     return _from_hub(name, revision, [*_WANTED, *(["*.py"] if with_code else [])])
 
 
@@ -64,7 +64,7 @@ def _from_hub(name: str, revision: str | None, wanted: list[str]) -> Path:
         raise ModelError(what, where=name, fix=fix) from error
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
         what = "there is no such folder here, and no such model" + (f" at revision {revision}" if revision else "")
-        fix = "Check model.base and model.revision; a private model needs `hf auth login`."
+        fix = "Check its name and the revision; a private model needs `hf auth login`."
         raise ModelError(f"{what} on the Hub.", where=name, fix=fix) from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         what = "there is no such folder here, the Hub's cache does not hold this model, and the Hub was not reached."
@@ -101,7 +101,7 @@ def read_config(folder: Path | str) -> dict[str, Any]:
         raise ModelError(
             "there is no config.json, so this is not a model's folder.",
             where=str(folder),
-            fix="Point model.base at a folder written by save_pretrained, or at a Hub id.",
+            fix="Name a folder written by save_pretrained, or a Hub id.",
         )
     return _read_json(path)
 

@@ -39,7 +39,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("stoker.export.new_folder.shutil.disk_usage", lambda path: USAGE(0, 0, 3 << 30))
     with (
-        pytest.raises(OutputError, match=r"takes 4\.0 GiB, and 3\.0 GiB are free there.*Free space"),
+        pytest.raises(OutputError, match=r"it takes 4\.0 GiB, and 3\.0 GiB are free there.*Free space"),
         new_folder(tmp_path / "out", needed_bytes=4 << 30),
     ):
         raise AssertionError("entered")
