@@ -19,6 +19,7 @@ from stoker.arch.families import read
 from stoker.data.batch import Batch
 from stoker.distributed.single import SingleDevice
 from stoker.kernels import rms_norm
+from stoker.kernels.adamw import AdamWStep, adamw_
 from stoker.kernels.ahead import can_compile_ahead, compiling_ahead, is_compiling_ahead
 from stoker.kernels.offload import HostOffload
 from stoker.kernels.triton_support import KERNELS
@@ -69,8 +70,31 @@ def strategy(rehearsing, **changes):
     add_lora(model, rank=4, alpha=8)
     result = SingleDevice("cpu", rehearsing=rehearsing)
     task = SupervisedTask(model, kernels="triton")
-    result.prepare(task, lambda named: optimizers.build(named, kind="adamw", learning_rate=1e-3, flat=True))
+    options = {"kind": "adamw", "learning_rate": 1e-3, "flat": True, "flat_update": update}
+    result.prepare(task, lambda named: optimizers.build(named, **options))
     return result
+
+
+def update(weight, grad, average, square, *, number, betas, **values):
+    numbers = AdamWStep(first_beta=betas[0], second_beta=betas[1], **values)
+    adamw_(weight, grad, average, square, numbers, seed=1, number=number, implementation="triton")
+
+
+def asked_by_a_step_after_its_rehearsal():
+    """Kernels that a rehearsal of weights in bf16, some of odd sizes, asked for, and those that its step then did."""
+    module = torch.nn.Module()
+    for name, shape in {"even": (96, 96), "odd": (7, 9), "large": (130, 131), "bias": (48,), "short": (3,)}.items():
+        module.register_parameter(name, torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)))
+    module.register_parameter("norm", torch.nn.Parameter(torch.zeros(64)))
+    run = SingleDevice("cpu")
+    run.prepare(module, lambda named: optimizers.build(named, kind="adamw", learning_rate=1e-3, rounded_update=update))
+    with compiling_ahead() as rehearsed:
+        run._rehearse_step()
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with compiling_ahead() as stepped:
+        run._optimizer.step()
+    return rehearsed.num_kernels, stepped.num_kernels
 
 
 @contextmanager
@@ -128,6 +152,13 @@ else:
         whole = SimpleNamespace(shortened=lambda: long)
         run._rehearse(whole)
     assert asked.num_kernels == 0, sorted((Counter(compiled()) - Counter(short)).elements())
+    for parameter in run._trained.values():
+        parameter.grad = torch.zeros_like(parameter)
+    with compiling_ahead() as asked:
+        run._optimizer.step()
+    assert asked.num_kernels == 0
+    run._task.zero_grad()
     grads = [name for name, parameter in run._trained.items() if parameter.grad is not None]
     kept = torch.equal(before, torch.random.get_rng_state())
-    print(json.dumps({"compiled": compiled(), "grads": grads, "random_numbers_kept": kept}))
+    found = {"compiled": compiled(), "grads": grads, "random_numbers_kept": kept}
+    print(json.dumps(found | {"step": asked_by_a_step_after_its_rehearsal()}))

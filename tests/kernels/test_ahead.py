@@ -42,6 +42,11 @@ def test_a_rehearsal_of_a_step_compiles_what_forward_and_backward_launch(tmp_pat
     assert counts["_matmul_kernel"] == 8
     assert counts["_outer_kernel"] == 4
     assert {"_gate_kernel", "_gate_backward_kernel", "_combine_kernel", "_turn_logits_kernel"} <= set(counts)
+    # The optimiser's: adapters in one tensor, whose step is one kernel.
+    assert counts["_step_kernel"] == 1
+    rehearsed, stepped = found["step"]
+    # bf16 of a count that 16 divides and of another; fp32 is there already.
+    assert (rehearsed, stepped) == (2, 0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from stoker.distributed import optimizer_state
+from stoker.distributed import optimizer_state, rehearsal
 from stoker.distributed.flat_gradient import FlatGradient
 from stoker.distributed.graphs import MicroBatchGraphs
 from stoker.distributed.ranks import Ranks
@@ -90,6 +90,7 @@ class SingleDevice:
         self._task = task
         self._forward = self._place(task)
         self._trained = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+        self._make_optimizer = make_optimizer
         self._made_optimizer = None if make_optimizer is None else make_optimizer(self._trained.items())
         is_flat = hasattr(self._made_optimizer, "layout")
         self._flat = FlatGradient(cast("Any", self._made_optimizer)) if is_flat else None
@@ -154,7 +155,19 @@ class SingleDevice:
                 with self._autocast():
                     result = self._forward(on_device)
                 result.loss_sum.backward()
-        self._task.zero_grad(set_to_none=True)
+            self._task.zero_grad(set_to_none=True)
+            self._rehearse_step()
+
+    def _rehearse_step(self) -> None:
+        """Clips and steps a few small parameters that stand for the trained ones, by an optimiser of their own."""
+        if self._make_optimizer is None:
+            return
+        stand_ins = list(rehearsal.stand_ins(self._trained, self.device))
+        optimizer = self._make_optimizer(stand_ins)
+        parameters = [parameter for _, parameter in stand_ins]
+        norm = _total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+        optimizer.step()
 
     def reduce_gradients(self) -> None:
         """Nothing to do on one device."""

@@ -20,7 +20,7 @@ from stoker.plan.rates import Rates
 from stoker.plan.rates import of as rates_of
 from stoker.plan.spread import SINGLE, Spread
 
-# Of candidates within this share of the fastest, the one with the least memory is taken.
+# Of candidates within this share of the fastest, the one with the least memory is taken, if any without the host's.
 _AS_FAST = 1.03
 # Pinned memory cannot be swapped out: more than this share of what the host has free is not taken.
 _HOST_SHARE = 0.8
@@ -298,7 +298,8 @@ def _best(fitting: list[Candidate]) -> Candidate:
     if len(fitting) == 1:
         return fitting[0]
     fastest = min(one.seconds for one in fitting)
-    return min((one for one in fitting if one.seconds <= _AS_FAST * fastest), key=lambda one: one.memory.total)
+    as_fast = (one for one in fitting if one.seconds <= _AS_FAST * fastest)
+    return min(as_fast, key=lambda one: (one.host_bytes > 0, one.memory.total))
 
 
 def _transposed(best: Candidate) -> tuple[bool | None, Memory, str]:
