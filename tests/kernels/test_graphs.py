@@ -165,6 +165,33 @@ def test_after_gradients_are_discarded_shapes_are_captured_anew():
     assert all(loss == loss for loss, _ in before)
 
 
+@pytest.mark.parametrize("optimizer", [listed, flat])
+def test_what_cannot_be_captured_runs_as_always_and_says_so_once(optimizer):
+    class Waits(SupervisedTask):
+        """Waits for the device, which a capture forbids."""
+
+        def forward(self, batch):
+            result = super().forward(batch)
+            result.loss_sum.item()
+            return result
+
+    def make(graphs):
+        model = native.build(read(CONFIG, "config.json"), device="cuda", seed=3, kernels="triton")
+        add_lora(model, rank=4, alpha=8)
+        fuse_blocks(model, implementation="triton")
+        result = SingleDevice("cuda", precision="bf16", cuda_graphs=graphs)
+        result.prepare(Waits(model, kernels="triton"), optimizer)
+        return result
+
+    run = make("auto")
+    expected, actual = train(make(False)), train(run)
+    assert run._graphs.num_captured == 0
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=1e-4)
+    assert run._graphs.refused
+    with pytest.raises(RuntimeError):
+        train(make(True))
+
+
 def test_packed_rows_run_as_always_beside_graphs():
     run = strategy("bf16", graphs=True, adapter=True)
     train(run, steps=2)

@@ -228,7 +228,8 @@ def make_strategy(
             plan.device,
             precision=plan.precision,
             on_discard=on_discard,
-            cuda_graphs=plan.cuda_graphs,
+            # What the user asks for is done or fails; what the plan chose may turn out to be impossible.
+            cuda_graphs="auto" if plan.cuda_graphs and config.engine.cuda_graphs == "auto" else plan.cuda_graphs,
             rehearsing=compiling_ahead if rehearses else None,
         )
     ranks = ranks or Ranks()

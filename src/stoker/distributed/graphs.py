@@ -82,6 +82,7 @@ class MicroBatchGraphs:
 
     `gather` takes the gradients from the parameters and returns them as one tensor (in the one given). Without it
     gradients must be cleared in place between steps; once they are thrown away, so must the graphs be (`clear`).
+    With `falls_back`, what cannot be captured runs as it always does, and `refused` says why; else it raises.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class MicroBatchGraphs:
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]],
         gather: Callable[[Tensor | None], Tensor] | None = None,
+        falls_back: bool = False,
     ) -> None:
         self._task, self._device, self._autocast = task, device, autocast
         self._captured: dict[tuple[int, int], _Captured] = {}
@@ -101,6 +103,8 @@ class MicroBatchGraphs:
         self._stream = torch.cuda.Stream(device)
         self._factor = torch.ones((), device=device)
         self._gather = gather
+        self._falls_back = falls_back
+        self.refused = ""
         self._gradient: Tensor | None = None  # of the graph that ran last: all of them write to the same
 
     def run(self, batch: Batch, factor: Tensor) -> Ran:
@@ -113,10 +117,24 @@ class MicroBatchGraphs:
         if shape in self._captured:
             return self._replay(self._captured[shape], batch)
         self._seen[shape] = self._seen.get(shape, 0) + 1
-        if self._seen[shape] <= WARM_UP or len(self._captured) >= MAX_GRAPHS:
+        if self._seen[shape] <= WARM_UP or len(self._captured) >= MAX_GRAPHS or self.refused:
             return self._eager(batch)
-        self._captured[shape] = self._capture(batch)
+        try:
+            self._captured[shape] = self._capture(batch)
+        except torch.OutOfMemoryError:
+            raise  # a smaller micro-batch is what helps
+        except RuntimeError as error:
+            if not self._falls_back:
+                raise
+            self._refuse(error)
+            return self._eager(batch)
         return self._replay(self._captured[shape], batch)
+
+    def _refuse(self, error: RuntimeError) -> None:
+        """Captures nothing from now on. What was being captured has not run: no gradient was added to."""
+        self.refused = str(error).strip().partition("\n")[0] or type(error).__name__
+        if self._gather is not None:  # it takes all gradients there are, and there were none before
+            self._gather(None)
 
     def rehearse(self, batch: Batch) -> None:
         """Runs forward and backward as a first micro-batch would, and leaves it at that."""

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ class SingleDevice:
 
     `precision` is "fp32", or "bf16" or "fp16" for autocast over fp32 weights; fp16 scales the loss (arXiv:1710.03740).
     `on_discard` is called when a step is broken off, to let go of what else it holds. `cuda_graphs`: micro-batches of
-    one shape are captured and replayed (`graphs.MicroBatchGraphs`; the task must be one that can be). An optimiser that
+    one shape are captured and replayed (`graphs.MicroBatchGraphs`; the task must be one that can be); with "auto", what
+    turns out not to be capturable runs as always, which the step's `notice` says. An optimiser that
     has a `layout` gets its gradient as one tensor (`flat_gradient.FlatGradient`). `rehearsing`: within it a
     shortened first micro-batch is run once before the first counts; `rehearsal` then says what that took.
     """
@@ -44,7 +45,7 @@ class SingleDevice:
         *,
         precision: str = "fp32",
         on_discard: Sequence[Callable[[], None]] = (),
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | Literal["auto"] = False,
         rehearsing: Callable[[], AbstractContextManager[Any]] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
@@ -53,7 +54,8 @@ class SingleDevice:
         self.device = torch.device(device)
         self._ranks = ranks or Ranks()
         self._on_discard = tuple(on_discard)
-        self._uses_graphs = cuda_graphs
+        self._uses_graphs, self._may_fall_back = bool(cuda_graphs), cuda_graphs == "auto"
+        self._refused = ""
         self._graphs: MicroBatchGraphs | None = None
         self._rehearsing = rehearsing
         self._rehearsal: Rehearsal | None = None
@@ -100,6 +102,7 @@ class SingleDevice:
                 device=self.device,
                 autocast=self._autocast,
                 gather=None if self._flat is None else self._flat.gather,
+                falls_back=self._may_fall_back,
             )
 
     def _place(self, task: nn.Module) -> nn.Module:
@@ -213,7 +216,15 @@ class SingleDevice:
         if self._flat is not None:
             self._flat.clear()
         scale = self._scaler.get_scale() if self._scaler.is_enabled() else None
-        return StepResult(norm, skipped=not finite, loss_scale=scale)
+        return StepResult(norm, skipped=not finite, loss_scale=scale, notice=self._notice())
+
+    def _notice(self) -> str:
+        """Says once that micro-batches are not captured, if they were to be."""
+        refused = "" if self._graphs is None else self._graphs.refused
+        if refused == self._refused:
+            return ""
+        self._refused = refused
+        return f"CUDA graphs are not used: capturing a micro-batch failed ({refused}). Kernels are launched one by one."
 
     def _clip(self, parameters: Sequence[nn.Parameter], max_norm: float, norm_tensor: Tensor, norm: float) -> None:
         """Scales gradients down to `max_norm`: in the optimiser's step, where it can, or in place."""

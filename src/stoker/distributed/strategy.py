@@ -56,11 +56,13 @@ class StepResult:
 
     `skipped` says that the norm was not finite, so the weights and the optimiser were left as they were. With a loss
     scale (fp16) that is part of the work: the scale has been lowered to `loss_scale`, and the step can be tried again.
+    `notice`: a sentence about how the step was run that the user should know.
     """
 
     gradient_norm: float
     skipped: bool = False
     loss_scale: float | None = None
+    notice: str = ""
 
 
 @dataclass(frozen=True)

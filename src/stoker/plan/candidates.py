@@ -290,9 +290,30 @@ class Candidate:
         if hindrance:
             return hindrance
         flops = self.size.flops_of_a_layer(job.flops_with(self.ladder))
-        if flops > execution.LAUNCH_BOUND_FLOPS[self.ladder.layers]:
+        if flops <= execution.LAUNCH_BOUND_FLOPS[self.ladder.layers]:
+            return ""
+        # Weights that are all trained have gradients of their own, which a graph would hold from step to step.
+        can_gain = self.ladder.layers == "fused" and self.kernels == "triton" and job.config.adapter is not None
+        if not can_gain or self._share_of_gaps(flops) < execution.GAPS_MATTER:
             return "the GPU works longer than launching takes"
+        if self._with_pool > job.machine.device.memory_bytes:
+            return "the gain is small, and a graph's memory beside that of rows of another shape is not there"
         return ""
+
+    def _share_of_gaps(self, flops: float) -> float:
+        """What share of a layer's work the gaps between its kernels are; `flops`: of the layer in a micro-batch."""
+        known = self.size.job.speed
+        rates = known.device.rates
+        # With a base in fp8, too: the rest of a layer's work is then the larger part.
+        rate = known.efficiencies.matmul * rates.get(self.precision, rates["fp32"])
+        return execution.GAP_SECONDS * rate / max(1.0, flops)
+
+    @property
+    def _with_pool(self) -> int:
+        """Bytes with graphs: their pool keeps what a micro-batch needed, also while one of another shape runs."""
+        memory = self.with_transposed if self.keep_transposed else self.memory
+        assert memory is not None
+        return memory.total + memory.activations + memory.logits
 
     @cached_property
     def seconds(self) -> float:

@@ -371,7 +371,7 @@ def _cuda_graphs(best: Candidate) -> tuple[bool, str]:
             raise PlanError(f"engine.cuda_graphs = true: {impossible}.", fix="Use false or auto, or change that.")
     if asked != "auto":
         return asked, "set in the configuration"
-    return not hindrance, hindrance or "launching would take longer than the GPU works: one launch a micro-batch"
+    return not hindrance, hindrance or "the GPU would wait for launches: one a micro-batch, once a shape was captured"
 
 
 def _shortfall(job: Job, candidates: list[Candidate]) -> str:

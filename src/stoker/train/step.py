@@ -60,6 +60,8 @@ def take_step(
             raise loss_error(loss, number, name_culprits(strategy, results, rows))
         at("optimiser step")
         result = strategy.step(learning_rate, max_gradient_norm=max_gradient_norm)
+        if result.notice:
+            notify(result.notice)
         if not result.skipped:
             return StepOutcome(loss, result.gradient_norm, tokens, trained, positions, metrics)
         _refuse_or_notify(result, number, notify)

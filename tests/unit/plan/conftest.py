@@ -25,6 +25,26 @@ def run() -> Callable[..., RunConfig]:
 
 
 @pytest.fixture
+def llama_1b() -> ArchSpec:
+    """Llama 3.2 1B's shape."""
+    return families.read(
+        {
+            "model_type": "llama",
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "intermediate_size": 8192,
+            "vocab_size": 128256,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 8192,
+        },
+        "config.json",
+    )
+
+
+@pytest.fixture
 def llama_8b() -> ArchSpec:
     """Llama 3.1 8B's shape."""
     return families.read(

@@ -344,7 +344,7 @@ def test_what_cannot_be_captured_as_a_graph_says_why(run, llama_8b, machine, set
 
 
 def test_graphs_are_for_where_launching_takes_longer_than_the_work(run, llama_8b, machine):
-    long = choose(run("data.packing=false"), llama_8b, machine(80))
+    long = choose(run("data.packing=false", "engine.micro_batch_size=8"), llama_8b, machine(80))
     assert not long.cuda_graphs
     assert "longer than launching" in long.reasons["cuda_graphs"]
     short = choose(run("data.packing=false", "data.sequence_length=128", "train.batch_size=1"), llama_8b, machine(80))
@@ -353,6 +353,21 @@ def test_graphs_are_for_where_launching_takes_longer_than_the_work(run, llama_8b
     assert (forced.cuda_graphs, forced.reasons["cuda_graphs"]) == (True, "set in the configuration")
     with pytest.raises(PlanError, match="only a CUDA GPU"):
         choose(run("engine.cuda_graphs=true"), llama_8b, machine())
+
+
+def test_graphs_are_also_for_where_gaps_between_kernels_show_and_memory_is_free(run, llama_1b, machine):
+    asked = ("data.packing=false", "engine.micro_batch_size=8", "train.batch_size=8")
+    plan = choose(run(*asked), llama_1b, machine(140))
+    assert (plan.micro_batch_size, plan.cuda_graphs) == (8, True)
+    # Twice the activations do not fit beside the weights: a graph's, and those of rows of another shape.
+    tight = choose(run(*asked), llama_1b, machine(24))
+    assert not tight.cuda_graphs
+    assert tight.memory.total + tight.memory.activations > tight.available_bytes
+    assert "another shape" in tight.reasons["cuda_graphs"]
+    # Twice the work, the same gaps.
+    assert not choose(run(*asked, "data.sequence_length=4096"), llama_1b, machine(140)).cuda_graphs
+    # Gradients of all weights would be held from step to step.
+    assert not choose(run(*asked, "adapter=null"), llama_1b, machine(140)).cuda_graphs
 
 
 def test_bf16_weights_run_in_bf16_and_are_refused_without_it(run, llama_8b, machine):
