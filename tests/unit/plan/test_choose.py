@@ -360,7 +360,7 @@ def test_graphs_are_also_for_where_gaps_between_kernels_show_and_memory_is_free(
     plan = choose(run(*asked), llama_1b, machine(140))
     assert (plan.micro_batch_size, plan.cuda_graphs) == (8, True)
     # Twice the activations do not fit beside the weights: a graph's, and those of rows of another shape.
-    tight = choose(run(*asked), llama_1b, machine(24))
+    tight = choose(run(*asked, "engine.memory_limit_gib=24"), llama_1b, machine(140))
     assert not tight.cuda_graphs
     assert tight.memory.total + tight.memory.activations > tight.available_bytes
     assert "another shape" in tight.reasons["cuda_graphs"]
