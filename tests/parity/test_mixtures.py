@@ -1,12 +1,16 @@
 """Mixtures of experts against Transformers on tiny random checkpoints."""
 
+import shutil
+
 import pytest
 import torch
 from oracle import CHECKS, assert_close, check_lora, every_check, pair
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
+    Glm4MoeConfig,
     GptOssConfig,
     GraniteMoeConfig,
     MixtralConfig,
@@ -16,8 +20,12 @@ from transformers import (
 )
 
 from stoker.adapters.lora import add_lora, linear_shapes
+from stoker.arch import families
 from stoker.data.batch import Batch
+from stoker.errors import ModelError
 from stoker.export import adapter, merged
+from stoker.models import native
+from stoker.models.folder import read_config
 from stoker.tasks.supervised import SupervisedTask
 
 # Routing makes sums reorder.
@@ -45,6 +53,15 @@ LATENT = {
     "num_experts_per_tok": 3,
     "n_shared_experts": 2,
     "first_k_dense_replace": 1,
+}
+GLM = {
+    **SIZES,
+    "head_dim": 12,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
 }
 YARN = {
     "rope_type": "yarn",
@@ -84,13 +101,17 @@ CASES = {
     ),
     "deepseek_v2_lite": DeepseekV2Config(**{**LATENT, "q_lora_rank": None, "rope_parameters": YARN}),
     "deepseek_v3": DeepseekV3Config(**LATENT, n_group=4, topk_group=2, rope_parameters=YARN),
+    "glm4_moe": Glm4MoeConfig(**GLM, routed_scaling_factor=1.5),
+    "glm4_moe groups": Glm4MoeConfig(**GLM, n_group=4, topk_group=2, use_qk_norm=True, attention_bias=True),
 }
 
 
 # PEFT 0.21 takes dense layers' gate_proj, up_proj and down_proj in a model of this kind for those of experts in older
 # checkpoints, and then finds no adapter for the former: adapters that hold both are for merging, or for us.
 _EXPERTS = ["o_proj", "experts.gate_up_proj", "experts.down_proj"]
-PEFT_TARGETS = dict.fromkeys(("qwen3_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3"), _EXPERTS)
+PEFT_TARGETS = dict.fromkeys(
+    ("qwen3_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "glm4_moe", "glm4_moe groups"), _EXPERTS
+)
 
 
 @pytest.mark.parametrize(("name", "check"), every_check(CASES))
@@ -100,6 +121,22 @@ def test_family(name, check):
         check_lora(made, PEFT_TARGETS.get(name, "all-linear"))
     else:
         CHECKS[check](made)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_layers_that_predict_later_tokens_are_left_aside_and_said_to_be(name, tmp_path):
+    made = pair(CASES[name], tolerance=TOLERANCE)
+    shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"model.layers.{len(made.spec.layers)}.eh_proj.weight"] = torch.ones(2, 2)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours = native.load(tmp_path, families.read(read_config(tmp_path), str(tmp_path)))
+    assert all(torch.equal(one, other) for one, other in zip(ours.parameters(), made.ours.parameters(), strict=True))
+    assert made.spec.left_out == ("num_nextn_predict_layers = 1",)
+    tensors[f"model.layers.{len(made.spec.layers) + 1}.eh_proj.weight"] = torch.ones(2, 2)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="not part of this architecture"):
+        native.load(tmp_path, made.spec)
 
 
 def test_load_balancing_loss_of_a_padded_batch_equals_transformers():

@@ -330,7 +330,9 @@ class ArchSpec:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     left_out: tuple[str, ...] = ()
-    """Settings of config.json that its training had and Stoker's has not, such as dropout: "resid_pdrop = 0.1"."""
+    """Settings of config.json that its training had and Stoker's has not, as dropout: "resid_pdrop = 0.1"."""
+    unused: tuple[str, ...] = ()
+    """Beginnings of the names of tensors that a folder may hold and the model does without, as Transformers does."""
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of plain JSON values, with the `kind` of each part that has variants."""

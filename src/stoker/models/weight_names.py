@@ -53,6 +53,7 @@ def find(
     `alias_of`: from the names of a tied matrix's two tensors to the one to read.
     """
     entries = weight_map(spec)
+    present = {name for name in present if not name.startswith(spec.unused)}
     prefix = _missing_prefix([name for entry in entries for name in entry.theirs], present)
     sources: dict[str, tuple[str, ...]] = {}
     read: set[str] = set()

@@ -47,7 +47,7 @@ def left_out_notice(spec: AnySpec) -> str:
     """Returns the sentence that says what the model's own training had and this one has not, or ""."""
     if isinstance(spec, BorrowedSpec) or not spec.left_out:
         return ""
-    return f"config.json has {', '.join(spec.left_out)}: the model is trained without dropout of its own."
+    return f"config.json has {', '.join(spec.left_out)}, which training leaves out."
 
 
 def problems(config: RunConfig, spec: AnySpec) -> list[tuple[Path, Problem]]:

@@ -5,7 +5,7 @@ compute is refused. Checked against transformers 5.24: `configuration_*.py` and 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from stoker.arch.families import latent
 from stoker.arch.families.common import read_decoder, refuse_dropout
@@ -15,6 +15,7 @@ from stoker.arch.families.reader import ConfigReader
 from stoker.arch.spec import (
     ArchSpec,
     ExpertsSpec,
+    FeedForwardSpec,
     GatedSpec,
     LayerSpec,
     NormSpec,
@@ -58,7 +59,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "topk_group": 4,
     },
 }
-_EXPERTS: Mapping[str, Held] = {
+EXPERT_NAMES: Mapping[str, Held] = {
     "feed_forward.router": "mlp.gate",
     "feed_forward.router.correction": "mlp.gate.e_score_correction_bias",
     "feed_forward.experts.gate_up.weight": ExpertNames(
@@ -68,6 +69,7 @@ _EXPERTS: Mapping[str, Held] = {
     "feed_forward.shared.gate_up": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
     "feed_forward.shared.down": "mlp.shared_experts.down_proj",
 }
+"""Of a mixture with shared experts, within a layer."""
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
@@ -81,41 +83,78 @@ def read(config: Mapping[str, Any], where: str) -> ArchSpec:
     interleaved = model_type == "deepseek_v2" or reader.flag("rope_interleave", True)
     attention = latent.read_attention(reader, interleaved=interleaved)
     dense = GatedSpec(reader.size("intermediate_size"))
-    experts = _experts(reader, model_type)
-    num_dense = reader.get("first_k_dense_replace")
-    if not isinstance(num_dense, int) or num_dense < 0:
-        raise reader.error(f"first_k_dense_replace = {num_dense!r} is not a number of layers.")
-    num_layers = reader.size("num_hidden_layers")
-    layers = [LayerSpec(attention, dense if index < num_dense else experts, norm) for index in range(num_layers)]
-    return read_decoder(reader, layers, family="deepseek", final_norm=norm)
+    experts = sigmoid_experts(reader) if model_type == "deepseek_v3" else _softmax_experts(reader)
+    layers = [LayerSpec(attention, part, norm) for part in dense_first(reader, dense, experts)]
+    later = later_layers(reader)
+    return read_decoder(reader, layers, family="deepseek", final_norm=norm, left_out=later.left_out, unused=later.names)
 
 
 def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
     """Every parameter of a `Decoder` built from `spec`, with the Hugging Face tensors it holds."""
-    return entries(spec, Names({**latent.names(spec), **_EXPERTS}))
+    return entries(spec, Names({**latent.names(spec), **EXPERT_NAMES}))
 
 
-def _experts(reader: ConfigReader, model_type: str) -> ExpertsSpec:
-    is_v3 = model_type == "deepseek_v3"
+def dense_first(reader: ConfigReader, dense: GatedSpec, experts: ExpertsSpec) -> list[FeedForwardSpec]:
+    """The feed-forward of each layer: `first_k_dense_replace` dense ones, then mixtures."""
+    num_dense = reader.get("first_k_dense_replace")
+    if not isinstance(num_dense, int) or num_dense < 0:
+        raise reader.error(f"first_k_dense_replace = {num_dense!r} is not a number of layers.")
+    return [dense if index < num_dense else experts for index in range(reader.size("num_hidden_layers"))]
+
+
+class LaterLayers(NamedTuple):
+    """Layers that predict tokens after the next one (arXiv:2412.19437, section 2.2): what is said of leaving them out,
+    and the beginnings of their tensors' names."""
+
+    left_out: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def later_layers(reader: ConfigReader) -> LaterLayers:
+    """Those that a folder may hold after its layers. Transformers' class leaves them aside too."""
+    count, first = reader.get("num_nextn_predict_layers") or 0, reader.size("num_hidden_layers")
+    if not isinstance(count, int) or count < 0:
+        raise reader.error(f"num_nextn_predict_layers = {count!r} is not a number of layers.")
+    names = tuple(f"model.layers.{first + index}." for index in range(count))
+    return LaterLayers(reader.left_out("num_nextn_predict_layers"), names)
+
+
+def sigmoid_experts(reader: ConfigReader) -> ExpertsSpec:
+    """V3's mixture: each expert's sigmoid, a stored correction for the choice, groups by the sum of their best two."""
     inner = reader.size("moe_intermediate_size")
-    method = reader.get("topk_method")
-    if not is_v3 and method not in ("greedy", "group_limited_greedy"):
-        raise reader.error(f"topk_method = {method!r} is not native.", fix="Known: greedy, group_limited_greedy.")
-    groups = reader.optional_size("n_group") or 1 if is_v3 or method == "group_limited_greedy" else 1
     return ExpertsSpec(
         num_experts=reader.size("n_routed_experts"),
         top_k=reader.size("num_experts_per_tok"),
         intermediate_size=inner,
         router=RouterSpec(
-            score="sigmoid" if is_v3 else "softmax",
-            # V2's own setting of this name does nothing in Transformers.
-            normalized=is_v3 and reader.flag("norm_topk_prob", True),
+            score="sigmoid",
+            normalized=reader.flag("norm_topk_prob", True),
             scale=reader.positive("routed_scaling_factor"),
-            groups=groups,
+            groups=reader.optional_size("n_group") or 1,
             chosen_groups=reader.optional_size("topk_group") or 1,
-            group_top=2 if is_v3 else 1,
-            correction=is_v3,
+            group_top=2,
+            correction=True,
         ),
         shared_size=reader.size("n_shared_experts") * inner,
-        auxiliary_loss=0.0 if is_v3 else read_auxiliary_loss(reader),
+    )
+
+
+def _softmax_experts(reader: ConfigReader) -> ExpertsSpec:
+    """V2's."""
+    inner = reader.size("moe_intermediate_size")
+    method = reader.get("topk_method")
+    if method not in ("greedy", "group_limited_greedy"):
+        raise reader.error(f"topk_method = {method!r} is not native.", fix="Known: greedy, group_limited_greedy.")
+    return ExpertsSpec(
+        num_experts=reader.size("n_routed_experts"),
+        top_k=reader.size("num_experts_per_tok"),
+        intermediate_size=inner,
+        router=RouterSpec(
+            normalized=False,  # the setting of this name does nothing in Transformers
+            scale=reader.positive("routed_scaling_factor"),
+            groups=(reader.optional_size("n_group") or 1) if method == "group_limited_greedy" else 1,
+            chosen_groups=reader.optional_size("topk_group") or 1,
+        ),
+        shared_size=reader.size("n_shared_experts") * inner,
+        auxiliary_loss=read_auxiliary_loss(reader),
     )

@@ -32,7 +32,7 @@ from stoker.arch.spec import (
 )
 
 # Whose conversion of old checkpoints PEFT follows for adapters too (peft 0.21, `transformers_weight_conversion.py`).
-_PEFT_CONVERTS = frozenset({"qwen3_moe", "deepseek_v2", "deepseek_v3"})
+_PEFT_CONVERTS = frozenset({"qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe"})
 _OF_OLD_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 _COUNTS = ("num_local_experts", "num_experts")
 _QWEN = {
