@@ -281,11 +281,11 @@ def test_without_libaio_a_run_with_nvme_is_refused_before_its_data_is_prepared(s
 
 
 # DeepSpeed leaves parts of less than a MiB in memory.
-WIDE = jobs.Case(LlamaConfig(**jobs.SIZES | {"hidden_size": 256}, **jobs.ATTENTION))
+WIDE = jobs.Case(LlamaConfig(**jobs.SIZES | {"hidden_size": 512}, **jobs.ATTENTION))
 
 
 def on_disk(ranks, folder):
-    """Losses with the optimiser's state, and with weights too, on a disk, each with the bytes that lie there then."""
+    """Trains with the optimiser's state, and with weights too, on a disk; each with the bytes that lie there then."""
     found = {}
     for parts in (("offload_optimizer",), ("offload_optimizer", "offload_param")):
         place = folder / "+".join(parts)
@@ -294,9 +294,9 @@ def on_disk(ranks, folder):
         zero |= {part: {"device": "nvme", "nvme_path": str(place)} for part in parts}
         settings = {"zero_optimization": zero}
         strategy = Zero(ranks, "cpu", settings=settings, model=model, layers=list(model.blocks))
-        losses = jobs.train("full", "zero3", model=model, strategy=strategy, steps=4)["losses"]
+        result = jobs.train("full", "zero3", model=model, strategy=strategy, steps=4)
         ranks.sum([0.0])
-        found[parts] = losses, sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+        found[parts] = result, sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     return found
 
 
@@ -305,12 +305,17 @@ def test_states_that_wait_on_nvme_give_the_losses_of_one_device(tmp_path):
     package("cpu", None)
     if not importlib.import_module("deepspeed").ops.__compatible_ops__["async_io"]:
         pytest.skip("libaio's headers are not installed, without which DeepSpeed reads no NVMe")
-    expected = jobs.train("full", "single", model=jobs.build(WIDE), steps=4)["losses"]
+    expected = jobs.train("full", "single", model=jobs.build(WIDE), steps=4)
     for parts in ("offload_optimizer", "offload_optimizer+offload_param"):
         (tmp_path / parts).mkdir()
     count = sum(parameter.numel() for parameter in jobs.build(WIDE).parameters())
-    for losses, num_bytes in jobs.on_ranks(2, tmp_path, on_disk, tmp_path).values():
-        assert losses == pytest.approx(expected, abs=5e-6)
+    for result, num_bytes in jobs.on_ranks(2, tmp_path, on_disk, tmp_path).values():
+        assert result["losses"] == pytest.approx(expected["losses"], rel=2e-6)
+        assert result["loss"] == pytest.approx(expected["loss"], rel=2e-6)
+        for kind in ("weights", "optimizer"):
+            kept = getattr(result["state"], kind)
+            for key, value in getattr(expected["state"], kind).items():
+                torch.testing.assert_close(kept[key], value, atol=2e-4, rtol=1e-3)
         assert num_bytes >= 12 * count  # of both ranks: weights and two averages
 
 
