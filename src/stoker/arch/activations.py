@@ -47,16 +47,14 @@ class Micro:
     """A micro-batch: `tokens` tokens of `value_bytes` each value; `product_values` of adapters a token and layer.
 
     `head_copies`: tensors as large as the queries that attention's backward makes where keys and values are shared by
-    several of them: none by cuDNN (Hopper and later), two by flash attention (gradients of keys and values for every
-    query head, summed afterwards), four where keys and values themselves are copied for every query head.
+    several of them: two by cuDNN (in its workspace on an H200) and by flash attention (gradients of keys and values
+    for every query head, summed afterwards), four where keys and values themselves are copied for every query head.
     """
 
     tokens: int
     value_bytes: int
     product_values: int = 0
     head_copies: int = 0
-    repeats_heads: bool = False
-    """Attention keeps keys and values for every query head: that of packed rows, in PyTorch before 2.13."""
     gradient_bytes: int = 0
     """Of each weight of a layer, where its gradient arrives in the micro-batch's backward. 0 where it is there before,
     as from the second micro-batch of a step on, and where the layers' weights are frozen."""
@@ -82,8 +80,6 @@ def fused(
     heads = query + 2 * mixer.num_kv_heads * mixer.head_dim
     attention = {"all": heads + query, "mixer": heads + query, "attention": query, "input": 0}[keep]
     beside = {"all": hidden_size + 2 * inner, "mixer": hidden_size, "attention": 0, "input": 0}[keep]
-    repeated = 2 * query if micro.repeats_heads and mixer.num_kv_heads < mixer.num_heads else 0
-    attention += repeated if keep != "input" else 0
     statistics = 4 * mixer.num_heads if keep != "input" else 0
     away = hidden_size + attention
     on_device = beside + micro.product_values + (0 if offload else away)
@@ -95,7 +91,7 @@ def fused(
     if mixer.qk_norm is not None:  # q, k and v as the projection gave them, beside the turned ones
         passing += heads * unit
     in_flight = _IN_FLIGHT * max(hidden_size, query) * unit if offload else 0
-    passing += in_flight + (repeated * unit if keep == "input" else 0)
+    passing += in_flight
     return Held(
         on_device * unit + (0 if offload else statistics * micro.tokens),
         passing,

@@ -302,11 +302,13 @@ def _chunked_losses(
 ) -> Tensor:
     """The losses [n] of trained `rows` [n, D], fp32; their gradients, each row's times its factor, into `gradients`."""
     losses = rows.new_empty(rows.shape[0], dtype=torch.float32)
+    # One buffer for all: a new one would be there before the last chunk's is gone.
+    buffer = rows.new_empty(min(setting.chunk_tokens, rows.shape[0]), weight.shape[0])
     for start in range(0, rows.shape[0], setting.chunk_tokens):
         chunk = slice(start, min(start + setting.chunk_tokens, rows.shape[0]))
         h = rows[chunk]
         factor = None if row_factor is None else row_factor[chunk]
-        logits = torch.mm(h, weight.t())
+        logits = torch.mm(h, weight.t(), out=buffer[: h.shape[0]])
         turn = _turn_logits_triton if setting.triton else _turn_logits_reference
         losses[chunk], p = turn(
             logits, bias, targets[chunk], factor, options=setting.options, with_gradient=bool(gradients)

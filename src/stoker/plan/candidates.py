@@ -1,8 +1,7 @@
 """What a run could be: each micro-batch with each step of the ladder, its memory and its time."""
 
 from dataclasses import dataclass
-from functools import cache, cached_property
-from importlib.metadata import PackageNotFoundError, version
+from functools import cached_property
 from typing import Any, Literal
 
 from stoker.arch.activations import Keep, Micro
@@ -12,7 +11,7 @@ from stoker.plan import execution, facts, ladder, rates, speed
 from stoker.plan.adapter import adapter_parameters, num_targeted
 from stoker.plan.hardware import Device
 from stoker.plan.ladder import Ladder, Weighed
-from stoker.plan.memory import VALUE_BYTES, Memory, estimate, trained_head_bytes, transposed_bytes
+from stoker.plan.memory import VALUE_BYTES, Memory, estimate, last_gradient_bytes, trained_head_bytes, transposed_bytes
 from stoker.plan.rates import Rates
 from stoker.plan.remember import remember
 from stoker.plan.spread import SINGLE, Spread
@@ -97,7 +96,7 @@ class Job:
         """Tokens of a whole row, of which devices that share it have parts."""
         return self.spread.sharing * self.row_tokens
 
-    def memory(self, tokens: int, *, casts_by_layer: bool) -> Memory:
+    def memory(self, tokens: int, *, casts_by_layer: bool, head_apart: bool = False) -> Memory:
         """Bytes of a micro-batch besides the layers' activations."""
         trained, frozen = self.counts
         return _estimated(
@@ -111,38 +110,25 @@ class Job:
             quantization=self.config.model.quantization,
             weight_dtype=self.config.train.weight_dtype,
             casts_by_layer=casts_by_layer,
+            head_apart=head_apart,
             spread=self.spread,
             adapter=self.config.adapter,
         )
 
 
 def _head_copies(device: Device) -> int:
-    """See `Micro`: which attention runs depends on the GPU (`kernels/attention.py`)."""
-    if device.kind != "cuda" or device.compute_capability is None or device.compute_capability >= (9, 0):
+    """See `Micro`: gradients of keys and values are made for every query head, and before Ampere those are copied."""
+    if device.kind != "cuda":
         return 0
-    return 2 if device.compute_capability >= (8, 0) else 4
-
-
-@cache
-def _shares_heads() -> bool:
-    """Whether PyTorch's attention over packed rows shares keys and values among query heads (`enable_gqa`, from 2.13).
-
-    One that is not installed is taken to be old, which needs more memory.
-    """
-    try:
-        major, minor = version("torch").split(".")[:2]
-    except PackageNotFoundError:
-        return False
-    return (int(major), int(minor)) >= (2, 13)
+    is_old = device.compute_capability is not None and device.compute_capability < (8, 0)
+    return 4 if is_old else 2
 
 
 def micro_of(
     config: RunConfig, spec: AnySpec, tokens: int, *, precision: str, device: Device, gradient_bytes: int = 0
 ) -> Micro:
     """Returns what decides how much layers hold of a micro-batch of so many tokens."""
-    repeats = device.kind == "cuda" and config.data.packing and not _shares_heads()
-    copies = _head_copies(device)
-    return Micro(tokens, VALUE_BYTES[precision], product_values(config, spec), copies, repeats, gradient_bytes)
+    return Micro(tokens, VALUE_BYTES[precision], product_values(config, spec), _head_copies(device), gradient_bytes)
 
 
 class Size:
@@ -159,7 +145,11 @@ class Size:
             device=job.machine.device,
             gradient_bytes=self._gradient_bytes(),
         )
-        self._besides = {fused: job.memory(tokens, casts_by_layer=fused) for fused in (False, True)}
+        # Where gradients arrive the head's moment is one of its own (`_beside_head`).
+        apart = bool(self.micro.gradient_bytes)
+        self._besides = {
+            fused: job.memory(tokens, casts_by_layer=fused, head_apart=apart and fused) for fused in (False, True)
+        }
 
     def _gradient_bytes(self) -> int:
         """See `Micro.gradient_bytes`: each step's gradients are new, unless graphs of micro-batches add to old ones."""
@@ -174,7 +164,8 @@ class Size:
         job = self.job
         if execution.why_no_graphs(job.config, job.spec, job.machine.device, offload=False):
             return False
-        return self.flops_of_a_layer(job.flops) <= max(execution.LAUNCH_BOUND_FLOPS.values())
+        is_fused = job.machine.uses_triton and not execution.why_op_by_op(job.config.adapter, job.spec)
+        return self.flops_of_a_layer(job.flops) <= execution.LAUNCH_BOUND_FLOPS["fused" if is_fused else "op by op"]
 
     def flops_of_a_layer(self, flops: float) -> float:
         """FLOPs of a layer in a micro-batch, of `flops` for a token of the model."""
@@ -197,15 +188,16 @@ class Size:
     def _beside_head(self, held: Weighed) -> int | None:
         """What `Memory.with_activations` is told: a frozen head leaves nothing behind.
 
-        Nor does a trained one but its gradient, and while it runs no layer's gradient is there, if they arrive.
+        Nor does a trained one but its gradient, and while it runs no layer's gradient is there, if they arrive. Then
+        the backward's end is a third moment.
         """
         if self.job.config.adapter is not None:
             return held.after_forward
         if not self.micro.gradient_bytes:
             return None
         memory = self._besides[held.ladder.layers == "fused"]
-        head = trained_head_bytes(self.job.spec, self.micro, self.job.config.train.weight_dtype)
-        return held.after_forward + head - memory.gradients - memory.logits
+        with_head = held.after_forward + trained_head_bytes(self.job.spec, self.micro) - memory.gradients
+        return max(with_head, last_gradient_bytes(self.job.spec, self.micro)) - memory.logits
 
     def best(self) -> "Candidate":
         """Returns the candidate that computes least again of those that fit, or else the nearest to fitting.

@@ -111,6 +111,7 @@ def estimate(
     quantization: str = "none",
     weight_dtype: str = "fp32",
     casts_by_layer: bool = False,
+    head_apart: bool = False,
     spread: Spread = SINGLE,
     adapter: Adapter | None = None,
 ) -> Memory:
@@ -132,7 +133,7 @@ def estimate(
     if spread.stage:
         state += kept / shards  # DeepSpeed's optimiser steps on a flat copy of its part
     if precision != "fp32" and not is_narrow:
-        one_layer = _largest_layer(spec) + 2 * spec.vocab_size * spec.hidden_size
+        one_layer = _largest_layer(spec) + (0 if head_apart else 2 * spec.vocab_size * spec.hidden_size)
         # Gathered layers are cast one at a time, whichever way they run.
         by_layer = casts_by_layer or spread.weight_shards > 1
         copies = (min(trained, one_layer) if by_layer else trained) * value_bytes
@@ -152,7 +153,7 @@ def estimate(
     logits = head_bytes(spec, tokens, value_bytes)
     if is_narrow:
         # Beside the logits there is the head's gradient alone, in fp32 and then rounded: more than all of them or not.
-        logits = max(0, logits + _head_gradient_bytes(spec, weight_dtype) - gradients)
+        logits = max(0, logits + _head_gradient_bytes(spec) - gradients)
     scratch = scratch_bytes(spec, quantization, value_bytes)
     held = weights + gradients + state + logits + scratch + communication
     reserve = BASE_BYTES[device] + round(_FRAGMENTATION * held)
@@ -172,14 +173,23 @@ def head_bytes(spec: AnySpec, tokens: int, value_bytes: int) -> int:
     return logits + _HEAD_TENSORS * tokens * spec.hidden_size * value_bytes
 
 
-def _head_gradient_bytes(spec: AnySpec, weight_dtype: str) -> int:
-    """Bytes of a trained head's gradient while it is made: in fp32, then rounded beside that for bf16 weights."""
-    return (4 + (2 if weight_dtype == "bf16" else 0)) * spec.vocab_size * spec.hidden_size
+def _head_gradient_bytes(spec: AnySpec) -> int:
+    """Bytes of a trained head's gradient while it is made, in fp32, and of two bytes a weight beside it.
+
+    Those are the gradient again, rounded, where weights are bf16, or else the weights in the compute type.
+    """
+    return (4 + 2) * spec.vocab_size * spec.hidden_size
 
 
-def trained_head_bytes(spec: AnySpec, micro: Micro, weight_dtype: str) -> int:
+def trained_head_bytes(spec: AnySpec, micro: Micro) -> int:
     """Returns what the head and the loss hold of a micro-batch where the head is trained: its gradient, too."""
-    return head_bytes(spec, micro.tokens, micro.value_bytes) + _head_gradient_bytes(spec, weight_dtype)
+    return head_bytes(spec, micro.tokens, micro.value_bytes) + _head_gradient_bytes(spec)
+
+
+def last_gradient_bytes(spec: AnySpec, micro: Micro) -> int:
+    """Returns what lies beside all gradients when a backward that leaves them ends: the embedding's, until it is added
+    to that of a head that shares its table."""
+    return micro.gradient_bytes * spec.vocab_size * spec.hidden_size if getattr(spec, "tied_head", False) else 0
 
 
 def zero_bytes(

@@ -9,7 +9,7 @@ import pytest
 from stoker.arch import families
 from stoker.compose.bench.shapes import SHAPES
 from stoker.config.load import load
-from stoker.plan import candidates, speed
+from stoker.plan import speed
 from stoker.plan.catalogue import shipped
 from stoker.plan.choose import choose
 from stoker.plan.hardware import Device, Hardware
@@ -37,19 +37,14 @@ def beside(suite, cell):
     return measured, plan.memory.total - plan.memory.reserve, seconds
 
 
-@pytest.fixture(autouse=True)
-def old_pytorch(monkeypatch):
-    """The cells ran on PyTorch 2.11."""
-    monkeypatch.setattr(candidates, "_shares_heads", lambda: False)
-
-
 @pytest.mark.parametrize(("suite", "cell"), CELLS)
 def test_seconds_of_a_step_are_within_15_percent(suite, cell):
     measured, _, seconds = beside(suite, cell)
     assert seconds == pytest.approx(measured["step_seconds"], rel=0.15)
 
 
-@pytest.mark.parametrize(("suite", "cell"), CELLS)
+# H ran when packed rows kept keys and values for every query head.
+@pytest.mark.parametrize(("suite", "cell"), [one for one in CELLS if one[1] != "H"])
 def test_memory_is_within_5_percent_and_never_3_percent_under(suite, cell):
     measured, predicted, _ = beside(suite, cell)
     above = {"mamba": 0.10, "mamba2": 0.23}.get(cell, 0.05)  # what their kernels spare of saved tensors is not counted
