@@ -86,8 +86,12 @@ def fused(
     unit = micro.tokens * micro.value_bytes
     # Gradients of what comes in and goes out, the norm's output, the activation; then what is run again.
     passing = (4 * hidden_size + max(inner, query + 2 * heads)) * unit
+    # Queries, keys and values that waited on the host are back while attention's backward runs.
+    back = heads * unit if offload and keep in ("all", "mixer") else 0
+    passing += back
     if keep != "all":
-        passing = _again(layer, hidden_size, micro, keep, tile_tokens)
+        in_feed_forward, in_attention = _moments(layer, hidden_size, micro, keep, tile_tokens)
+        passing = max(in_feed_forward, in_attention + back)
     if mixer.qk_norm is not None:  # q, k and v as the projection gave them, beside the turned ones
         passing += heads * unit
     in_flight = _IN_FLIGHT * max(hidden_size, query) * unit if offload else 0
@@ -98,11 +102,6 @@ def fused(
         (away * unit + statistics * micro.tokens) if offload else 0,
         in_flight,
     )
-
-
-def _again(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep, tile_tokens: int | None) -> int:
-    """Bytes during the backward of a layer that makes gate and up again, the more of two moments."""
-    return max(_moments(layer, hidden_size, micro, keep, tile_tokens))
 
 
 def _moments(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep, tile_tokens: int | None) -> tuple[int, int]:

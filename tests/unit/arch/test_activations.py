@@ -42,6 +42,15 @@ def test_what_waits_on_the_host_leaves_the_device(spec):
     assert activations.fused(spec.layers[0], 4096, MICRO, "attention", offload=True).kept == 0
 
 
+def test_queries_keys_and_values_are_back_from_the_host_during_attentions_backward(spec):
+    layer, heads = spec.layers[0], 6144 * 8192 * 2
+    for keep, brought in (("all", heads), ("mixer", heads), ("attention", 0)):
+        # One token a tile: the feed-forward's moment is low, attention's the highest.
+        here = activations.fused(layer, 4096, MICRO, keep, tile_tokens=1)
+        away = activations.fused(layer, 4096, MICRO, keep, tile_tokens=1, offload=True)
+        assert away.passing - here.passing == brought + away.leaving
+
+
 def test_tiles_hold_a_tiles_gate_up_and_activation_instead_of_all(spec):
     layer, micro = spec.layers[0], Micro(32768, 2)
     for keep in ("mixer", "attention", "input"):
