@@ -91,6 +91,12 @@ def settings(chosen: DeepSpeed, *, hidden_size: int | None) -> dict[str, Any]:
     return {**passed, "zero_optimization": zero}
 
 
+def bucket_values(chosen: DeepSpeed) -> int | None:
+    """Returns of how many gradients DeepSpeed sums at once; None: as many as the model's width squared (`auto`)."""
+    size = _zero(read(chosen)).get("reduce_bucket_size")
+    return None if size == "auto" else int(5e8 if size is None else size)
+
+
 def applied(config: RunConfig) -> RunConfig:
     """Returns the configuration with what the JSON decides and ours leaves open."""
     engine, train = config.engine, config.train

@@ -194,6 +194,7 @@ def _plan(choice: Choice) -> Plan:
         on_host=tuple(sorted(spread.on_host)),
         sharing=spread.sharing,
         on_disk=tuple(sorted(spread.on_disk)),
+        bucket_values=spread.bucket_values,
     )
 
 

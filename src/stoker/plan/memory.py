@@ -209,10 +209,13 @@ def buffer_bytes(spec: AnySpec, spread: Spread, *, stored: int, gradients: int, 
     """Returns what one device of several holds to gather and send in; `stored` and `gradients`: bytes of all of them.
 
     Where weights are shared: two layers (the one at work and the next) and what lies outside of the layers, which stays
-    gathered (embedding, head), and as much of the gradients. ZeRO-1 and -2: buckets of gradients. DDP sums where
-    gradients lie. NCCL has buffers of its own on a GPU.
+    gathered (embedding, head), and as much of the gradients. ZeRO-3 sums gradients in one bucket, which it takes whole
+    from the start. ZeRO-1 and -2: buckets of gradients. DDP sums where gradients lie. NCCL has buffers of its own on a
+    GPU.
     """
     own = _NCCL_BYTES if device == "cuda" else 0
+    if spread.stage == 3:
+        own += 4 * (spec.hidden_size**2 if spread.bucket_values is None else spread.bucket_values)
     if spread.weight_shards > 1:
         share = gathered_share(spec) if spread.reshards else 1.0
         return own + round(share * stored + gathered_share(spec, outside=is_full) * gradients)

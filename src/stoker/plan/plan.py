@@ -73,6 +73,7 @@ class Plan:
     on_host: tuple[str, ...] = ()
     sharing: int = 1
     on_disk: tuple[str, ...] = ()
+    bucket_values: int | None = None
 
     @property
     def spread(self) -> Spread:
@@ -87,6 +88,7 @@ class Plan:
             frozenset(self.on_host),
             self.sharing,
             frozenset(self.on_disk),
+            self.bucket_values,
         )
 
     @property

@@ -19,7 +19,8 @@ class Spread:
 
     `replicas`: groups that share weights among themselves. `reshards`: a layer's weights are let go after its forward.
     `on_host`: what of "weights", "gradients" and "optimizer" waits outside of the device, `on_disk` what of that waits
-    on NVMe. `sharing`: devices that share each row.
+    on NVMe. `sharing`: devices that share each row. `bucket_values`: of gradients that DeepSpeed sums at once; None:
+    the square of the model's width.
     """
 
     strategy: StrategyName = "single"
@@ -31,6 +32,7 @@ class Spread:
     on_host: frozenset[str] = frozenset()
     sharing: int = 1
     on_disk: frozenset[str] = frozenset()
+    bucket_values: int | None = 5 * 10**8
 
     @property
     def name(self) -> str:
@@ -99,7 +101,9 @@ def configured(spread: Spread, config: RunConfig) -> Spread:
         gradients = optimizer if spread.stage >= 2 else "none"
         places = {"optimizer": optimizer, "gradients": gradients, "weights": weights}
         away = frozenset(name for name, place in places.items() if place in ("cpu", "nvme"))
-        return replace(spread, on_host=away, on_disk=frozenset(name for name in away if places[name] == "nvme"))
+        on_disk = frozenset(name for name in away if places[name] == "nvme")
+        bucket = deepspeed.bucket_values(engine.deepspeed)
+        return replace(spread, on_host=away, on_disk=on_disk, bucket_values=bucket)
     return spread
 
 

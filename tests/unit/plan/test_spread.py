@@ -16,7 +16,7 @@ from stoker.plan.hardware import Device, Hardware
 from stoker.plan.links import Links
 from stoker.plan.many import choose_over
 from stoker.plan.memory import estimate, gathered_share, zero_bytes
-from stoker.plan.spread import SINGLE, Spread, spreads, volume
+from stoker.plan.spread import SINGLE, Spread, configured, share, spreads, volume
 
 GIB, GB = 2**30, 10**9
 H100 = shipped()["h100"]
@@ -224,6 +224,17 @@ def test_what_waits_on_nvme_takes_buffers_of_the_host_alone(run):
     away = planned("nvme")
     assert away.gradients == away.optimizer == 0
     assert away.states_on_host == 16 * 10**9  # a sub-group of 1e9 values: weights, two averages and gradients
+
+
+def test_zero_3_takes_its_bucket_of_gradients_whole(run, llama_8b):
+    def communication(zero):
+        asked = run("engine.strategy=deepspeed", "engine.deepspeed.stage=3", f"engine.deepspeed.config={zero}")
+        way = configured(Spread("deepspeed", 8, 8, 3), asked)
+        return choose(share(asked, way), llama_8b, machine(), spread=way).memory.communication
+
+    plain = communication('{"zero_optimization": {}}')
+    assert plain - communication('{"zero_optimization": {"reduce_bucket_size": 100000000}}') == 4 * 4 * 10**8
+    assert plain - communication('{"zero_optimization": {"reduce_bucket_size": "auto"}}') == 4 * (5 * 10**8 - 4096**2)
 
 
 def test_replicas_hold_larger_parts_and_layers_that_stay_gathered_more(run, llama_8b):
