@@ -5,7 +5,7 @@ measured ones (`plan_proof.py`). A frontier is a cap on memory: the largest micr
 train, and one row more must fail.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,8 @@ from stoker.compose.bench.shapes import SHAPES
 from stoker.config.load import parse
 from stoker.config.schema import RunConfig
 from stoker.errors import PlanError
-from stoker.plan import catalogue, speed
+from stoker.plan import catalogue, rates, speed
+from stoker.plan.calibration import Calibration
 from stoker.plan.choose import choose
 from stoker.plan.hardware import Device, Hardware
 from stoker.plan.ladder import Ladder
@@ -174,16 +175,27 @@ FRONTIERS: tuple[Frontier, ...] = tuple(
 CPU: tuple[Cell, ...] = tuple(
     replace(cell, precision="fp32")
     for cell in (
-        *_cells("llama-tiny", "full", (4, 128, "none"), (8, 256, "none"), (8, 256, "input")),
-        *_cells("smollm2-135m", "lora", (1, 256, "none"), (2, 128, "input"), layers=4),
+        *_cells(
+            "llama-tiny",
+            "full",
+            (1, 64, "none"),
+            (4, 128, "none"),
+            (8, 256, "none"),
+            (8, 256, "input"),
+            (16, 128, "mixer"),
+            (4, 256, "none", "packed"),
+        ),
+        *_cells("llama-tiny", "lora", (2, 64, "none"), (8, 128, "none"), (4, 512, "attention")),
+        *_cells("smollm2-135m", "lora", (1, 256, "none"), (2, 128, "input"), (4, 128, "none"), layers=4),
+        *_cells("smollm2-135m", "full", (1, 128, "none"), (2, 256, "mixer"), layers=4),
     )
 )
 """Tiny models on a CPU, for the time alone: a process's memory is mostly PyTorch's libraries there."""
 
 
-def is_held_out(name: str) -> bool:
-    """Whether a cell of the grid takes no part in fitting."""
-    return sorted(cell.name for cell in GRID).index(name) % _HELD_OUT == 1
+def is_held_out(name: str, cells: Sequence[Cell] = GRID) -> bool:
+    """Whether a cell of the grid, or of others, takes no part in fitting."""
+    return sorted(cell.name for cell in cells).index(name) % _HELD_OUT == 1
 
 
 @dataclass(frozen=True)
@@ -206,6 +218,16 @@ def hardware(device: Device) -> Hardware:
     return Hardware((device,) if device.kind == "cpu" else (device, Device("cpu", "host", HOST_BYTES)))
 
 
+def rates_of(device: Device, measured: Calibration | None) -> rates.Rates:
+    """Returns the device's figures: the catalogue's, or those that were measured."""
+    if device.kind == "cpu":
+        known = rates.of_catalogue(device, num_threads=1)
+    else:
+        shipped = catalogue.shipped()
+        known = rates.Rates(catalogue.by_name(device.name, shipped) or shipped["h200"])
+    return known if measured is None else measured.rates(known)
+
+
 def predict(
     cell: Cell,
     device: Device,
@@ -213,14 +235,17 @@ def predict(
     rows: speed.Rows | None = None,
     count: int | None = None,
     ladder: Ladder | None = None,
+    measured: Calibration | None = None,
 ) -> Prediction:
-    """Returns what the plan says of `count` rows on the device; raises PlanError where they do not fit."""
+    """Returns what the plan says of `count` rows on the device; raises PlanError where they do not fit.
+
+    `measured`: the device's own figures, in place of the catalogue's.
+    """
     config, spec = cell.config(count), cell.spec()
     plan = choose(config, spec, hardware(device), ladder=ladder)
-    known = catalogue.shipped()
-    one = known["cpu"] if device.kind == "cpu" else catalogue.by_name(device.name, known) or known["h200"]
     rows = rows or speed.Rows(cell.length, cell.length)
-    step = speed.step(config, spec, plan, one, rows=rows)
+    known = rates_of(device, measured)
+    step = speed.step(config, spec, plan, known.device, rows=rows, efficiencies=known.efficiencies)
     return Prediction(plan, dict(vars(plan.memory)), step.seconds, step.parts())
 
 

@@ -15,9 +15,11 @@ from stoker.errors import ConfigError, ModelError
 if TYPE_CHECKING:
     from stoker.arch.borrowed import AnySpec
     from stoker.config.load import Loaded
+    from stoker.config.schema import RunConfig
     from stoker.plan.advice import Case
     from stoker.plan.catalogue import CatalogueDevice
-    from stoker.plan.efficiencies import Efficiencies
+    from stoker.plan.hardware import Hardware
+    from stoker.plan.rates import Rates
     from stoker.plan.survey import Offer, Request
     from stoker.plan.verdict import Verdict
 
@@ -71,8 +73,8 @@ def command(
     Example: stoker plan run.yaml --gpu t4,4090,h100 --deadline 6h
     """
     from stoker.cli.read import read
-    from stoker.plan import catalogue, limits, survey, survey_text, verdict
     from stoker.plan import explain as explain_text
+    from stoker.plan import limits, survey, survey_text, verdict
     from stoker.plan.efficiencies import MEASURED
     from stoker.plan.memory import GIB
     from stoker.plan.workload import given
@@ -87,12 +89,13 @@ def command(
     config = limits.fitted(loaded.config, spec)
     if shape is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"base": f"shape:{shape}"})})
-    known = catalogue.with_file(gpus) if gpus is not None else catalogue.shipped()
-    own = {key: one.model_dump(exclude_none=True) for key, one in config.plan.devices.items()}
-    known = catalogue.with_devices(own, f"{run_file}: plan.devices", known) if own else known
-    host_bytes, efficiencies = int(host_memory * GIB), MEASURED
+    known = _known(gpus, config, run_file)
+    host_bytes, efficiencies, num_threads = int(host_memory * GIB), MEASURED, None
     if here:
-        devices, host_bytes, efficiencies = _this_machine(known)
+        hardware, figures = _this_machine(known)
+        devices, efficiencies, num_threads = [figures.device], figures.efficiencies, hardware.num_threads
+        host = hardware.first("cpu")
+        host_bytes = host.memory_bytes if host is not None else 0
         gpus_per_node = gpus_per_node or _gpus_here()
     else:
         devices = _chosen(gpu, known)
@@ -116,6 +119,7 @@ def command(
         efficiencies=efficiencies,
         nodes=nodes,
         per_node=gpus_per_node or 1,
+        num_threads=num_threads,
     )
     offers = survey.survey(request, devices, every_strategy=show_all)
     found = verdict.verdict(request, offers)
@@ -205,6 +209,15 @@ def _cached(base: str) -> Path | None:
     return snapshot if (snapshot / "config.json").is_file() else None
 
 
+def _known(gpus: Path | None, config: "RunConfig", run_file: Path) -> "Mapping[str, CatalogueDevice]":
+    """Returns the catalogue with the devices of a file and of the YAML."""
+    from stoker.plan import catalogue
+
+    known = catalogue.with_file(gpus) if gpus is not None else catalogue.shipped()
+    own = {key: one.model_dump(exclude_none=True) for key, one in config.plan.devices.items()}
+    return catalogue.with_devices(own, f"{run_file}: plan.devices", known) if own else known
+
+
 def _chosen(names: str | None, known: "Mapping[str, CatalogueDevice]") -> "list[CatalogueDevice]":
     from stoker.plan import catalogue
 
@@ -215,38 +228,26 @@ def _chosen(names: str | None, known: "Mapping[str, CatalogueDevice]") -> "list[
     return catalogue.find([name for name in names.split(",") if name.strip()], known)
 
 
-def _this_machine(known: "Mapping[str, CatalogueDevice]") -> "tuple[list[CatalogueDevice], int, Efficiencies]":
-    """Returns the device that a run here would use, the host's free memory, and the shares that steps reach here.
+def _this_machine(known: "Mapping[str, CatalogueDevice]") -> "tuple[Hardware, Rates]":
+    """Returns this machine, and the figures of the device that a run here would use.
 
-    Figures are those that `stoker doctor --calibrate` measured, or else the catalogue's.
-
-    Raises:
-        ConfigError: its GPU is not in the catalogue.
+    They are those that `stoker doctor --calibrate` measured; or else the catalogue's, yours first; or else what the
+    device reports of itself.
     """
     from stoker.compose.hardware import probe
-    from stoker.plan import calibration, catalogue
-    from stoker.plan.rates import Rates
+    from stoker.plan import calibration, catalogue, rates
 
     hardware = probe()
     host = hardware.first("cpu")
-    gpu = hardware.first("cuda")
-    host_bytes = host.memory_bytes if host is not None else 0
-    if gpu is None:
-        cpu, threads = known["cpu"], hardware.num_threads
-        rates = {dtype: rate * threads / 16 for dtype, rate in cpu.rates.items()}
-        name = host.name if host is not None else cpu.name
-        own = replace(cpu, name=name, memory_bytes=host_bytes, rates=rates, price=None)
-        measured = calibration.measured_here(name, Rates(own))
-        return [measured.device], host_bytes, measured.efficiencies
-    found = catalogue.by_name(gpu.name, known)
-    if found is None:
-        raise ConfigError(
-            f"{gpu.name} is not in the catalogue.",
-            fix="Describe it in a file, in gpus.toml's form, and name it by --gpus.",
-        )
-    own = replace(found, name=gpu.name, memory_bytes=gpu.memory_bytes, price=None)
-    measured = calibration.measured_here(gpu.name, Rates(own))
-    return [measured.device], host_bytes, measured.efficiencies
+    device = hardware.first("cuda") or hardware.first("mps") or host
+    assert device is not None
+    found = catalogue.by_name(device.name, known) if device.kind == "cuda" else None
+    figures = rates.of_catalogue(device, num_threads=hardware.num_threads)
+    if found is not None:
+        figures = rates.Rates(found)
+    own = replace(figures.device, name=device.name, memory_bytes=device.memory_bytes, price=None)
+    figures = calibration.measured_here(device.name, replace(figures, device=own))
+    return hardware, figures
 
 
 def _gpus_here() -> int:

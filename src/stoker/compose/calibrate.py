@@ -11,14 +11,18 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stoker.compose.bench.floor import seconds_of
+from stoker.compose.calibrate_cpu import least_seconds
+from stoker.compose.calibrate_cpu import measure as measure_cpu
 from stoker.compose.hardware import probe
 from stoker.compose.run_folder import versions
 from stoker.errors import OutputError
 from stoker.plan.calibration import Calibration
+from stoker.plan.cpu import ATTENTION_HEAD, ATTENTION_TOKENS
 from stoker.plan.hardware import Device
 
 if TYPE_CHECKING:
@@ -38,13 +42,14 @@ class Sizes:
     disk_mib: int
     calls: int
     collective_mib: int
+    logits_mib: int = 64
 
     @classmethod
     def of(cls, kind: str) -> "Sizes":
         """Those that saturate a device of a kind."""
         if kind == "cuda":
             return cls(8192, 1024, 4096, 512, 2000, 256)
-        return cls(1024, 128, 1024, 256, 2000, 16)
+        return cls(1024, 128, ATTENTION_TOKENS, 256, 2000, 16)
 
 
 def calibrate(where: Path, *, num_gpus: int = 1, sizes: Sizes | None = None, say: Say = print) -> Calibration:
@@ -67,10 +72,14 @@ def calibrate(where: Path, *, num_gpus: int = 1, sizes: Sizes | None = None, say
     written, read = _disk(where, sizes, say)  # first: it is what can be refused
     products = _products(machine, device, sizes, say)
     dtype = "bf16" if machine.bf16 and machine.kind == "cuda" else "fp16" if machine.kind == "cuda" else "fp32"
-    attention = _attention(device, dtype, sizes, say)
+    attention = _attention(device, dtype, sizes.tokens, 128 if machine.kind == "cuda" else ATTENTION_HEAD)
+    say(f"  attention in {dtype:<4} {attention / 1e12:10,.2f} TFLOP/s")
     copy = _copy(device, sizes, say)
     call = _call(device, sizes, say)
     to_device, to_host = _host_link(device, sizes, say)
+    on_cpu: dict[str, float] = {}
+    if machine.kind == "cpu":
+        on_cpu = measure_cpu(partial(_attention, device, dtype), logits_mib=sizes.logits_mib, say=say)
     collectives = {}
     if num_gpus > 1:
         from stoker.compose.collectives import measure
@@ -91,6 +100,7 @@ def calibrate(where: Path, *, num_gpus: int = 1, sizes: Sizes | None = None, say
         disk_read=read,
         collectives=collectives,
         versions=versions(),
+        cpu=on_cpu,
     )
 
 
@@ -129,13 +139,16 @@ def _fp8(device: "torch.device", size: int) -> float:
         2
         * size**3
         / _sustained(
-            lambda: torch._scaled_mm(left, right.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16), device
+            lambda: torch._scaled_mm(left, right.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16),
+            device,
         )
     )
 
 
 def _sustained(run: Callable[[], object], device: "torch.device", *, at_least: float = 0.5) -> float:
-    """Seconds of `run`, after as many as take half a second on a GPU."""
+    """Seconds of `run`, after as many as take half a second on a GPU; on a CPU the least of many turns."""
+    if device.type == "cpu":
+        return least_seconds(run)
     seconds = seconds_of(run, device)
     if device.type == "cuda":
         for _ in range(min(2000, int(at_least / max(seconds, 1e-6)))):
@@ -144,25 +157,23 @@ def _sustained(run: Callable[[], object], device: "torch.device", *, at_least: f
     return max(seconds, 1e-9)
 
 
-def _attention(device: "torch.device", dtype: str, sizes: Sizes, say: Say) -> float:
-    """FLOP/s of causal attention with 8 heads of 128 channels, forward and backward."""
+def _attention(device: "torch.device", dtype: str, tokens: int, head_dim: int = 128) -> float:
+    """FLOP/s of causal attention with 8 heads, forward and backward."""
     import torch
 
     from stoker.kernels.attention import attention
 
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     rows = 4 if device.type == "cuda" else 1
-    q, k, v = (torch.randn(rows, sizes.tokens, 8, 128, device=device).to(kind).requires_grad_() for _ in range(3))
+    q, k, v = (torch.randn(rows, tokens, 8, head_dim, device=device).to(kind).requires_grad_() for _ in range(3))
     weight = torch.randn_like(q)
 
     def run() -> None:
         torch.autograd.grad(attention(q, k, v), (q, k, v), weight)
 
-    pairs = rows * sizes.tokens * (sizes.tokens + 1) / 2
+    pairs = rows * tokens * (tokens + 1) / 2
     # Two products forward and four backward of 2 * head_dim a pair (arXiv:2204.02311, appendix B).
-    rate = 12 * 8 * 128 * pairs / _sustained(run, device)
-    say(f"  attention in {dtype:<4} {rate / 1e12:10,.2f} TFLOP/s")
-    return rate
+    return 12 * 8 * head_dim * pairs / _sustained(run, device)
 
 
 def _copy(device: "torch.device", sizes: Sizes, say: Say) -> float:
@@ -184,6 +195,10 @@ def _call(device: "torch.device", sizes: Sizes, say: Say) -> float:
     for _ in range(10):
         value.add_(1.0)
     _wait(device)
+    if device.type == "cpu":
+        seconds = least_seconds(lambda: value.add_(1.0))
+        say(f"  a launch         {seconds * 1e6:10,.2f} us")
+        return seconds
     start = time.perf_counter()
     for _ in range(sizes.calls):
         value.add_(1.0)

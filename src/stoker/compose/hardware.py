@@ -53,7 +53,20 @@ def _gpu(index: int) -> Device:
     # AMD's GPUs answer to the same calls; their numbers mean something else.
     capability = None if torch.version.hip else torch.cuda.get_device_capability(index)
     name = torch.cuda.get_device_name(index)
-    return Device("cuda", name, free, bf16=bf16, compute_capability=capability, triton=_compiles(capability))
+    properties = torch.cuda.get_device_properties(index)
+    # Double data rate; PyTorch gives clocks in kHz and the bus in bits, where it gives them.
+    lanes = getattr(properties, "memory_bus_width", 0) / 8
+    return Device(
+        "cuda",
+        name,
+        free,
+        bf16=bf16,
+        compute_capability=capability,
+        triton=_compiles(capability),
+        multiprocessors=properties.multi_processor_count,
+        clock_hz=1e3 * getattr(properties, "clock_rate", 0),
+        bandwidth=2e3 * getattr(properties, "memory_clock_rate", 0) * lanes,
+    )
 
 
 def _compiles(capability: tuple[int, int] | None) -> bool:

@@ -30,6 +30,12 @@ _NORM_AND_RESIDUAL = 9
 _GATED, _PLAIN, _ROTATION = 9, 5, 4
 # Share of the elementwise traffic that a rung runs again: norms; norms, rotation and the first residual.
 _AGAIN: dict[Keep, float] = {"all": 0.0, "mixer": 0.1, "attention": 0.3, "input": 0.3}
+# Operations that PyTorch dispatches for a layer, forward and backward, by counting them: of Llama's, op by op, by the
+# rungs of the layer kernel in plain PyTorch, and what an adapter on a linear layer adds to either.
+_CALLS_OP_BY_OP, _ADAPTER_CALLS_OP_BY_OP, _ADAPTER_CALLS_FUSED = 175, 24.5, 32
+_CALLS_FUSED: dict[Keep, int] = {"all": 190, "mixer": 202, "attention": 246, "input": 252}
+# Running a layer that runs op by op again repeats its forward, about two fifths of its operations.
+_CALLS_AGAIN = 0.4
 # Bytes a weight that turning a quantised one into the compute type moves: it is read, and two bytes are written.
 _DEQUANTISED = {"nf4": 0.52 + 2, "int8": 3.0}
 
@@ -97,6 +103,7 @@ class Amounts:
     `fused_values` and `op_by_op_values`: what elementwise work moves in layers that run through the layer kernel in
     Triton, and in others. `dequantised_bytes`: what turning weights into the compute type, or fp8's rows, moves.
     `head`: done once; how often decides who is trained. `fused_layers` and `op_by_op_layers`: how many launch so.
+    `calls`: operations that plain PyTorch dispatches, and `adapter_calls` more with adapters on all linear layers.
     """
 
     products: tuple[Product, ...]
@@ -109,6 +116,8 @@ class Amounts:
     fused_layers: int
     op_by_op_layers: int
     document_tokens: float
+    calls: float
+    adapter_calls: float
 
 
 @remember(0)
@@ -133,6 +142,8 @@ def amounts(spec: AnySpec, way: Way, tokens: float, document_tokens: float, trai
         fused_layers=fused,
         op_by_op_layers=len(spec.layers) - fused,
         document_tokens=counted.document_tokens,
+        calls=counted.totals["calls"],
+        adapter_calls=counted.totals["adapter calls"],
     )
 
 
@@ -163,7 +174,9 @@ class _Counted:
         is_fused = way.layers == "fused" and not why_not_llama(layer)
         again = activations.run_again(layer, hidden_size, rung, is_fused=is_fused)
         passes = 2 if way.is_frozen else 3
-        for name, linear in arithmetic.linears(layer, hidden_size).items():
+        linears = arithmetic.linears(layer, hidden_size)
+        self._add_calls(rung, count, len(linears), is_fused=is_fused)
+        for name, linear in linears.items():
             rows, into, out = self.tokens * linear.used, linear.in_features, sum(linear.out_features)
             weights = linear.weights * max(1, linear.experts)
             times, repeated = count * passes, count * (name in again)
@@ -179,6 +192,12 @@ class _Counted:
         moved = (1.0 + _AGAIN[rung]) * self.tokens * _elementwise_values(layer, hidden_size)
         # On plain PyTorch a fused layer has the kernels of one that runs op by op.
         self.totals["fused" if is_fused and way.uses_triton else "op by op"] += count * moved
+
+    def _add_calls(self, rung: Keep, count: int, num_linears: int, *, is_fused: bool) -> None:
+        calls = _CALLS_FUSED[rung] if is_fused else _CALLS_OP_BY_OP * (1.0 + _CALLS_AGAIN * (rung != "all"))
+        self.totals["calls"] += count * calls
+        each = _ADAPTER_CALLS_FUSED if is_fused else _ADAPTER_CALLS_OP_BY_OP
+        self.totals["adapter calls"] += count * num_linears * each
 
     def _dequantised(self, weights: int, times: int, values: float) -> float:
         kind = self.way.quantization

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stoker.errors import OutputError
+from stoker.plan.cpu import CpuRates
 from stoker.plan.efficiencies import Efficiencies
 from stoker.plan.links import LINK_SHARE
 
@@ -28,17 +29,20 @@ _ATTENTION_TOKENS = 4096
 # Calls of a layer, forward and backward, fused and op by op: what the measured 0.6 and assumed 1.5 ms are at 5 us a
 # call. A rule of thumb.
 _CALLS_FUSED, _CALLS_OP_BY_OP = 120, 300
+# The same of a CPU, whose caches a step uses for more than one product (benchmarks/results/plan_proof_cpu.csv).
+_PRODUCT_ON_CPU, _ATTENTION_ON_CPU = 0.75, 0.7
 # A figure that cannot be: the machine was not idle, or the clock stood still.
 _LEAST = 1e-12
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Figures of one device: FLOP/s of products by dtype and of attention (heads of 128), bytes a second of the rest.
+    """Figures of one device: FLOP/s of products by dtype and of attention, bytes a second of the rest.
 
-    `attention_dtype`: that of attention's inputs. `call_seconds`: of one small operation, launched and done with no
-    one waiting. `to_device` and `to_host`: pinned copies (0 on a CPU). `collectives`: by number of processes, the bus
-    bandwidth and latency of an all-reduce and an all-gather.
+    Attention has heads of 128, on a CPU of 64. `attention_dtype`: that of attention's inputs. `call_seconds`: of one
+    small operation, launched and done with no one waiting. `to_device` and `to_host`: pinned copies (0 on a CPU).
+    `collectives`: by number of processes, the bus bandwidth and latency of an all-reduce and an all-gather. `cpu`: of a
+    CPU, what `compose.calibrate_cpu` returns.
     """
 
     device: str
@@ -55,6 +59,7 @@ class Calibration:
     disk_read: float = 0.0
     collectives: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    cpu: Mapping[str, float] = field(default_factory=dict)
     form: int = _FORM
 
     @property
@@ -72,6 +77,7 @@ class Calibration:
             device,
             rates=rates,
             bandwidth=self.copy,
+            basis="measured",
             host_link=min(self.to_device, self.to_host) or device.host_link,
             device_link=2 * link / LINK_SHARE if link else device.device_link,
         )
@@ -92,6 +98,15 @@ class Calibration:
             load_bandwidth=min(loading, default=found.load_bandwidth),
             source=self.source,
         )
+        if self.cpu:
+            own = {name: value for name, value in self.cpu.items() if name != "head_power"}
+            efficiencies = replace(
+                efficiencies,
+                matmul=_PRODUCT_ON_CPU,
+                attention=_ATTENTION_ON_CPU * efficiencies.attention,
+                attention_head=self.cpu["head_power"],
+                cpu=CpuRates(**own),
+            )
         return replace(known, device=measured, efficiencies=efficiencies, is_known=True)
 
 

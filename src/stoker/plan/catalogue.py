@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker.errors import ConfigError
-from stoker.plan.hardware import Device
+from stoker.plan.hardware import Device, DeviceKind
 from stoker.plan.memory import GIB
 
 GB = 10**9
@@ -23,6 +23,7 @@ _USABLE = 0.985
 _TRITON_CAPABILITY = (7, 0)
 _NUMBERS = ("memory_gib", "memory_gb", "usable_gib", "bandwidth", "host_link", "nvlink", "network", "price")
 _TEXTS = ("name", "vendor", "capability", "source", "basis", "price_class", "price_date", "price_source")
+_KINDS: Mapping[str, DeviceKind] = {"cpu": "cpu", "apple": "mps"}  # all others answer to CUDA's calls
 # Between nodes of devices for which nothing is said: 25 Gbit/s, what ordinary rented machines have. A rule of thumb.
 _NETWORK = 3.125
 
@@ -72,11 +73,10 @@ class CatalogueDevice:
 
     def device(self) -> Device:
         """Returns it as the plan sees a machine's device: all of its memory free, Triton installed."""
-        is_cpu = self.vendor == "cpu"
         capability = self.compute_capability
-        compiles = not is_cpu and (capability is None or capability >= _TRITON_CAPABILITY)
+        compiles = self.vendor not in _KINDS and (capability is None or capability >= _TRITON_CAPABILITY)
         return Device(
-            "cpu" if is_cpu else "cuda",
+            _KINDS.get(self.vendor, "cuda"),
             self.name,
             self.memory_bytes,
             bf16=self.bf16,

@@ -1,6 +1,8 @@
 """What share of a device's figures a training step reaches, and what it costs whatever the device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from stoker.plan.cpu import CpuRates
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,20 @@ class Efficiencies:
     load_bandwidth: float = 3.0e9
     """Bytes a second of weights read and moved to the device. Measured between cells A and E."""
     source: str = "an H200's, measured; rules of thumb on other devices"
+    cpu: CpuRates = field(default_factory=CpuRates)
+    """What a CPU has instead of launches, and of its memory."""
 
 
 MEASURED = Efficiencies()
 """What was measured, used until a machine has its own."""
+
+ON_CPU = Efficiencies(
+    matmul=0.9,
+    attention=0.45,
+    attention_head=0.35,
+    bandwidth=0.5,
+    start_seconds=5.0,
+    load_bandwidth=1.0e9,
+    source="a Xeon's, measured; rules of thumb on other CPUs (stoker doctor --calibrate measures this machine)",
+)
+"""The same of a CPU that was not measured."""

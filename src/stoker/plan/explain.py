@@ -63,7 +63,7 @@ def explain(request: Request, one: Offer, category: str) -> str:
         ]
         lines += [f"  hidden behind it: {name} {seconds:.4g} s" for name, seconds in step.hidden.items() if seconds]
         rate = one.device.rates.get(plan.precision, one.device.rates["fp32"])
-        found = request.efficiencies
+        found = request.figures_of(one.device)
         lines.append(
             f"  products at {found.matmul:.2f} x {rate / 1e12:,.0f} TFLOP/s, memory at {found.bandwidth:.2f} x "
             f"{one.device.bandwidth / 1e9:,.0f} GB/s; efficiencies: {found.source}"
@@ -73,7 +73,7 @@ def explain(request: Request, one: Offer, category: str) -> str:
         price = one.device.price
         if price is None or one.hours is None:
             return f"cost on {one.name}: not known ({'no price' if price is None else 'no number of steps'})"
-        start = speed.start_seconds(spec, request.efficiencies)
+        start = speed.start_seconds(spec, request.figures_of(one.device))
         count = f"{one.num_devices} x " if one.num_devices > 1 else ""
         return (
             f"cost on {one.name}: ({one.work.steps:,} steps x {step.seconds:.4g} s + {start:.0f} s to start) / 3600 x "

@@ -11,7 +11,8 @@ class Device:
     """A device that PyTorch can train on; `memory_bytes`: free for a run; `bf16`: whether it computes in bf16.
 
     `compute_capability` is an NVIDIA GPU's, (9, 0) for Hopper, and None elsewhere. `triton`: whether Triton's kernels
-    run on it (on a CPU: under Triton's interpreter, as in tests).
+    run on it (on a CPU: under Triton's interpreter, as in tests). `multiprocessors`, their `clock_hz` and the memory's
+    `bandwidth` in bytes a second are what a GPU's driver reports, 0 where it does not.
     """
 
     kind: DeviceKind
@@ -20,6 +21,9 @@ class Device:
     bf16: bool = False
     compute_capability: tuple[int, int] | None = None
     triton: bool = False
+    multiprocessors: int = 0
+    clock_hz: float = 0.0
+    bandwidth: float = 0.0
 
 
 @dataclass(frozen=True)

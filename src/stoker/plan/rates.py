@@ -9,11 +9,14 @@ from functools import cache
 
 from stoker.plan import calibration, catalogue
 from stoker.plan.catalogue import CatalogueDevice
-from stoker.plan.efficiencies import MEASURED, Efficiencies
+from stoker.plan.efficiencies import MEASURED, ON_CPU, Efficiencies
 from stoker.plan.hardware import Device
+from stoker.plan.reported import REPORTED, figures
 
-# The catalogue's CPU has so many cores.
-_CORES = 16
+CORES = 16
+"""Of the catalogue's CPU."""
+# So many threads take all that a typical machine's memory gives. A rule of thumb.
+_THREADS_OF_MEMORY = 8
 # An Apple GPU, of which the catalogue has none, is taken to be as fast as this one.
 _LIKE_APPLE = "rtx3060"
 
@@ -27,23 +30,48 @@ class Rates:
     is_known: bool = True
 
 
-def of(device: Device, *, num_threads: int = _CORES) -> Rates:
+def of(device: Device, *, num_threads: int = CORES) -> Rates:
     """Returns the figures of a machine's device: as measured on this host, or else by the catalogue: those of its name,
     or of the one that is most like it."""
-    return calibration.measured_here(device.name, _by_catalogue(device, num_threads))
+    return calibration.measured_here(device.name, of_catalogue(device, num_threads=num_threads))
+
+
+def on_threads(num_threads: int) -> Efficiencies:
+    """Returns the efficiencies of a CPU that was not measured: its elementwise work goes as fast as its threads do."""
+    one = ON_CPU.cpu
+    several = replace(
+        one,
+        in_caches=one.in_caches * num_threads,
+        in_memory=one.in_memory * min(num_threads, _THREADS_OF_MEMORY),
+        logit_seconds=one.logit_seconds / num_threads,
+    )
+    return replace(ON_CPU, cpu=several)
 
 
 @cache
-def _by_catalogue(device: Device, num_threads: int) -> Rates:
+def of_catalogue(device: Device, *, num_threads: int = CORES) -> Rates:
+    """Returns the figures of a machine's device by the catalogue alone, as `of` does where nothing was measured."""
     known = catalogue.shipped()
     if device.kind == "cpu":
         cpu = known["cpu"]
-        rates = {dtype: rate * num_threads / _CORES for dtype, rate in cpu.rates.items()}
-        return Rates(replace(cpu, name=device.name, memory_bytes=device.memory_bytes, rates=rates))
+        rates = {dtype: rate * num_threads / CORES for dtype, rate in cpu.rates.items()}
+        return Rates(
+            replace(cpu, name=device.name, memory_bytes=device.memory_bytes, rates=rates), on_threads(num_threads)
+        )
     if device.kind == "mps":
-        return Rates(replace(known[_LIKE_APPLE], memory_bytes=device.memory_bytes), is_known=False)
+        like = replace(
+            known[_LIKE_APPLE], name=device.name, vendor="apple", memory_bytes=device.memory_bytes, price=None
+        )
+        return Rates(replace(like, basis=REPORTED, source=f"taken to be those of a {like.key}"), is_known=False)
     found = catalogue.by_name(device.name, known)
-    return Rates(found) if found is not None else Rates(_most_like(device, known), is_known=False)
+    if found is not None:
+        return Rates(found)
+    like = _most_like(device, known)
+    reckoned = figures(device, like)
+    if reckoned is not None:
+        return Rates(reckoned, is_known=False)
+    taken = replace(like, name=device.name, memory_bytes=device.memory_bytes, price=None, basis=REPORTED)
+    return Rates(replace(taken, source=f"taken to be those of the {like.name}, the most like it"), is_known=False)
 
 
 def _most_like(device: Device, known: Mapping[str, CatalogueDevice]) -> CatalogueDevice:

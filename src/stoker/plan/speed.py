@@ -14,7 +14,7 @@ from typing import Protocol
 from stoker.arch.activations import Keep
 from stoker.arch.borrowed import AnySpec
 from stoker.config.schema import RunConfig
-from stoker.plan import facts, shared_rows
+from stoker.plan import cpu, facts, shared_rows
 from stoker.plan.adapter import num_targeted
 from stoker.plan.amounts import Amounts, Mixing, Product, Way, amounts
 from stoker.plan.catalogue import CatalogueDevice
@@ -145,24 +145,26 @@ class _Clock:
         way = Way(
             plan.layers, plan.keep, plan.quantization, plan.keep_transposed, self.is_frozen, plan.kernels == "triton"
         )
-        self.tokens = plan.micro_batch_size * rows.tokens
+        self.tokens, self.document_tokens = plan.micro_batch_size * rows.tokens, rows.document_tokens
         self.amounts = amounts(spec, way, self.tokens, rows.document_tokens, rows.trained_share)
 
     def step(self) -> Step:
         """Returns all parts, of all micro-batches and the update."""
-        times = self._micro_batch(self.amounts)
+        on_cpu = self.plan.device == "cpu"
+        times = self._micro_batch_on_cpu() if on_cpu else self._micro_batch(self.amounts)
         copies = 2 * self.plan.host_bytes / (self.found.host_link * self.device.host_link or 1.0)
-        launches = 0.0 if self.plan.cuda_graphs else self._launches()
+        # A CPU makes its calls and does their work one after the other: they are in the micro-batch's times.
+        launches = 0.0 if self.plan.cuda_graphs or on_cpu else self._launches()
+        calls = times.pop("waiting", 0.0)
         work = sum(times.values())
-        # A CPU makes its calls and does their work one after the other.
-        waiting = launches if self.plan.device == "cpu" else max(0.0, copies - work, launches - work)
+        waiting = calls if on_cpu else max(0.0, copies - work, launches - work)
         micro = self.plan.accumulation_steps
         collectives, exposed = self._communication(work)
         return Step(
             **{name: micro * seconds for name, seconds in times.items()},
             optimizer=self._optimizer(),
             communication=exposed,
-            waiting=micro * waiting,
+            waiting=micro * waiting + (cpu.step_seconds(self.found.cpu) if on_cpu else 0.0),
             hidden={
                 "copies to the host": micro * copies,
                 "launches": micro * launches,
@@ -224,6 +226,24 @@ class _Clock:
         is_fused = self.plan.layers == "fused"
         values = self.tokens * shared_rows.sent_values(self.spec, self.plan.keep, size, is_fused=is_fused)
         return links.exchange_seconds(values * self.value_bytes, self.plan.spread, exchanges=4 * len(self.spec.layers))
+
+    def _micro_batch_on_cpu(self) -> dict[str, float]:
+        """Seconds of a micro-batch on a CPU, by part, its calls among them."""
+        adapter = self.config.adapter
+        return cpu.micro_batch_seconds(
+            self.amounts,
+            self.found.cpu,
+            rate=self.found.matmul * self.peak,
+            attention=self.found.attention * self.peak,
+            head_power=self.found.attention_head,
+            value_bytes=self.value_bytes,
+            hidden_size=self.spec.hidden_size,
+            tokens=self.tokens,
+            document_tokens=self.document_tokens,
+            is_packed=self.config.data.packing,
+            rank=None if adapter is None else adapter.rank,
+            adapted=_adapted_share(self.config, self.spec),
+        )
 
     def _product(self, one: Product) -> float:
         """Seconds of one product: its arithmetic, or the bytes of its three matrices."""

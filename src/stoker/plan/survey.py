@@ -22,7 +22,7 @@ from stoker.plan.hardware import Device, Hardware
 from stoker.plan.ladder import words
 from stoker.plan.memory import BASE_BYTES, GIB, VALUE_BYTES, frozen_weight_bytes
 from stoker.plan.plan import Plan
-from stoker.plan.rates import Rates
+from stoker.plan.rates import CORES, Rates, on_threads
 from stoker.plan.speed import Step
 from stoker.plan.spread import SINGLE, STRATEGIES, Spread, configured, share, spreads
 from stoker.plan.states import bytes_each
@@ -51,6 +51,7 @@ class Request:
     """What is asked: a run, its model and data, and what is allowed.
 
     `host_bytes`: of the host, for each device in it. `nodes` of `per_node` devices: the most that there are.
+    `num_threads`: of the machine at hand (None: it is another).
     """
 
     config: RunConfig
@@ -63,6 +64,13 @@ class Request:
     efficiencies: Efficiencies = MEASURED
     nodes: int = 1
     per_node: int = 1
+    num_threads: int | None = None
+
+    def figures_of(self, device: CatalogueDevice) -> Efficiencies:
+        """Returns the shares of its figures that a device reaches: a CPU of the catalogue has its own."""
+        if device.vendor == "cpu" and self.efficiencies is MEASURED:
+            return on_threads(CORES)
+        return self.efficiencies
 
     @cached_property
     def _works(self) -> dict[int, Workload]:
@@ -389,7 +397,7 @@ def offer(request: Request, device: CatalogueDevice, method: Method, spread: Spr
         return replace(nothing, why_not="rows are shared under ddp and fsdp2")
     if spread.strategy in ("fsdp2", "deepspeed") and not device.bf16 and device.vendor != "cpu":
         return replace(nothing, why_not=f"{spread.strategy} has no fp16, and the device has no bf16")
-    nothing = replace(nothing, config=config)
+    nothing, found = replace(nothing, config=config), request.figures_of(device)
     try:
         choice = settle(
             config,
@@ -398,7 +406,7 @@ def offer(request: Request, device: CatalogueDevice, method: Method, spread: Spr
             statistics=request.statistics_of_part(spread.sharing),
             advise=False,
             spread=spread,
-            rates=Rates(device, request.efficiencies),
+            rates=Rates(device, found),
         )
     except PlanError as error:
         return replace(nothing, why_not=" ".join(problem.what for problem in error.problems))
@@ -407,7 +415,7 @@ def offer(request: Request, device: CatalogueDevice, method: Method, spread: Spr
     step = speed.step(config, spec, choice.best, device, rows=rows, efficiencies=request.efficiencies)
     hours = None
     if work.steps is not None:
-        hours = (work.steps * step.seconds + speed.start_seconds(spec, request.efficiencies)) / 3600
+        hours = (work.steps * step.seconds + speed.start_seconds(spec, found)) / 3600
     usd = None if hours is None or device.price is None else hours * spread.num_processes * device.price.usd_per_hour
     return replace(nothing, choice=choice, work=work, step=step, hours=hours, usd=usd)
 
@@ -416,7 +424,7 @@ def hardware_of(request: Request, device: CatalogueDevice) -> Hardware:
     """Returns a machine with the device, and the host's memory beside it."""
     one = device.device()
     host = Device("cpu", "host", request.host_bytes)
-    return Hardware((one,) if one.kind == "cpu" else (one, host), num_threads=16)
+    return Hardware((one,) if one.kind == "cpu" else (one, host), num_threads=request.num_threads or CORES)
 
 
 def _why(best: Candidate, step: Step, spec: AnySpec) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from stoker.plan import catalogue
 from stoker.plan.memory import GIB
 from stoker.plan.plan import size
+from stoker.plan.reported import REPORTED
 from stoker.plan.scaling import scaling
 from stoker.plan.survey import METHOD_NAMES, Offer, Request, simplest, ways_of
 from stoker.plan.timeline import timeline
@@ -94,7 +95,13 @@ def notes(request: Request, offers: Sequence[Offer]) -> list[str]:
         steps = f"{work.steps:,} steps of {request.config.train.batch_size} x {work.rows.tokens:,.0f} tokens"
     filled = f", filled to {work.fill:.0%}, {work.rows.trained_share:.0%} trained"
     found = [f"Work: {steps}{filled}. Data: {work.source}."]
-    found.append(f"Efficiencies: {request.efficiencies.source}.")
+    sources = dict.fromkeys(request.figures_of(one.device).source for one in offers)
+    found += [f"Efficiencies: {source}." for source in sources]
+    for device in {one.device.key: one.device for one in offers if one.device.basis == REPORTED}.values():
+        found.append(
+            f"{device.name} is not in the catalogue: its rates are {device.source}. That is a coarser estimate; "
+            "stoker doctor --calibrate measures this machine."
+        )
     if any(one.num_devices > 1 for one in offers):
         found.append("Several devices: links and overlap by formula, with rules of thumb; no run was measured.")
         kinds = {(one.device.key, one.method) for one in offers if one.device.vendor != "cpu"}

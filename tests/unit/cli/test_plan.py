@@ -187,13 +187,35 @@ def test_a_model_in_the_hubs_cache_is_read_from_there(write_run, tmp_path, monke
 def test_all_gpus_of_this_machine_are_planned_for(write_run, monkeypatch):
     from stoker.cli import plan as command
     from stoker.plan.catalogue import shipped
-    from stoker.plan.efficiencies import MEASURED
+    from stoker.plan.hardware import Device, Hardware
+    from stoker.plan.rates import Rates
 
-    monkeypatch.setattr(command, "_this_machine", lambda known: ([shipped()["h100"]], 64 * 2**30, MEASURED))
+    machine = Hardware((Device("cpu", "host", 64 * 2**30),))
+    monkeypatch.setattr(command, "_this_machine", lambda known: (machine, Rates(shipped()["h100"])))
     monkeypatch.setattr(command, "_gpus_here", lambda: 4)
     run = write_run(extra="adapter: {}")
     values = json.loads(plan(run, "--here", "--methods", "lora", "--shape", "llama-3.1-8b", "--json").stdout)
     assert {offer["num_devices"] for offer in values["offers"]} == {1, 2, 4}
+
+
+@pytest.mark.parametrize(
+    ("clocks", "what"),
+    [
+        ({"multiprocessors": 100, "clock_hz": 2e9, "bandwidth": 5e11}, "100 multiprocessors of compute capability 8.9"),
+        ({}, "taken to be those of the "),
+    ],
+)
+def test_a_gpu_that_the_catalogue_lacks_is_planned_for_from_what_it_reports(write_run, monkeypatch, clocks, what):
+    from stoker.compose import hardware
+    from stoker.plan.hardware import Device, Hardware
+
+    gpu = Device("cuda", "NVIDIA Own Card", 20 * 2**30, bf16=True, compute_capability=(8, 9), triton=True, **clocks)
+    host = Device("cpu", "host", 64 * 2**30)
+    monkeypatch.setattr(hardware, "probe", lambda: Hardware((gpu, host), num_threads=4))
+    said = plan(write_run(extra="adapter: {}"), "--here", "--shape", "llama-3.1-8b", "--methods", "nf4", *ROWS).stdout
+    assert "Recommended: NVIDIA Own Card" in said
+    assert f"NVIDIA Own Card is not in the catalogue: its rates are {what}" in said
+    assert "stoker doctor --calibrate measures this machine" in said
 
 
 def test_advice_is_given_when_asked_for_and_cites_its_sources(write_run):
