@@ -137,7 +137,7 @@ def command(
         _print(request, offers, found, model_note, show_all=show_all, only=only, advice=told)
         if html is not None:
             typer.echo(f"Charts: {html}")
-    if not any(one.fits for one in offers):
+    if found.best is None:  # nothing fits, or nothing keeps to the deadline or the budget
         raise typer.Exit(1)
 
 
@@ -225,7 +225,10 @@ def _chosen(names: str | None, known: "Mapping[str, CatalogueDevice]") -> "list[
         return [one for one in known.values() if one.price is not None]
     if names == "all":
         return list(known.values())
-    return catalogue.find([name for name in names.split(",") if name.strip()], known)
+    asked = [name for name in names.split(",") if name.strip()]
+    if not asked:
+        raise ConfigError(f"--gpu {names!r} names no device.", fix="Write t4,4090,h100; or all.")
+    return catalogue.find(asked, known)
 
 
 def _this_machine(known: "Mapping[str, CatalogueDevice]") -> "tuple[Hardware, Rates]":

@@ -103,7 +103,7 @@ class Calibration:
             efficiencies = replace(
                 efficiencies,
                 matmul=_PRODUCT_ON_CPU,
-                attention=_ATTENTION_ON_CPU * efficiencies.attention,
+                attention=_ATTENTION_ON_CPU * self.attention / reach if self.attention > 0 else found.attention,
                 attention_head=self.cpu["head_power"],
                 cpu=CpuRates(**own),
             )

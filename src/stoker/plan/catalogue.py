@@ -167,7 +167,7 @@ def _find(name: str, catalogue: Mapping[str, CatalogueDevice]) -> CatalogueDevic
         if plain in (_plain(key), _plain(key).removeprefix("rtx"), _plain(one.name)):
             return one
     close = difflib.get_close_matches(plain, [_plain(key) for key in catalogue], 3, 0.6)
-    near = [key for key in catalogue if _plain(key) in close]
+    near = sorted((key for key in catalogue if _plain(key) in close), key=lambda key: close.index(_plain(key)))
     fix = f"Did you mean {' or '.join(near)}? " if near else ""
     raise ConfigError(
         f"there is no device {name!r} in the catalogue.", fix=f"{fix}Known: {', '.join(catalogue)}; --gpus adds yours."

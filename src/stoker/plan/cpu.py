@@ -6,13 +6,15 @@ and larger ones, whose pages the system hands out anew each time. Small models t
 are counted from the layers.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
 from stoker.plan.amounts import Amounts
 
-# Results up to this many bytes stay in the caches from one operation to the next.
-_CACHED_BYTES = 8 * 2**20
+# Results up to so many bytes stay in the caches from one operation to the next; from so many on (glibc's largest
+# threshold) each is made of pages that the system has to clear. What lies between is taken to be between.
+_CACHED_BYTES, _PAGED_BYTES = 8 * 2**20, 32 * 2**20
 # Products of an adapter's few columns reach this share of a large one's rate. By measurement at rank 16 on one core.
 _NARROW = 0.5
 # Reads or writes of each value that goes into and comes out of an adapted layer, beside its products.
@@ -47,6 +49,11 @@ class CpuRates:
     logit_seconds: float = 5e-9
     attention_half: float = 320.0
 
+    def bandwidth(self, size: float) -> float:
+        """Returns bytes a second of an operation with a result of `size` bytes."""
+        share = math.log(max(size, 1.0) / _CACHED_BYTES) / math.log(_PAGED_BYTES / _CACHED_BYTES)
+        return self.in_caches * (self.in_memory / self.in_caches) ** min(1.0, max(0.0, share))
+
     def attention(self, rate: float, power: float, tokens: float, head_dim: int) -> float:
         """Returns FLOP/s of attention in documents of so many tokens; `rate`: with 1,024 tokens and heads of 64."""
         half = self.attention_half
@@ -76,8 +83,7 @@ def micro_batch_seconds(
     """
     times: defaultdict[str, float] = defaultdict(float)
     # A gate's results are about twice as wide as the hidden states.
-    is_cached = 2 * tokens * hidden_size * value_bytes <= _CACHED_BYTES
-    bandwidth = found.in_caches if is_cached else found.in_memory
+    bandwidth = found.bandwidth(2 * tokens * hidden_size * value_bytes)
     for product in work.products:
         one = product.flops / rate + product.values * value_bytes / found.in_caches
         times["matmul"] += product.times * one

@@ -2,7 +2,7 @@
 
 from stoker.plan import shared_rows, speed
 from stoker.plan.links import Links
-from stoker.plan.memory import VALUE_BYTES, frozen_weight_bytes, gathered_share
+from stoker.plan.memory import VALUE_BYTES, frozen_weight_bytes, gathered_share, head_bytes
 from stoker.plan.plan import size
 from stoker.plan.spread import volume
 from stoker.plan.states import bytes_each
@@ -22,20 +22,34 @@ def explain(request: Request, one: Offer, category: str) -> str:
     config, spec, memory = one.config, request.spec, one.memory()
     trained, value = plan.num_trained_parameters, VALUE_BYTES[plan.precision]
     tokens = plan.micro_batch_size * plan.row_tokens
+    held = plan.ladder.held(spec, one.micro)
+    kept, passing = sum(layer.kept for layer in held), max((layer.passing for layer in held), default=0)
+    head = head_bytes(spec, tokens, value)
     formulas = {
         "weights": f"{plan.num_parameters - (trained if config.adapter else 0):,} values, {plan.quantization}: linear "
         f"layers in that format, the rest {value} bytes each"
         + ("" if config.adapter else "; trained ones in their own type with copies to compute with"),
-        "adapters": f"{trained:,} trained values, with copies of {value} bytes to compute with where they are fp32",
-        "gradients": f"one for each of {trained:,} trained values, in their type",
-        "optimizer": f"{config.train.optimizer.kind}: {bytes_each(config.train.optimizer, config.adapter):.3g} bytes "
-        f"for each of {trained:,} fp32 values",
+        "adapters": f"{trained:,} trained values x 4 bytes"
+        + (f", with copies of {value} bytes to compute with" if value < 4 else ""),
+        "gradients": f"one for each of {trained:,} trained values, in their type"
+        + (f", over {one.spread.gradient_shards} devices" if one.spread.gradient_shards > 1 else ""),
+        "optimizer": f"{config.train.optimizer.kind}: {bytes_each(config.train.optimizer, config.adapter):.3g} bytes for each of "
+        f"{trained:,} fp32 values"
+        + (f", over {one.spread.optimizer_shards} devices" if one.spread.optimizer_shards > 1 else ""),
         "activations": f"{tokens:,} tokens (micro-batch {plan.micro_batch_size} x {plan.row_tokens:,}) x {value} bytes "
-        f"through {len(spec.layers)} layers that {plan.recompute}, at the backward's peak",
-        "attention": "its backward's gradient of q in fp32, where that is the highest of a layer; else what the "
-        f"feed-forward's backward needs is more, and this is in it. {tokens:,} tokens x 4 bytes",
-        "logits": f"chunks of logits over {spec.vocab_size:,} words and their gradient, at most 256 MiB, and "
-        f"{tokens:,} x {spec.hidden_size:,} x 4 of hidden states",
+        f"through {len(spec.layers)} layers that {plan.recompute}: {size(kept)} kept in all, {size(passing)} at most "
+        "while a layer's backward runs; the highest moment of the backward, less attention's own",
+        "attention": f"{tokens:,} tokens x 4 bytes x the queries' channels: its backward's gradient of q in fp32"
+        if memory["attention"]
+        else f"nothing of its own: the feed-forward's backward holds more of the {tokens:,} tokens than attention's",
+        "logits": f"{size(head)} = chunks of logits over {spec.vocab_size:,} words with their gradient, "
+        f"{size(head - 5 * tokens * spec.hidden_size * value)}, and 5 x {tokens:,} x {spec.hidden_size:,} x {value} "
+        "bytes of hidden states"
+        + (
+            f"; of it counts what does not fit below the layers' backward, {size(kept)} then kept"
+            if config.adapter is not None
+            else ""
+        ),
         "dequantisation": f"the largest weight once in {value} bytes a value"
         if plan.quantization != "none"
         else "none",
@@ -79,9 +93,12 @@ def explain(request: Request, one: Offer, category: str) -> str:
             f"cost on {one.name}: ({one.work.steps:,} steps x {step.seconds:.4g} s + {start:.0f} s to start) / 3600 x "
             f"{count}${price.usd_per_hour:.2f} an hour ({price.kind}, {price.date}) = ${one.usd:,.2f}"
         )
+    has_best = config.data.validation is not None and config.output.keep_best
     return (
-        f"disk on {one.name}: {size(one.disk_bytes)} = (weights and optimiser state of {trained:,} trained values) x "
-        f"(keep_last {config.output.keep_last} + the best) + what is saved at the end"
+        f"disk on {one.name}: {size(one.disk_bytes)} = {trained:,} trained values x (4 + "
+        f"{bytes_each(config.train.optimizer, config.adapter):.3g} bytes of optimiser state) x "
+        f"({config.output.keep_last} = keep_last{' + the best' if has_best else ''}) + 4 bytes each that are saved at "
+        "the end"
     )
 
 

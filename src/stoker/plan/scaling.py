@@ -62,7 +62,7 @@ def lines(of: Offer, offers: Sequence[Offer]) -> list[str]:
         (
             f"{one.num_devices}" + (f" ({one.nodes} nodes)" if one.nodes > 1 else ""),
             one.strategy,
-            f"{one.step_seconds:.3g}",
+            f"{one.step_seconds:.3g}" if one.step_seconds < 100 else f"{one.step_seconds:,.0f}",
             f"{one.tokens_per_second:,.0f}",
             f"{one.speed_up:.2f} x",
             f"{one.efficiency:.0%}",

@@ -50,7 +50,7 @@ def _row(one: Offer, mark: str) -> tuple[str, ...]:
         f"{plan.memory.total / GIB:.1f} of {plan.available_bytes / GIB:.1f} GiB",
         size(one.host_bytes),
         size(one.disk_bytes),
-        f"{step.seconds:.3g}",
+        f"{step.seconds:.3g}" if step.seconds < 100 else f"{step.seconds:,.0f}",
         f"{one.tokens_per_second:,.0f}",
         "?" if one.hours is None else f"{one.hours:,.2f}",
         "?" if one.usd is None else f"${one.usd:,.2f}",
@@ -111,15 +111,17 @@ def notes(request: Request, offers: Sequence[Offer]) -> list[str]:
             )
     if (size := request.config.engine.context_parallel) > 1:
         found.append(f"engine.context_parallel = {size}: so many devices share each row, and wait for every exchange.")
-    if any(one.fits and one.method == "fp8" for one in offers):
+    if any(one.fits and one.method == "fp8" and one.device.fp8 for one in offers):
         share = f"{request.efficiencies.matmul_fp8:.2f} of their rate"
         found.append(f"fp8 products inside a step are assumed to reach {share}: not measured yet.")
     if any(one.device.basis in ("derived", "arithmetic") for one in offers):
         found.append("Rates of some devices are derived, not published (gpus.toml says which).")
-    priced = sorted({(one.device.price.date, one.device.price.kind) for one in offers if one.device.price})
-    if priced:
-        kinds = ", ".join(sorted({kind for _, kind in priced}))
-        found.append(f"Prices: list prices ({kinds}) of {priced[0][0]} to {priced[-1][0]}; --gpus takes yours.")
+    prices = [one.device.price for one in offers if one.device.price is not None]
+    dates = sorted({price.date for price in prices if price.kind != "yours"})
+    if dates:
+        kinds = ", ".join(sorted({price.kind for price in prices}))
+        when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+        found.append(f"Prices: list prices ({kinds}) of {when}; --gpus takes yours.")
     return found
 
 
