@@ -33,8 +33,8 @@ def explain(request: Request, one: Offer, category: str) -> str:
         + (f", with copies of {value} bytes to compute with" if value < 4 else ""),
         "gradients": f"one for each of {trained:,} trained values, in their type"
         + (f", over {one.spread.gradient_shards} devices" if one.spread.gradient_shards > 1 else ""),
-        "optimizer": f"{config.train.optimizer.kind}: {bytes_each(config.train.optimizer, config.adapter):.3g} bytes for each of "
-        f"{trained:,} fp32 values"
+        "optimizer": f"{config.train.optimizer.kind}: {bytes_each(config.train.optimizer, config.adapter):.3g} bytes "
+        f"for each of {trained:,} fp32 values"
         + (f", over {one.spread.optimizer_shards} devices" if one.spread.optimizer_shards > 1 else ""),
         "activations": f"{tokens:,} tokens (micro-batch {plan.micro_batch_size} x {plan.row_tokens:,}) x {value} bytes "
         f"through {len(spec.layers)} layers that {plan.recompute}: {size(kept)} kept in all, {size(passing)} at most "

@@ -412,7 +412,7 @@ def offer(request: Request, device: CatalogueDevice, method: Method, spread: Spr
         return replace(nothing, why_not=" ".join(problem.what for problem in error.problems))
     work = request.work(choice.best.rows)
     rows = replace(work.rows, tokens=work.rows.tokens / spread.sharing)
-    step = speed.step(config, spec, choice.best, device, rows=rows, efficiencies=request.efficiencies)
+    step = speed.step(config, spec, choice.best, device, rows=rows, efficiencies=found)
     hours = None
     if work.steps is not None:
         hours = (work.steps * step.seconds + speed.start_seconds(spec, found)) / 3600

@@ -1,6 +1,7 @@
 """A survey for people and for machines: the table, the recommendation, and JSON."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from stoker.plan import catalogue
@@ -132,7 +133,7 @@ def to_dict(request: Request, offers: Sequence[Offer], found: Verdict) -> dict[s
     return {
         "model": {"base": request.config.model.base, "family": request.spec.family},
         "work": _work(offers[0]) if offers else {},
-        "efficiencies": dict(vars(request.efficiencies)),
+        "efficiencies": asdict(request.efficiencies),
         "offers": [_offer(one, is_pareto=one in line, is_simplest=one in plain) for one in offers],
         "timelines": _timelines(found, line),
         "recommended": None if found.best is None else found.best.name,
