@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from stoker.arch.activations import Keep, Micro
 from stoker.arch.borrowed import AnySpec
-from stoker.config.schema import Optimizer, RunConfig
+from stoker.config.schema import Adapter, Optimizer, RunConfig
 from stoker.plan import execution, facts, ladder, rates, speed
 from stoker.plan.adapter import adapter_parameters, num_targeted
 from stoker.plan.hardware import Device
@@ -29,9 +29,9 @@ class Machine:
     uses_triton: bool
 
 
-@remember(0, 1)
-def _estimated(spec: AnySpec, optimizer: Optimizer, **sizes: Any) -> Memory:
-    return estimate(spec, optimizer=optimizer, **sizes)
+@remember(0, 1, 2)  # an adapter's targets may be a list, which has no hash
+def _estimated(spec: AnySpec, optimizer: Optimizer, adapter: Adapter | None, **sizes: Any) -> Memory:
+    return estimate(spec, optimizer=optimizer, adapter=adapter, **sizes)
 
 
 def product_values(config: RunConfig, spec: AnySpec) -> int:
@@ -102,6 +102,7 @@ class Job:
         return _estimated(
             self.spec,
             self.config.train.optimizer,
+            self.config.adapter,
             trained=trained,
             frozen=frozen,
             tokens=tokens,
@@ -112,7 +113,6 @@ class Job:
             casts_by_layer=casts_by_layer,
             head_apart=head_apart,
             spread=self.spread,
-            adapter=self.config.adapter,
         )
 
 

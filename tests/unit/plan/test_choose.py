@@ -20,6 +20,13 @@ def test_a_gpu_is_taken_when_there_is_one(run, llama_8b, machine):
     assert choose(run("engine.device=cpu"), llama_8b, machine(80)).device == "cpu"
 
 
+def test_targets_may_be_a_list(run, llama_8b, machine):
+    some, all_linear = (
+        choose(run(f"adapter.targets={it}"), llama_8b, machine(80)) for it in ("[q_proj]", "all-linear")
+    )
+    assert some.memory.optimizer < all_linear.memory.optimizer
+
+
 @pytest.mark.parametrize(
     ("overrides", "gpu", "bf16", "precision"),
     [
