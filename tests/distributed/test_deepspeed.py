@@ -107,12 +107,20 @@ def streamed(ranks, folder):
         settings = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
         strategy = Zero(ranks, "cpu", settings=settings, model=model, layers=list(model.blocks), fill=loaded.fill)
         found[kind] = jobs.train("lora", "zero3", model=model, strategy=strategy, steps=sharding_jobs.STEPS)["losses"]
-    return found
+    shared, whole = strategy.shared_state(), strategy.state()
+    written = ranks.gather({**shared.weights, **shared.optimizer})
+    return found, written, {**whole.weights, **whole.optimizer}
 
 
 def test_a_base_streamed_into_parts_trains_as_one_that_one_device_reads(tmp_path):
     sharding_jobs.save(tmp_path / "model")
-    found = jobs.on_ranks(2, tmp_path, streamed, tmp_path / "model")
+    found, written, whole = jobs.on_ranks(2, tmp_path, streamed, tmp_path / "model")
+    for name, tensor in whole.items():
+        writers = [tensors[name] for tensors in written if name in tensors]
+        assert len(writers) == (2 if name.startswith("step:") else 1)  # each has the count of steps
+        assert torch.equal(writers[0], tensor), name
+    sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in written]
+    assert max(sizes) < 1.1 * min(sizes)
     for kind, losses in found.items():
         model = sharding_jobs.lora(native.load(tmp_path / "model", sharding_jobs.SPEC, quantization=kind))
         alone = jobs.train("lora", "single", model=model, steps=sharding_jobs.STEPS)["losses"]
@@ -149,6 +157,20 @@ def test_a_state_goes_on_under_another_strategy_and_on_another_number_of_ranks(t
     for (_, (_, name)), losses in found.items():
         grain = 0.02 if name == "8-bit" else 1e-5
         assert losses == pytest.approx(jobs.alone(name)["losses"][10:], abs=grain)
+
+
+@slow
+def test_ranks_write_checkpoints_together_that_any_strategy_goes_on_from(tmp_path):
+    names, grain = ("full", "8-bit"), {"full": 2e-5, "8-bit": 0.02}
+    steps = sharding_jobs.STEPS
+    places = (("zero2", 2), ("single", 1), ("zero3", 2), ("fsdp2", 2))
+    for number, (kind, count) in enumerate(places):
+        found = sharding_jobs.all_of(None, kind, names, tmp_path) if count == 1 else None
+        found = found or jobs.on_ranks(count, tmp_path, sharding_jobs.all_of, kind, names, tmp_path)
+        for name, (losses, _, files) in found.items():
+            expected = jobs.alone(name, len(places) * steps)["losses"][number * steps :][:steps]
+            assert losses == pytest.approx(expected, abs=grain[name]), (kind, name)
+            assert (f"optimizer-{count:05}-of-{count:05}.safetensors" in files) or count == 1, files
 
 
 def odd_steps(ranks, kind):

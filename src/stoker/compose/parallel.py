@@ -270,12 +270,10 @@ def shares_weights(plan: Plan) -> bool:
     return plan.strategy == "fsdp2" or plan.stage == 3
 
 
-def why_not_streamed(config: RunConfig, base: "Base", num_tokens: int) -> str:
+def why_not_streamed(base: "Base") -> str:
     """Returns why each process must read the whole model before it keeps its part; "" where it need not."""
     if not isinstance(base.spec, ArchSpec):
         return f"Transformers' {base.spec.class_name} loads its weights itself"
-    if num_tokens > base.spec.vocab_size:
-        return "rows of new tokens start as the mean of those there are"
     return ""
 
 

@@ -387,7 +387,7 @@ def _load(config: RunConfig, plan: Plan, model: Model, console: Console, ranks: 
     where weights are shared."""
     dtype, streamed, awaited = weight_dtype(config, plan), None, None
     shares = parallel.shares_weights(plan)
-    whole = parallel.why_not_streamed(config, model.base, len(model.tokenizer)) if shares else "alone"
+    whole = parallel.why_not_streamed(model.base) if shares else "alone"
     from stoker.adapters.lora import Awaited
 
     with console.status("loading weights"):

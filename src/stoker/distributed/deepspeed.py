@@ -152,8 +152,29 @@ class Zero(SingleDevice):
 
     def state(self) -> StrategyState:
         """Returns trained weights by their names in the task, and the optimiser's state, as `SingleDevice` has them."""
-        weights = {name: self._kept(self._parts.whole(parameter)) for name, parameter in self._trained.items()}
-        tensors, numbers = self._parts.optimizer_state(self._kept)
+        return self._state(self._kept)
+
+    def shared_state(self) -> StrategyState:
+        """Returns the state with the tensors, whole, that this rank is to write: as many bytes as any other."""
+        given = [0] * self.world_size
+        not_mine = torch.empty(0)
+
+        def keep(tensor: Tensor) -> Tensor:
+            owner = given.index(min(given))
+            given[owner] += tensor.nbytes
+            return tensor.cpu() if owner == self.rank else not_mine
+
+        state = self._state(keep)
+        mine = (
+            {name: tensor for name, tensor in tensors.items() if tensor is not not_mine}
+            for tensors in (state.weights, state.optimizer)
+        )
+        return StrategyState(*mine, state.values)
+
+    def _state(self, keep: Callable[[Tensor], Tensor]) -> StrategyState:
+        """The state, of which `keep` has been given one whole tensor after the other, the same ones on every rank."""
+        weights = {name: keep(self._parts.whole(parameter)) for name, parameter in self._trained.items()}
+        tensors, numbers = self._parts.optimizer_state(keep)
         return StrategyState(weights, tensors, self._values(numbers))
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 A decoder is built on the meta device, quantised layers included, so that all that changes its structure (adapters, the
 layer kernel, sharding) works on shapes alone. Then each rank reads, of each tensor, the rows that it keeps. A weight
 that is quantised over more than a row (NF4, whose scales are centred over the whole weight) is read whole, one at a
-time, and only its part is kept.
+time, and only its part is kept. Embedding and head may have been given more rows than the folder has.
 """
 
 from collections.abc import Callable, Sequence
@@ -112,7 +112,19 @@ class StreamedDecoder:
         if ours in self._sources.stacked:
             self._fill_experts(names, memory, first, module.get_parameter(name).shape[0])
         else:
-            memory.copy_(fused_rows(self._reader, names, first, first + memory.shape[0]))
+            self._fill_rows(names, memory, first)
+
+    def _fill_rows(self, names: Sequence[str], memory: Tensor, first: int) -> None:
+        """Reads rows from number `first` on; those of tokens that the folder does not know are the mean of all it has.
+
+        For that mean the tensor is read whole, where some of the new rows are kept.
+        """
+        num_rows = sum(self._reader.shape(name)[0] for name in names)
+        known = min(memory.shape[0], max(0, num_rows - first))
+        memory[:known].copy_(fused_rows(self._reader, names, first, first + known))
+        if known < memory.shape[0]:
+            rows = fused_rows(self._reader, names, 0, num_rows).to(memory.dtype)
+            memory[known:].copy_(rows.float().mean(0, keepdim=True).expand_as(memory[known:]))
 
     def _held(self, ours: str, hold: Hold) -> dict[str, tuple[Tensor, int]]:
         """The memory of a parameter, or of all tensors of its stored form, by their names in their module."""

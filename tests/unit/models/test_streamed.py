@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from stoker.adapters.lora import Awaited, add_lora
 from stoker.arch.families import read
+from stoker.compose.vocabulary import grow
 from stoker.models import native
 from stoker.models.streamed import StreamedDecoder
 from stoker.nn.frozen_linear import FrozenLinear
@@ -61,6 +62,19 @@ def test_parts_put_together_are_the_weights_read_at_once(sharded, config, kind, 
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 40])
+def test_rows_of_new_tokens_start_as_the_mean_of_the_others(sharded, config, num_ranks):
+    spec, options = read(config, "config.json"), {"dtype": torch.bfloat16}
+    streamed, loaded = StreamedDecoder(sharded, spec, **options), native.load(sharded, spec, **options)
+    for decoder in (streamed.decoder, loaded):
+        grow(decoder, spec.vocab_size + 5)
+    found, expected = gather_parts(streamed.decoder, streamed, num_ranks), whole(loaded)
+    assert found.keys() == expected.keys()
+    assert found["embedding.weight"].shape[0] == spec.vocab_size + 5
+    for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
 
 
