@@ -165,11 +165,11 @@ class Zero(SingleDevice):
             return tensor.cpu() if owner == self.rank else not_mine
 
         state = self._state(keep)
-        mine = (
-            {name: tensor for name, tensor in tensors.items() if tensor is not not_mine}
-            for tensors in (state.weights, state.optimizer)
-        )
-        return StrategyState(*mine, state.values)
+
+        def mine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor for name, tensor in tensors.items() if tensor is not not_mine}
+
+        return StrategyState(mine(state.weights), mine(state.optimizer), state.values)
 
     def _state(self, keep: Callable[[Tensor], Tensor]) -> StrategyState:
         """The state, of which `keep` has been given one whole tensor after the other, the same ones on every rank."""
