@@ -161,8 +161,13 @@ def test_linear_layers_that_share_a_weight_with_others_have_no_adapter():
     assert "44 linear layers (down_proj, gate_up_proj, k_proj, o_proj, q_proj, v_proj) are neither" in model.notices[0]
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "fp8"])
-@pytest.mark.parametrize("model_type", ["opt", "helium", "openai-gpt"])
+@pytest.mark.parametrize(
+    ("model_type", "quantization"),
+    [
+        *(pytest.param(name, "nf4", marks=pytest.mark.proves("nf4")) for name in CONFIGS),
+        *((name, quantization) for name in ("opt", "helium", "openai-gpt") for quantization in ("int8", "fp8")),
+    ],
+)
 def test_a_quantised_base_computes_with_the_weights_that_it_holds(model_type, quantization):
     model = ours(model_type, quantization=quantization)
     frozen = [module for module in model.modules() if isinstance(module, FrozenLinear)]

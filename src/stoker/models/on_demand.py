@@ -79,8 +79,10 @@ def open_on_demand(folder: Path | str, spec: ArchSpec, stack: ExitStack) -> OnDe
             held.discard(weight)
     decoder.to_empty(device="cpu")
     for ours in held:
-        rows = fused_rows(sources.reader, sources.names[ours], 0, decoder.get_parameter(ours).shape[0])
-        decoder.get_parameter(ours).data.copy_(rows.view_as(decoder.get_parameter(ours)))
+        names, parameter = sources.names[ours], decoder.get_parameter(ours)
+        # Not the parameter's own number of rows: norms of heads have one, but are stored head by head, as vectors.
+        count = sum(sources.reader.shape(name)[0] for name in names)
+        parameter.data.copy_(fused_rows(sources.reader, names, 0, count).view_as(parameter))
     sources.reader.let_go()
     return OnDemandModel(decoder.requires_grad_(False).eval(), sources)
 
