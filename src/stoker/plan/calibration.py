@@ -96,6 +96,9 @@ class Calibration:
             layer_launch_seconds=_CALLS_FUSED * self.call_seconds,
             op_by_op_launch_seconds=_CALLS_OP_BY_OP * self.call_seconds,
             load_bandwidth=min(loading, default=found.load_bandwidth),
+            disk_bandwidth=min(
+                (one for one in (self.disk_read, self.disk_write) if one > 0), default=found.disk_bandwidth
+            ),
             source=self.source,
         )
         if self.cpu:

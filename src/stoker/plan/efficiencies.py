@@ -50,6 +50,11 @@ class Efficiencies:
     """The same of a layer that runs op by op. Rule of thumb: two to three times as many kernels."""
     host_link: float = 0.80
     """Of the link to the host, by copies of pinned memory. Rule of thumb."""
+    host_bandwidth: float = 100e9
+    """Bytes a second that updates on the host read and write, of all processes of a node. Rule of thumb: eight channels
+    of DDR4-3200 give 205 GB/s at most."""
+    disk_bandwidth: float = 3.0e9
+    """Bytes a second of an NVMe disk, read or written. Rule of thumb."""
     overlap: float = 0.8
     """Of the work beside which collectives run, the share that hides them: both want the memory. Rule of thumb."""
     start_seconds: float = 16.0

@@ -199,7 +199,7 @@ class _Clock:
         do exchanges of shared rows.
         """
         spread, micro = self.plan.spread, self.plan.accumulation_steps
-        if spread.num_processes == 1:
+        if spread.num_processes == 1 and not spread.on_host:
             return 0.0, 0.0
         trained, depth = self.plan.num_trained_parameters, max(1, len(self.spec.layers))
         gradients = stored = (2.0 if self.config.train.weight_dtype == "bf16" and not self.is_frozen else 4.0) * trained
@@ -209,6 +209,8 @@ class _Clock:
         links = Links.of(self.device)
         in_micro = links.seconds(moved.micro_gathered, spread, collectives=2 * depth)
         in_micro += links.seconds(moved.micro_summed, spread, collectives=depth)
+        if "weights" in spread.on_host:  # each gathering begins with this device's part, from the host
+            in_micro += (2 if spread.reshards else 1) * stored / spread.weight_shards / self._host_link()
         summed = links.seconds(moved.step_summed, spread, collectives=depth)
         summed += links.seconds(moved.step_all_summed, spread, collectives=depth, passes=2)
         after = links.seconds(moved.step_gathered, spread)
@@ -285,7 +287,21 @@ class _Clock:
         if not self.is_frozen and self.plan.precision != "fp32":
             is_narrow = self.config.train.weight_dtype == "bf16"
             moved = self.found.update_bytes_narrow + state / 2 if is_narrow else self.found.update_bytes + state
-        return self.plan.num_trained_parameters * moved / self.bandwidth / self.plan.spread.optimizer_shards
+        spread = self.plan.spread
+        mine = self.plan.num_trained_parameters / spread.optimizer_shards
+        if "optimizer" not in spread.on_host:
+            return mine * moved / self.bandwidth
+        # Gradients go to the host and weights come back, in fp32; the update is the host's, whose memory the processes
+        # of a node share, and casts stay the device's. States on a disk are read and written in whole.
+        sharing, there = min(spread.per_node, spread.num_processes), _UPDATE_BYTES + state
+        seconds = mine * (2 * 4 / self._host_link() + sharing * there / self.found.host_bandwidth)
+        seconds += mine * max(0.0, moved - there) / self.bandwidth
+        if "optimizer" in spread.on_disk:
+            seconds += mine * sharing * state / self.found.disk_bandwidth
+        return seconds
+
+    def _host_link(self) -> float:
+        return self.found.host_link * self.device.host_link or self.found.host_bandwidth
 
 
 def _adapted_share(config: RunConfig, spec: AnySpec) -> float:

@@ -253,3 +253,24 @@ def test_strategies_are_those_that_are_asked_for():
     assert [way.name for way in spreads(8, 8)] == ["ddp", "fsdp2", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
     assert [way.name for way in spreads(8, 8, asked="deepspeed", stages=(2,))] == ["ZeRO-2"]
     assert spreads(16, 8)[0].nodes == 2
+
+
+def test_states_on_the_host_are_updated_there_and_weights_on_it_are_fetched(run, llama_8b):
+    machine = Hardware((H100.device(), Device("cpu", "host", 4000 * GIB)))
+    config = run("train.batch_size=4", "adapter=null", "engine.micro_batch_size=2", "engine.recompute=input")
+
+    def step(*away):
+        way = Spread("fsdp2", 8, 8, on_host=frozenset(away))
+        plan = choose(config, llama_8b, machine, spread=way)
+        return speed.step(config, llama_8b, plan, H100, rows=speed.Rows(2048, 2048))
+
+    here, states = step(), step("optimizer")
+    # A billion values a device: 8 GB over the link, and 38 bytes of each through memory that eight processes share.
+    mine, link = 8_030_261_248 / 8, 0.8 * H100.host_link
+    least = mine * (8 / link + 8 * 38 / 100e9)
+    assert least < states.optimizer < least + here.optimizer
+    assert states.matmul == here.matmul
+    away = step("optimizer", "gradients", "weights")
+    passes = away.communication + away.hidden["collectives"] - states.communication - states.hidden["collectives"]
+    # Of each of two micro-batches, for its forward and its backward.
+    assert passes == pytest.approx(2 * 2 * 4 * mine / link, rel=0.01)
