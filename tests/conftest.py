@@ -1,12 +1,16 @@
-"""Choices that must be made before any test imports the package."""
+"""Choices that must be made before any test imports the package; puts this folder where tests can import from it."""
 
 import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 # A shell starts background jobs with Ctrl-C ignored, and children inherit that; tests must not depend on it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

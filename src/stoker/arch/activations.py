@@ -11,18 +11,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from stoker.arch import arithmetic
+from stoker.arch import arithmetic, saved
 from stoker.arch.borrowed import AnySpec
-from stoker.arch.parts import parts
+from stoker.arch.parts import part, parts
+from stoker.arch.saved import Adapted, Micro
 from stoker.arch.shape import why_not_llama
-from stoker.arch.spec import AttentionSpec, ExpertsSpec, GatedSpec, LayerSpec, Mamba1Spec
+from stoker.arch.spec import (
+    AttentionSpec,
+    ExpertsSpec,
+    GatedSpec,
+    LayerSpec,
+    Mamba1Spec,
+    Mamba2Spec,
+    PlainSpec,
+    SideBySideSpec,
+)
 
 Keep = Literal["all", "mixer", "attention", "input"]
 LADDER: tuple[Keep, ...] = ("all", "mixer", "attention", "input")
 """From keeping most to keeping least; each step down runs more again."""
 OP_BY_OP_LADDER: tuple[Keep, ...] = ("all", "input")
-# Values of a Mamba-1 mixer's inner size that its kernels keep between the projections, by measurement.
-_BETWEEN = 4.5
+SCAN_CHUNK = 16
+"""Positions of a chunk of Mamba-1's scan (`kernels/selective_scan_triton.py`)."""
 # Tensors on their way to the host or back at any time (`kernels/offload.py`: four leave, or four come).
 _IN_FLIGHT = 4
 
@@ -40,24 +50,6 @@ class Held:
     host: int = 0
     leaving: int = 0
     arriving: int = 0
-
-
-@dataclass(frozen=True)
-class Micro:
-    """A micro-batch: `tokens` tokens of `value_bytes` each value; `product_values` of adapters a token and layer.
-
-    `head_copies`: tensors as large as the queries that attention's backward makes where keys and values are shared by
-    several of them: two by cuDNN (in its workspace on an H200) and by flash attention (gradients of keys and values
-    for every query head, summed afterwards), four where keys and values themselves are copied for every query head.
-    """
-
-    tokens: int
-    value_bytes: int
-    product_values: int = 0
-    head_copies: int = 0
-    gradient_bytes: int = 0
-    """Of each weight of a layer, where its gradient arrives in the micro-batch's backward. 0 where it is there before,
-    as from the second micro-batch of a step on, and where the layers' weights are frozen."""
 
 
 def fused(
@@ -82,7 +74,7 @@ def fused(
     beside = {"all": hidden_size + 2 * inner, "mixer": hidden_size, "attention": 0, "input": 0}[keep]
     statistics = 4 * mixer.num_heads if keep != "input" else 0
     away = hidden_size + attention
-    on_device = beside + micro.product_values + (0 if offload else away)
+    on_device = beside + micro.product_values(layer, hidden_size) + (0 if offload else away)
     unit = micro.tokens * micro.value_bytes
     # Gradients of what comes in and goes out, the norm's output, the activation; then what is run again.
     passing = (4 * hidden_size + max(inner, query + 2 * heads)) * unit
@@ -92,16 +84,26 @@ def fused(
     if keep != "all":
         in_feed_forward, in_attention = _moments(layer, hidden_size, micro, keep, tile_tokens)
         passing = max(in_feed_forward, in_attention + back)
-    if mixer.qk_norm is not None:  # q, k and v as the projection gave them, beside the turned ones
+    if mixer.qk_norm is not None or micro.has_dora("attention.qkv"):  # as the projection gave them, beside the turned
         passing += heads * unit
+    if micro.has_dora(
+        "feed_forward.gate_up"
+    ):  # for the gradient of its magnitudes, when the activation's overwrites it
+        passing += 2 * inner * _tile(micro, keep, tile_tokens) * micro.value_bytes
     in_flight = _IN_FLIGHT * max(hidden_size, query) * unit if offload else 0
     passing += in_flight
+    of_norms = 2 * 4 * micro.tokens  # a number in fp32 for each of the two norms, on every rung
     return Held(
-        on_device * unit + (0 if offload else statistics * micro.tokens),
+        on_device * unit + of_norms + (0 if offload else statistics * micro.tokens),
         passing,
         (away * unit + statistics * micro.tokens) if offload else 0,
         in_flight,
     )
+
+
+def _tile(micro: Micro, keep: Keep, tile_tokens: int | None) -> int:
+    """Returns how many tokens go through the feed-forward at a time."""
+    return micro.tokens if tile_tokens is None or keep == "all" else min(tile_tokens, micro.tokens)
 
 
 def _moments(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep, tile_tokens: int | None) -> tuple[int, int]:
@@ -118,7 +120,7 @@ def _moments(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep, tile_
     heads = query + 2 * mixer.num_kv_heads * mixer.head_dim
     from_start = heads + query if keep == "input" else 0
     mid = 0 if keep == "mixer" else hidden_size
-    tile = micro.tokens if tile_tokens is None else min(tile_tokens, micro.tokens)
+    tile = _tile(micro, keep, tile_tokens)
     feed_forward = (2 * hidden_size + mid + from_start) * micro.tokens
     feed_forward += (2 * hidden_size + 3 * gated.intermediate_size) * tile
     copies = micro.head_copies * query if mixer.num_kv_heads < mixer.num_heads else 0
@@ -178,19 +180,19 @@ def op_by_op(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep) -> He
 
     All but a mixture of experts, which keeps its input and little more, and makes the rest again by itself.
     """
-    whole = arithmetic.saved_by_layer(layer, hidden_size, micro.tokens, micro.value_bytes)
-    whole += micro.product_values * micro.tokens * micro.value_bytes
-    unit = hidden_size * micro.tokens * micro.value_bytes
+    whole = saved.by_layer(layer, hidden_size, micro)
+    unit = hidden_size * micro.tokens * micro.in_stream
     inside = list(parts(layer, hidden_size).values())
     widest = inside[-1].widest if inside else 0  # the feed-forward's, which is never narrower than what mixes
     passing = 2 * unit + widest * micro.tokens * micro.value_bytes
-    if keep == "all" and isinstance(mixer := layer.mixer, Mamba1Spec):
-        return Held(whole + round(_BETWEEN * mixer.inner_size * micro.tokens * micro.value_bytes), passing)
-    if keep == "all" or (keep == "mixer" and isinstance(layer.mixer, Mamba1Spec)):
+    mixer = layer.mixer
+    if keep == "all" and isinstance(mixer, Mamba1Spec) and not micro.is_plain:
+        return Held(whole + _between(mixer, micro) * micro.tokens, passing)
+    if keep == "all" or (keep == "mixer" and isinstance(mixer, Mamba1Spec)):
         return Held(whole, passing)
     if _keeps_little(layer):
-        again = 2 * unit + 4 * inside[-1].saved_statistics * micro.tokens
-        if keep == "attention" and isinstance(mixer := layer.mixer, AttentionSpec):
+        again = _of_mixture(layer, hidden_size, micro) * micro.tokens
+        if keep == "attention" and isinstance(mixer, AttentionSpec):
             again += mixer.num_heads * (mixer.head_dim * micro.value_bytes + 4) * micro.tokens
         return Held(again, whole + passing - again + unit)
     return Held(unit, whole + passing)
@@ -202,6 +204,33 @@ def arriving(layer: LayerSpec, hidden_size: int, micro: Micro) -> int:
         return 0
     linears = arithmetic.linears(layer, hidden_size).values()
     return micro.gradient_bytes * sum(linear.weights * max(1, linear.experts) for linear in linears)
+
+
+def _of_mixture(layer: LayerSpec, hidden_size: int, micro: Micro) -> int:
+    """Bytes a token that a layer with a mixture keeps where its mixer is run again: the input, the sum after the mixer,
+    the mixture's own; and a narrow copy of the normed rows, which are made again only as they came."""
+    mixture = parts(layer, hidden_size)["feed_forward"]
+    statistics = mixture.saved_statistics + (mixture.plain_statistics if micro.is_plain else 0)
+    copies = hidden_size * micro.value_bytes if micro.has_wide_stream else 0
+    low = micro.product_values(layer, hidden_size, of="feed_forward.")
+    statistics += saved.norm_statistics(layer, micro)
+    return 2 * hidden_size * micro.in_stream + copies + low * micro.value_bytes + 4 * statistics
+
+
+def _between(mixer: Mamba1Spec, micro: Micro) -> int:
+    """Bytes a token that Mamba-1 keeps between its projections where nothing of it is run again.
+
+    What the convolution gives, the step sizes, and for each chunk of the scan its states and its step; B and C as the
+    scan reads them. Where all is trained also what step sizes, B and C come from.
+    """
+    inner, states, narrow = mixer.inner_size, mixer.state_size, mixer.time_step_rank + 2 * mixer.state_size
+    values, wide = 2 * inner, (states + 1) * inner / SCAN_CHUNK + 2 * states
+    if micro.adapter is None:
+        values += narrow
+    if mixer.parameter_norm is not None:
+        values += mixer.time_step_rank if micro.adapter is None else 0
+        wide += 3 + (0 if mixer.parameter_norm.weight else narrow)
+    return round(values * micro.value_bytes + 4 * wide)
 
 
 def peak(runs: Sequence[tuple[Held, int]]) -> int:
@@ -226,26 +255,61 @@ def after_forward(runs: Sequence[tuple[Held, int]]) -> int:
     return sum(count * held.kept for held, count in runs) + max((held.leaving for held, _ in runs), default=0)
 
 
-def recomputed_flops_per_token(spec: AnySpec, sequence_length: int, keep: Sequence[Keep], *, is_fused: bool) -> float:
+def recomputed_flops_per_token(
+    spec: AnySpec, sequence_length: int, keep: Sequence[Keep], *, is_fused: bool, adapter: Adapted | None = None
+) -> float:
     """Returns the FLOPs that backward runs again, a token; `keep` names the rung of each layer.
 
-    The layer kernel never runs `down` again, autograd's checkpoint runs the whole layer.
+    The layer kernel runs `down` again for DoRA's magnitudes alone. Autograd's checkpoint runs the whole layer, up to a
+    last product whose input it then has.
     """
     total = 0.0
     for layer, rung in zip(spec.layers, keep, strict=True):
-        if rung == "all":
-            continue
         flops = arithmetic.layer_flops_per_token(layer, spec.hidden_size, sequence_length)
-        total += sum(flops[name] for name in run_again(layer, spec.hidden_size, rung, is_fused=is_fused))
+        again = run_again(layer, spec.hidden_size, rung, is_fused=is_fused, adapter=adapter)
+        total += sum(flops[name] for name in again)
+        total += sum(flops[name] for name in _always_again(layer, rung))
+        if rung == "input" and adapter is None and not (is_fused and not why_not_llama(layer)):
+            total -= flops.get(_last_product(layer), 0.0)
+        if isinstance(mixer := layer.mixer, SideBySideSpec):
+            total += part(mixer.state_space, spec.hidden_size).flops(sequence_length)
     return total
 
 
-def run_again(layer: LayerSpec, hidden_size: int, keep: Keep, *, is_fused: bool) -> tuple[str, ...]:
-    """Returns what a layer's backward runs again, by the names of `arithmetic.layer_flops_per_token`."""
+def _last_product(layer: LayerSpec) -> str:
+    """The linear layer with which a layer that is run again ends, "" where something that keeps more follows it."""
+    if layer.placement in ("post", "sandwich"):
+        return ""
+    feed_forward = layer.feed_forward
+    if isinstance(feed_forward, GatedSpec | PlainSpec):
+        return "feed_forward.down"
+    if isinstance(feed_forward, ExpertsSpec) and not _keeps_little(layer):
+        return "" if feed_forward.shared_gate else "feed_forward.shared.down"
+    if isinstance(layer.mixer, SideBySideSpec):
+        return "mixer.state_space.out_proj"
+    return f"{layer.mixer_name}.{'out' if layer.mixer_name == 'attention' else 'out_proj'}"
+
+
+def _always_again(layer: LayerSpec, keep: Keep) -> tuple[str, ...]:
+    """What a layer's own operations run again by themselves, on every rung: experts' first product, and what lies
+    between the projections of a state space, which a whole layer that is run again runs once more."""
+    mixture = ("feed_forward.experts.gate_up",) if isinstance(layer.feed_forward, ExpertsSpec) else ()
+    if isinstance(layer.mixer, Mamba2Spec):
+        return "mixer", *mixture
+    if isinstance(layer.mixer, Mamba1Spec) and keep == "input":
+        return "mixer", "mixer.x_proj", *mixture
+    return mixture
+
+
+def run_again(
+    layer: LayerSpec, hidden_size: int, keep: Keep, *, is_fused: bool, adapter: Adapted | None = None
+) -> tuple[str, ...]:
+    """Returns what a layer's backward runs again on its rung, by the names of `arithmetic.layer_flops_per_token`."""
+    if is_fused and not why_not_llama(layer):
+        for_magnitudes = ("attention.out", "feed_forward.down") if adapter is not None and adapter.dora else ()
+        return _RUN_AGAIN[keep] + tuple(name for name in for_magnitudes if adapter and name in adapter.names)
     if keep == "all":
         return ()
-    if is_fused and not why_not_llama(layer):
-        return _RUN_AGAIN[keep]
     names, mixer = tuple(arithmetic.layer_flops_per_token(layer, hidden_size, 1)), layer.mixer_name
     if keep == "mixer" and isinstance(layer.mixer, Mamba1Spec):
         return mixer, f"{mixer}.x_proj"

@@ -1,16 +1,16 @@
-"""What an architecture costs: parameters, floating-point operations, bytes saved for backward. Exact counts, no torch.
+"""What an architecture costs: parameters and floating-point operations. Exact counts, no torch.
 
 FLOPs count a multiply-add as two and leave out norms, activations and softmax, as is usual (Kaplan et al.,
-arXiv:2001.08361, section 2.1; PaLM, arXiv:2204.02311, appendix B). Saved bytes follow Stoker's own modules, in the
-manner of Korthikanti et al., arXiv:2205.05198.
+arXiv:2001.08361, section 2.1; PaLM, arXiv:2204.02311, appendix B). Saved bytes are in `saved` and `activations`.
 """
 
 import math
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterator
 
 from stoker.arch.borrowed import AnySpec, BorrowedSpec
 from stoker.arch.families import weight_map
-from stoker.arch.parts import Linear, layer_parameters, norm_parameters, parts
+from stoker.arch.parts import layer_parameters, linears_of, norm_parameters, parts
 from stoker.arch.spec import ArchSpec, ExpertsSpec, LayerSpec, RopeSpec, WeightEntry
 
 
@@ -40,13 +40,7 @@ def num_parameters(spec: AnySpec) -> int:
     return sum(parameters_by_part(spec).values())
 
 
-def linears(layer: LayerSpec, hidden_size: int) -> dict[str, Linear]:
-    """The linear layers of a block by our names in it ("attention.qkv"), in the order in which they run."""
-    return {
-        f"{name}.{linear}": sizes
-        for name, part in parts(layer, hidden_size).items()
-        for linear, sizes in part.linears.items()
-    }
+linears = linears_of
 
 
 def linear_shapes(spec: AnySpec) -> dict[str, tuple[int, int]]:
@@ -92,6 +86,33 @@ def lora_parameters(spec: AnySpec, rank: int, names: Collection[str] | None = No
     )
 
 
+def adapted_linears(spec: AnySpec, rank: int, names: Collection[str]) -> tuple[tuple[str, int], ...]:
+    """(our name in a block, values a token of its input times A) of the linear layers that adapters of `rank` are on.
+
+    `names`: full Hugging Face module names. Layers of a block that have the same name are taken together: where some
+    of them have an adapter only, what all keep is averaged.
+    """
+    chosen, values, there = frozenset(names), Counter[str](), Counter[str]()
+    for linear, used, modules in _named(spec):
+        there[linear] += 1
+        values[linear] += round(rank * used * sum(module in chosen for module in modules))
+    return tuple((linear, max(1, count // there[linear])) for linear, count in values.items() if count)
+
+
+def _named(spec: AnySpec) -> Iterator[tuple[str, float, list[str]]]:
+    """Each linear layer of each block: our name there, how many times a token passes it, Hugging Face's names."""
+    if isinstance(spec, BorrowedSpec):
+        for index, layer in enumerate(spec.layers):
+            for linear, sizes in linears(layer, spec.hidden_size).items():
+                name = linear.removeprefix(f"{layer.mixer_name}.")
+                yield linear, sizes.used, [f"{spec.layers_name}.{index}.{name}"]
+        return
+    modules = {entry.ours: adapted_names(entry) for entry in weight_map(spec)}
+    for index, layer in enumerate(spec.layers):
+        for linear, sizes in linears(layer, spec.hidden_size).items():
+            yield linear, sizes.used, modules[f"blocks.{index}.{linear}.weight"]
+
+
 def adapted_names(entry: WeightEntry) -> list[str]:
     """The Hugging Face names by which adapters know the linear layers that a parameter holds."""
     return [name.removesuffix(".weight") for name in ((entry.parameter,) if entry.parameter else entry.theirs)]
@@ -133,41 +154,21 @@ def training_flops_per_token(spec: AnySpec, sequence_length: int, *, frozen_base
     return forward + (forward + weightless if frozen_base else 2 * forward)
 
 
+def adapter_flops_per_token(spec: AnySpec, rank: int, names: Collection[str]) -> float:
+    """FLOPs of adapters of `rank` in forward and backward per token: six for each of their values that a token meets.
+
+    `names`: full Hugging Face module names.
+    """
+    chosen, shapes, total = frozenset(names), linear_shapes(spec), 0.0
+    for _, used, modules in _named(spec):
+        total += sum(6.0 * rank * used * sum(shapes[name]) for name in modules if name in chosen)
+    return total
+
+
 def layer_flops_per_token(layer: LayerSpec, hidden_size: int, sequence_length: int) -> dict[str, float]:
     """FLOPs of a layer's forward a token: of its linear layers ("attention.qkv"), and of the rest of each part."""
     flops = {name: 2.0 * sizes.used * sizes.weights for name, sizes in linears(layer, hidden_size).items()}
     return flops | {name: part.flops(sequence_length) for name, part in parts(layer, hidden_size).items()}
-
-
-def saved_activation_bytes(spec: AnySpec, tokens: int, bytes_per_value: int) -> int:
-    """Bytes that layers which run op by op hold for backward after a forward over `tokens` tokens of a micro-batch.
-
-    Adapters' own products (rank values a token and layer group) and the loss are not counted.
-    """
-    return sum(saved_by_layer(layer, spec.hidden_size, tokens, bytes_per_value) for layer in spec.layers)
-
-
-def saved_by_layer(layer: LayerSpec, hidden_size: int, tokens: int, bytes_per_value: int) -> int:
-    """Bytes that a layer which runs op by op under autograd saves for its backward."""
-    inside = parts(layer, hidden_size).values()
-    values = _norm_tensors(layer, len(inside)) * hidden_size + sum(part.saved_values for part in inside)
-    # fp32 whatever the dtype: statistics of the parts, and of norms one number, or mean and deviation.
-    a_norm = 2 if layer.norm.kind == "layer" else 1
-    statistics = 4 * (sum(part.saved_statistics for part in inside) + a_norm * len(layer.norm_names))
-    return tokens * (values * bytes_per_value + statistics)
-
-
-def _norm_tensors(layer: LayerSpec, num_parts: int) -> int:
-    """Tensors of the hidden size that are kept around the parts: what norms and parts read."""
-    match layer.placement:
-        case "pre" | "post":
-            return 2 * num_parts
-        case "sandwich":
-            return 3 * num_parts
-        case "parallel":
-            return 1 + num_parts
-        case "parallel_one_norm":
-            return 2
 
 
 def ropes(spec: ArchSpec) -> set[RopeSpec]:

@@ -24,6 +24,8 @@ from stoker.arch.spec import (
 )
 
 Shape = tuple[int, ...]
+GATES = ("silu", "gelu", "gelu_tanh")
+"""Activations of gated feed-forwards that have a kernel (`kernels/glu.py`)."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,10 @@ class Part:
     """A mixer or a feed-forward: `linears` and all other `parameters`, by our names within it.
 
     `flops` of a document of so many tokens: those beside the linear layers, a token on average. Saved for the backward
-    by a token that runs op by op: `saved_values` in the compute type, the output of each linear layer that is needed
-    again among them but not what comes in, and `saved_statistics` in fp32. `widest`: values a token of its largest
+    by a token that runs op by op: `saved_values` in the compute type and `saved_statistics` in fp32, with plain PyTorch
+    `plain_values` and `plain_statistics` more, where norms are trained `trained_statistics`; and what goes into linear
+    layers where their weights' gradients need it: `inputs` of those whose input nothing else keeps, and the part's own,
+    which those of `of_input` read (`keeps_input`: it is kept in any case). `widest`: values a token of its largest
     tensor.
     """
 
@@ -70,6 +74,12 @@ class Part:
     saved_values: int
     saved_statistics: int
     widest: int
+    inputs: Mapping[str, int] = field(default_factory=dict)
+    of_input: tuple[str, ...] = ()
+    keeps_input: bool = False
+    plain_values: int = 0
+    plain_statistics: int = 0
+    trained_statistics: int = 0
     flops: Callable[[int], float] = field(default=lambda sequence_length: 0.0, compare=False)
 
 
@@ -78,6 +88,13 @@ def parts(layer: LayerSpec, hidden_size: int) -> Mapping[str, Part]:
     """The layer's mixer and feed-forward, by our names in the block ("attention", "feed_forward"), of those it has."""
     named = {layer.mixer_name: layer.mixer, "feed_forward": layer.feed_forward}
     return {name: part(spec, hidden_size) for name, spec in named.items() if spec is not None}
+
+
+@lru_cache(maxsize=1024)
+def linears_of(layer: LayerSpec, hidden_size: int) -> Mapping[str, Linear]:
+    """The linear layers of a block by our names in it ("attention.qkv"), in the order in which they run."""
+    inside = parts(layer, hidden_size)
+    return {f"{name}.{linear}": sizes for name, part in inside.items() for linear, sizes in part.linears.items()}
 
 
 def part(spec: Any, hidden_size: int) -> Part:
@@ -126,14 +143,11 @@ def qk_norm_shapes(spec: AttentionSpec) -> tuple[Shape, Shape]:
 def _attention(spec: AttentionSpec, hidden_size: int) -> Part:
     query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     parameters: dict[str, Shape] = {}
-    # q, k, v and the attended values; one log-sum of scores a head.
-    saved = 2 * query + 2 * key
     if spec.qk_norm is not None:
         q_shape, k_shape = qk_norm_shapes(spec)
         parameters |= norm_parameters("q_norm", spec.qk_norm, q_shape)
         parameters |= norm_parameters("k_norm", spec.qk_norm, k_shape)
-        # What the norms read is kept as well; norms with a weight for each head run op by op and keep their halves too.
-        saved += (2 if spec.qk_norm_over == "each_head" else 1) * (query + key)
+    saved, plain, statistics, plain_statistics = _heads(spec, query, key)
     if spec.sinks:
         parameters["sinks"] = (spec.num_heads,)
     return Part(
@@ -142,11 +156,45 @@ def _attention(spec: AttentionSpec, hidden_size: int) -> Part:
             "out": Linear(query, (hidden_size,), spec.out_bias),
         },
         parameters=parameters,
-        saved_values=saved,
-        saved_statistics=spec.num_heads,
+        # q, k, v and the attended values; one log-sum of scores a head.
+        saved_values=2 * query + 2 * key + saved,
+        saved_statistics=spec.num_heads + statistics,
+        plain_values=plain,
+        plain_statistics=plain_statistics,
+        # What is multiplied by each head's weight.
+        trained_statistics=query + key if spec.qk_norm is not None and spec.qk_norm_over == "each_head" else 0,
+        of_input=("qkv",),
         widest=query + 2 * key,
         flops=lambda sequence_length: 4.0 * query * mean_keys(sequence_length, spec.window),
     )
+
+
+def _heads(spec: AttentionSpec, query: int, key: int) -> tuple[int, int, int, int]:
+    """Values that turning and norming heads keeps besides what attention reads; with plain PyTorch; the same in fp32.
+
+    One pass splits and turns q, k and v, and may norm whole heads before (`nn.attention.Attention`). Else v is a view
+    of what the projection gave, all of which stays beside the turned q and k.
+    """
+    norm, rope, heads = spec.qk_norm, spec.rope, spec.num_heads + spec.num_kv_heads
+    is_plain = spec.clip_qkv is None and spec.qkv_layout == "blocks"
+    if norm is None and is_plain:
+        return 0, 0, 0, 0
+    is_fused = is_plain and norm is not None and norm.kind == "rms" and norm.weight and spec.qk_norm_over == "head"
+    if is_fused and rope is not None and rope.dim == spec.head_dim and not rope.interleaved:
+        # The kernel writes v anew, and makes the statistics again.
+        return query + 2 * key, -key, 0, heads
+    clipped = key if spec.clip_qkv is not None else 0
+    if norm is None:
+        return (query + key if rope is not None or clipped else 0) + clipped, 0, 0, 0
+    both = query + key
+    if spec.qk_norm_over == "each_head":  # what is normed, in fp32
+        numbers = (2 if norm.kind == "layer" else 1) * heads
+        return both + clipped, 0, both + numbers, -both
+    if spec.qk_norm_over == "all":
+        return both + clipped, 0, 2, 0
+    # The kernels of norms read rows without gaps, which heads between others are not.
+    statistics, plain = (0, 2 * heads) if norm.kind == "layer" else (heads, 0)
+    return 2 * both + clipped, -both, statistics, plain
 
 
 def _latent(spec: LatentAttentionSpec, hidden_size: int) -> Part:
@@ -164,25 +212,35 @@ def _latent(spec: LatentAttentionSpec, hidden_size: int) -> Part:
     return Part(
         linears=linears,
         parameters=parameters,
-        # What the norms read and make; whole queries and keys, padded values and what is attended.
-        saved_values=sum(down) + (spec.query_rank or 0) + spec.latent_rank + 4 * queries,
-        saved_statistics=spec.num_heads + 2,
+        # What the norms read; whole queries and keys, padded values and what is attended.
+        saved_values=sum(down) + 4 * queries,
+        saved_statistics=spec.num_heads + (1 if spec.query_rank is None else 2),
+        # What the norms make, and what is attended without the padding.
+        inputs=({} if spec.query_rank is None else {"query_up": spec.query_rank})
+        | {"up": spec.latent_rank}
+        | ({} if spec.value_dim == head else {"out": values}),
+        of_input=("down",),
         widest=3 * queries,
-        flops=lambda sequence_length: 2.0 * (queries + values) * mean_keys(sequence_length, None),
+        # Values are padded to the size of queries, because fast kernels want one size.
+        flops=lambda sequence_length: 4.0 * queries * mean_keys(sequence_length, None),
     )
 
 
 def _gated(spec: GatedSpec, hidden_size: int) -> Part:
     inner = spec.intermediate_size
+    has_kernel = spec.activation in GATES and (spec.gate_scale, spec.down_scale) == (1.0, 1.0)
     return Part(
         linears={
             "gate_up": Linear(hidden_size, (inner, inner), spec.bias),
             "down": Linear(inner, (hidden_size,), spec.bias),
         },
         parameters={},
-        # gate, up and their product; the SwiGLU kernel makes the activation again, other gates keep it.
-        saved_values=(3 if spec.activation == "silu" else 4) * inner,
+        # gate and up; a kernel makes the activation again, plain PyTorch that of SwiGLU alone.
+        saved_values=2 * inner if has_kernel else (3 + (spec.gate_scale != 1.0)) * inner,
         saved_statistics=0,
+        plain_values=inner if has_kernel and spec.activation != "silu" else 0,
+        inputs={"down": inner},
+        of_input=("gate_up",),
         widest=inner,
     )
 
@@ -192,8 +250,11 @@ def _plain(spec: PlainSpec, hidden_size: int) -> Part:
     return Part(
         linears={"up": Linear(hidden_size, (inner,), spec.bias), "down": Linear(inner, (hidden_size,), spec.bias)},
         parameters={},
-        saved_values=2 * inner,
+        saved_values=inner,
         saved_statistics=0,
+        # The rectifier keeps what it gives, which is what "down" reads.
+        inputs={} if spec.activation == "relu" else {"down": inner},
+        of_input=("up",),
         widest=inner,
     )
 
@@ -210,24 +271,48 @@ def _experts(spec: ExpertsSpec, hidden_size: int) -> Part:
         parameters["router.bias"] = (experts,)
     if spec.router.correction:
         parameters["router.correction"] = (experts,)
-    # The mixture makes gate and up again; its index and weights; logits and scores of the router in fp32.
-    saved, statistics, gates = 0, 4 * spec.top_k + 3 * experts, experts
+    inputs: dict[str, int] = {}
+    saved, gates = 0, experts
     if spec.shared_size:
         linears["shared.gate_up"] = Linear(hidden_size, (spec.shared_size, spec.shared_size))
         linears["shared.down"] = Linear(spec.shared_size, (hidden_size,))
-        saved += 3 * spec.shared_size
+        saved, inputs = 2 * spec.shared_size, {"shared.down": spec.shared_size}
+    statistics, plain_statistics = _routing(spec)
     if spec.shared_gate:
         parameters["shared_gate.weight"] = (1, hidden_size)
-        saved, gates = saved + hidden_size, gates + 1
+        saved, gates = saved + hidden_size + 1, gates + 1
     return Part(
         linears=linears,
         parameters=parameters,
+        # The mixture makes gate and up again.
         saved_values=saved,
         saved_statistics=statistics,
+        plain_statistics=plain_statistics,
+        inputs=inputs,
+        of_input=(("shared.gate_up",) if spec.shared_size else ()) + (("shared_gate",) if spec.shared_gate else ()),
+        keeps_input=True,
         # While it runs: gate and up of the chosen experts, and the gradient of their inputs or their outputs.
         widest=spec.top_k * (3 * inner + hidden_size),
         flops=lambda sequence_length: 2.0 * gates * hidden_size,
     )
+
+
+def _routing(spec: ExpertsSpec) -> tuple[int, int]:
+    """Values of four bytes that choosing and sorting keep, and with plain PyTorch more or fewer.
+
+    The weights, and three indices for each choice. A kernel that chooses keeps logits and choices; otherwise scores,
+    choices in eight bytes, their scores, and the sum that divides them.
+    """
+    router, top_k, experts = spec.router, spec.top_k, spec.num_experts
+    sorted_ = 4 * top_k
+    if router.score == "softmax_of_chosen":
+        plain = 3 * top_k
+    else:
+        plain = experts + 2 * top_k
+        plain += (top_k if router.normalized or router.scale != 1.0 else 0) + (1 if router.normalized else 0)
+    chosen = experts + top_k
+    is_plain = router.score != "sigmoid" and router.groups == 1 and not router.correction
+    return (sorted_ + chosen, plain - chosen) if is_plain else (sorted_ + plain, 0)
 
 
 def _borrowed(spec: BorrowedMixer, hidden_size: int) -> Part:
@@ -237,6 +322,7 @@ def _borrowed(spec: BorrowedMixer, hidden_size: int) -> Part:
         parameters={},
         saved_values=spec.saved_values,
         saved_statistics=0,
+        keeps_input=True,
         widest=spec.widest,
         flops=lambda sequence_length: 4.0 * spec.attention_width * mean_keys(sequence_length, None),
     )
@@ -257,8 +343,10 @@ def _mamba1(spec: Mamba1Spec, hidden_size: int) -> Part:
         },
         parameters=parameters,
         # What the input's projection gives and what the output's reads; what lies between is computed again.
-        saved_values=3 * inner,
+        saved_values=2 * inner,
         saved_statistics=0,
+        inputs={"out_proj": inner},
+        of_input=("in_proj",),
         widest=_RECOMPUTED_TENSORS * inner,
         # A multiply-add counts two: the convolution, the widening of the step sizes, and the recurrence of each state
         # (algorithm 2 of arXiv:2312.00752): dt A, dt B x and C h one each, a h + b two, and the sum over states one.
@@ -290,8 +378,10 @@ def _mamba2(spec: Mamba2Spec, hidden_size: int) -> Part:
         },
         parameters=parameters,
         # What the input's projection gives and what the output's reads; what lies between is computed again.
-        saved_values=projected + inner,
+        saved_values=projected,
         saved_statistics=0,
+        inputs={"out_proj": inner},
+        of_input=("in_proj",),
         widest=_RECOMPUTED_TENSORS * inner,
         flops=flops,
     )
@@ -304,12 +394,22 @@ def _conv(channels: int, kernel_size: int, *, has_bias: bool) -> dict[str, Shape
 
 def _side_by_side(spec: SideBySideSpec, hidden_size: int) -> Part:
     named = {"attention": part(spec.attention, hidden_size), "state_space": part(spec.state_space, hidden_size)}
+    scales = {"attention": spec.attention_in, "state_space": spec.state_space_in}
     both = named.values()
+    inputs = {f"{name}.{linear}": size for name, one in named.items() for linear, size in one.inputs.items()}
+    reads = {name: [f"{name}.{linear}" for linear in one.of_input] for name, one in named.items()}
+    # What is scaled on its way in is another tensor.
+    inputs |= {linear: hidden_size for name in named if scales[name] != 1.0 for linear in reads[name]}
     return Part(
         linears={f"{name}.{linear}": sizes for name, one in named.items() for linear, sizes in one.linears.items()},
         parameters={f"{name}.{key}": shape for name, one in named.items() for key, shape in one.parameters.items()},
         saved_values=sum(one.saved_values for one in both),
         saved_statistics=sum(one.saved_statistics for one in both),
+        plain_values=sum(one.plain_values for one in both),
+        plain_statistics=sum(one.plain_statistics for one in both),
+        trained_statistics=sum(one.trained_statistics for one in both),
+        inputs=inputs,
+        of_input=tuple(linear for name in named if scales[name] == 1.0 for linear in reads[name]),
         widest=max(one.widest for one in both),
         flops=lambda sequence_length: sum(one.flops(sequence_length) for one in both),
     )

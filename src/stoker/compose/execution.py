@@ -20,7 +20,7 @@ def set_up_layers(decoder: "Model", plan: Plan) -> "HostOffload | None":
 
     What an earlier run in this process set is undone first, so that a notebook can train a model again.
     """
-    from stoker.adapters.fused_block import fuse_blocks
+    from stoker.adapters.fused_block import FusedBlock, fuse_blocks
     from stoker.kernels.offload import HostOffload
     from stoker.nn.mamba1 import Mamba1
 
@@ -34,14 +34,15 @@ def set_up_layers(decoder: "Model", plan: Plan) -> "HostOffload | None":
             offload=offload,
             tile_tokens=plan.tile_tokens,
         )
-        return offload
     for block, rung in zip(decoder.blocks, plan.keep, strict=True):
+        if isinstance(block, FusedBlock):
+            continue
         block.recompute = rung in ("attention", "input")  # type: ignore[assignment]
         block.keep_attention = rung == "attention"  # type: ignore[assignment]
         if isinstance(mixer := getattr(block, "mixing", None), Mamba1):
             # The reference would keep the state of every position.
             mixer.keeps_all = rung == "all" and plan.kernels == "triton"
-    return None
+    return offload
 
 
 def take_apart(decoder: "Model") -> None:

@@ -573,7 +573,7 @@ class Engine(Section):
     recompute: Literal["auto", "none", "mixer", "attention", "input"] = "auto"
     """What a layer keeps for the backward, which computes the rest again: `none` keeps all; `mixer` what attention
     made, but not the wide feed-forward; `attention` its input and attention's output; `input` its input alone. `auto`
-    keeps as much as fits, layer by layer. DoRA runs op by op: there only `none` and `input` exist."""
+    keeps as much as fits, layer by layer."""
     offload_activations: Literal["auto"] | bool = "auto"
     """Let what layers keep wait in pinned host memory (CUDA only); `auto` when the GPU's memory demands it."""
     memory_limit_gib: Positive | None = None

@@ -5,6 +5,7 @@ import re
 
 from stoker.arch.borrowed import AnySpec
 from stoker.arch.families import mixtures, state_space
+from stoker.arch.saved import Adapted
 from stoker.config.schema import Adapter
 from stoker.errors import Problem
 from stoker.plan import facts
@@ -94,6 +95,13 @@ def experts_problem(spec: AnySpec, adapter: Adapter) -> Problem | None:
         f"an adapter on experts ({name} of this mixture) has {what}.",
         fix="Use kind: lora and dropout: 0.0, or name targets outside of the experts.",
     )
+
+
+@remember(0, 1)
+def adapted(spec: AnySpec, adapter: Adapter, quantization: str) -> Adapted:
+    """Returns what the adapter's layers keep for their backward, over a base in this format."""
+    products = facts.adapted_linears(spec, adapter.rank, tuple(targeted(spec, adapter.targets)))
+    return Adapted(products, adapter.kind == "dora", adapter.dropout > 0.0 and quantization != "none")
 
 
 def adapter_parameters(spec: AnySpec, adapter: Adapter) -> int:

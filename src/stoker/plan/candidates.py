@@ -8,7 +8,7 @@ from stoker.arch.activations import Keep, Micro
 from stoker.arch.borrowed import AnySpec
 from stoker.config.schema import Adapter, Optimizer, RunConfig
 from stoker.plan import execution, facts, ladder, rates, speed
-from stoker.plan.adapter import adapter_parameters, num_targeted
+from stoker.plan.adapter import adapted, adapter_parameters, targeted
 from stoker.plan.hardware import Device
 from stoker.plan.ladder import Ladder, Weighed
 from stoker.plan.memory import VALUE_BYTES, Memory, estimate, last_gradient_bytes, trained_head_bytes, transposed_bytes
@@ -32,12 +32,6 @@ class Machine:
 @remember(0, 1, 2)  # an adapter's targets may be a list, which has no hash
 def _estimated(spec: AnySpec, optimizer: Optimizer, adapter: Adapter | None, **sizes: Any) -> Memory:
     return estimate(spec, optimizer=optimizer, adapter=adapter, **sizes)
-
-
-def product_values(config: RunConfig, spec: AnySpec) -> int:
-    """Returns what adapters keep beside a layer's tensors, values a token."""
-    adapter, layers = config.adapter, max(1, len(spec.layers))
-    return adapter.rank * num_targeted(spec, adapter.targets) // layers if adapter else 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ class Job:
         return {
             "asked": engine.recompute,
             "offload": engine.offload_activations,
-            "can_fuse": not execution.why_op_by_op(self.config.adapter, self.spec),
+            "can_fuse": not execution.why_op_by_op(self.spec),
             "can_offload": self.machine.device.kind == "cuda",
             "fuses_all": self.machine.uses_triton,
         }
@@ -82,13 +76,19 @@ class Job:
     @cached_property
     def flops(self) -> float:
         """FLOPs of a trained token when nothing is computed again."""
-        frozen_base = self.config.adapter is not None
-        return facts.training_flops_per_token(self.spec, self._attended_tokens, frozen_base=frozen_base)
+        adapter, own = self.config.adapter, 0.0
+        if adapter is not None:
+            names = tuple(targeted(self.spec, adapter.targets))
+            own = facts.adapter_flops_per_token(self.spec, adapter.rank, names)
+        return own + facts.training_flops_per_token(self.spec, self._attended_tokens, frozen_base=adapter is not None)
 
     def flops_with(self, ladder: Ladder) -> float:
         """FLOPs of a trained token with what is computed again."""
-        is_fused = ladder.layers == "fused"
-        again = facts.recomputed_flops_per_token(self.spec, self._attended_tokens, ladder.keep, is_fused=is_fused)
+        config, is_fused = self.config, ladder.layers == "fused"
+        adapter = adapted(self.spec, config.adapter, config.model.quantization) if config.adapter else None
+        again = facts.recomputed_flops_per_token(
+            self.spec, self._attended_tokens, ladder.keep, is_fused=is_fused, adapter=adapter
+        )
         return self.flops + again
 
     @property
@@ -125,10 +125,27 @@ def _head_copies(device: Device) -> int:
 
 
 def micro_of(
-    config: RunConfig, spec: AnySpec, tokens: int, *, precision: str, device: Device, gradient_bytes: int = 0
+    config: RunConfig,
+    spec: AnySpec,
+    tokens: int,
+    *,
+    precision: str,
+    device: Device,
+    uses_triton: bool,
+    gradient_bytes: int = 0,
 ) -> Micro:
     """Returns what decides how much layers hold of a micro-batch of so many tokens."""
-    return Micro(tokens, VALUE_BYTES[precision], product_values(config, spec), _head_copies(device), gradient_bytes)
+    # Under autocast what is embedded, and every sum with it, keeps the dtype of trained weights.
+    is_wide = config.adapter is None and config.train.weight_dtype == "fp32"
+    return Micro(
+        tokens,
+        VALUE_BYTES[precision],
+        head_copies=_head_copies(device),
+        gradient_bytes=gradient_bytes,
+        adapter=adapted(spec, config.adapter, config.model.quantization) if config.adapter else None,
+        stream_bytes=4 if is_wide else None,
+        is_plain=not uses_triton,
+    )
 
 
 class Size:
@@ -143,6 +160,7 @@ class Size:
             tokens,
             precision=job.machine.precision,
             device=job.machine.device,
+            uses_triton=job.machine.uses_triton,
             gradient_bytes=self._gradient_bytes(),
         )
         # Where gradients arrive the head's moment is one of its own (`_beside_head`).
@@ -164,7 +182,7 @@ class Size:
         job = self.job
         if execution.why_no_graphs(job.config, job.spec, job.machine.device, offload=False):
             return False
-        is_fused = job.machine.uses_triton and not execution.why_op_by_op(job.config.adapter, job.spec)
+        is_fused = job.machine.uses_triton and not execution.why_op_by_op(job.spec)
         return self.flops_of_a_layer(job.flops) <= execution.LAUNCH_BOUND_FLOPS["fused" if is_fused else "op by op"]
 
     def flops_of_a_layer(self, flops: float) -> float:

@@ -5,7 +5,7 @@ from typing import Literal
 from stoker.arch import activations
 from stoker.arch.borrowed import AnySpec, BorrowedSpec
 from stoker.arch.shape import why_not_llama
-from stoker.config.schema import Adapter, RunConfig
+from stoker.config.schema import RunConfig
 from stoker.errors import PlanError
 from stoker.plan.hardware import Device
 from stoker.plan.remember import remember
@@ -100,19 +100,9 @@ def _balances(spec: AnySpec) -> bool:
     return any(getattr(part, "auxiliary_loss", 0.0) for part in parts)
 
 
-def why_op_by_op(adapter: Adapter | None, spec: AnySpec) -> str:
-    """Returns what keeps every layer from the layer kernel, or "" (see `adapters.fused_block.why_not_fused`)."""
-    return _why_not_adapter(adapter) or _why_not_layers(spec)
-
-
-def _why_not_adapter(adapter: Adapter | None) -> str:
-    is_dora = adapter is not None and adapter.kind == "dora"
-    return "DoRA scales the rows of the sum of weight and update" if is_dora else ""
-
-
 @remember(0)
-def _why_not_layers(spec: AnySpec) -> str:
-    """Returns why none of the model's layers can go through the layer kernel, or ""."""
+def why_op_by_op(spec: AnySpec) -> str:
+    """Returns what keeps every layer from the layer kernel, or "" (see `adapters.fused_block.why_not_fused`)."""
     if isinstance(spec, BorrowedSpec):
         return f"they are {spec.origin}"
     reasons = [why_not_llama(layer) for layer in spec.layers]
@@ -121,12 +111,11 @@ def _why_not_layers(spec: AnySpec) -> str:
 
 def refuse_unknown_rungs(config: RunConfig, spec: AnySpec, device: Device) -> None:
     """Raises PlanError for a rung of the ladder, or an offload, that does not exist for this model or device."""
-    engine, why = config.engine, why_op_by_op(config.adapter, spec)
-    otherwise = "; or adapter.kind: lora" if _why_not_adapter(config.adapter) else ""
+    engine, why = config.engine, why_op_by_op(spec)
     if why and engine.recompute in {"mixer", "attention"} - _op_by_op_rungs(spec):
         raise PlanError(
             f"engine.recompute = {engine.recompute} is a rung of the layer kernel, which cannot run here: {why}.",
-            fix=f"Use none, input or auto{otherwise}.",
+            fix="Use none, input or auto.",
         )
     if engine.offload_activations is True and device.kind != "cuda":
         raise PlanError(
@@ -136,7 +125,7 @@ def refuse_unknown_rungs(config: RunConfig, spec: AnySpec, device: Device) -> No
     if engine.offload_activations is True and why:
         raise PlanError(
             f"engine.offload_activations = true needs the layer kernel, which cannot run here: {why}.",
-            fix=f"Use false or auto{otherwise}.",
+            fix="Use false or auto.",
         )
 
 
@@ -157,9 +146,7 @@ def layers_reason(config: RunConfig, spec: AnySpec, layers: str, *, uses_triton:
             return "each layer is one operation with its own backward"
         count = f"{len(reasons)} of {len(spec.layers)} layers"
         return f"a layer is one operation with its own backward, but {count} run op by op: they have {reasons[0]}"
-    if why := _why_not_adapter(config.adapter):
-        return f"the layer kernel cannot run this adapter: {why}"
-    if why := _why_not_layers(spec):
+    if why := why_op_by_op(spec):
         return f"the layer kernel cannot run these layers: {why}"
     assert not uses_triton
     return "fastest on plain PyTorch where nothing is computed again"

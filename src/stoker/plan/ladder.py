@@ -78,7 +78,8 @@ def _held(layer: LayerSpec, hidden_size: int, micro: Micro, rung: Keep, way: tup
     """Returns what a layer holds; `way`: how the layers run, whether they offload, and the tokens of a tile."""
     how, offload, tile_tokens = way
     if how == "op by op" or why_not_llama(layer):
-        held = activations.op_by_op(layer, hidden_size, micro, rung)
+        # Among layers that the layer kernel runs, the residual stream is as those hand it on.
+        held = activations.op_by_op(layer, hidden_size, micro if how == "op by op" else micro.narrow(), rung)
     else:
         held = activations.fused(layer, hidden_size, micro, rung, offload=offload, tile_tokens=tile_tokens)
     return replace(held, arriving=activations.arriving(layer, hidden_size, micro))

@@ -221,7 +221,8 @@ class Offer:
         plan = self.plan
         assert plan is not None
         tokens = plan.micro_batch_size * plan.row_tokens
-        return micro_of(self.config, self.spec, tokens, precision=plan.precision, device=self.device.device())
+        options = {"precision": plan.precision, "device": self.device.device(), "uses_triton": plan.kernels == "triton"}
+        return micro_of(self.config, self.spec, tokens, **options)
 
     def _attention_workspace(self, plan: Plan) -> int:
         """Bytes that attention's backward needs of its own at the peak, in the layer that needs most."""

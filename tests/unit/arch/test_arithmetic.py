@@ -1,7 +1,8 @@
 import pytest
 
-from stoker.arch import arithmetic
+from stoker.arch import arithmetic, saved
 from stoker.arch.families import read
+from stoker.arch.saved import Micro
 from stoker.models import native
 
 SIZES = {
@@ -81,7 +82,7 @@ def test_saved_bytes_are_what_autograd_keeps():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = model(ids)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    predicted = arithmetic.saved_activation_bytes(spec(), 24, 4)
+    predicted = saved.by_model(spec(), Micro(24, 4, is_plain=True))
     assert hidden.requires_grad
     # Besides the blocks: ids, rope tables of 256 positions, the final norm's input and statistic.
     assert measured - 24 * 8 - 2 * 256 * 2 * 4 - 24 * 16 * 4 - 24 * 4 == pytest.approx(predicted, abs=24 * 4 * 4)

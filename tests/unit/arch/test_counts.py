@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from stoker.arch import arithmetic, families, shapes
+from stoker.arch import arithmetic, shapes
 from stoker.arch.parts import parts
-from stoker.models import native
 from stoker.models.build import on_meta
 
 ROWS, LENGTH = 2, 256
@@ -78,70 +77,3 @@ def test_flops_over_a_frozen_base_are_those_that_torch_counts():
     ours = arithmetic.training_flops_per_token(spec, LENGTH, frozen_base=True)
     above = as_torch_counts(spec, 0.0)
     assert whole == pytest.approx((ours + 3 * above) * TOKENS, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("name", "qk_norm_over"),
-    [
-        ("smollm2-135m", "head"),
-        ("qwen2.5-0.5b", "head"),
-        *[("qwen3-0.6b", over) for over in ("head", "all", "each_head")],
-    ],
-)
-def test_saved_bytes_are_those_that_autograd_keeps(name, qk_norm_over):
-    spec = shapes.spec(name)
-    layer = replace(spec.layers[0], mixer=replace(spec.layers[0].mixer, qk_norm_over=qk_norm_over))
-    spec = replace(spec, layers=(layer,) * 2, vocab_size=100)
-    assert saved(spec) == pytest.approx(predicted(spec), rel=0.03)
-
-
-SMALL = {
-    "vocab_size": 100,
-    "hidden_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 512,
-    "max_position_embeddings": 512,
-}
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"model_type": "gpt2", "n_embd": 256, "n_layer": 2, "n_head": 8, "vocab_size": 100},  # a plain feed-forward
-        {"model_type": "gemma2", "head_dim": 32},  # norms before and after
-        {"model_type": "olmo2"},  # norms after
-        {"model_type": "cohere"},  # parts side by side
-        {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-        {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
-    ],
-    ids=lambda config: config["model_type"],
-)
-def test_saved_bytes_of_other_layers_are_those_that_autograd_keeps(config):
-    spec = families.read(SMALL | config, "config.json")
-    assert saved(spec) == pytest.approx(predicted(spec), rel=0.03)
-
-
-def predicted(spec):
-    """Bytes of the layers by formula, and what the final norm reads."""
-    return arithmetic.saved_activation_bytes(spec, TOKENS, 4) + 4 * TOKENS * (spec.hidden_size + 1)
-
-
-def saved(spec):
-    """Bytes that autograd keeps of a forward, each storage once, without the weights."""
-    # On the CPU, as attention on the meta device keeps its scores, which no kernel does; few words, to be quick.
-    model = native.build(spec)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model(torch.zeros((ROWS, LENGTH), dtype=torch.long))
-    assert hidden.requires_grad
-    return sum(storage.nbytes() for storage in kept.values())

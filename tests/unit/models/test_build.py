@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from stoker.adapters.fused_block import fuse_blocks, why_not_fused
-from stoker.arch import arithmetic, families
+from stoker.arch import arithmetic, families, saved
 from stoker.arch.families.names import SEPARATE, Names, entries
+from stoker.arch.saved import Micro
 from stoker.arch.shape import why_not_llama
 from stoker.arch.spec import GatedSpec, LayerSpec, NormSpec, PlainSpec
 from stoker.models import build, native
@@ -183,7 +184,7 @@ def test_saved_bytes_are_what_autograd_keeps(name):
     # Besides the blocks: ids, rope tables of 256 positions, the final norm's input and statistic.
     besides = 24 * 8 + 2 * 256 * 4 * 4 + 24 * 16 * 4 + 24 * 4
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) - besides
-    predicted = arithmetic.saved_activation_bytes(spec, 24, 4)
+    predicted = saved.by_model(spec, Micro(24, 4, is_plain=True))
     assert measured == pytest.approx(predicted, rel=0.1)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from stoker.adapters.lora import add_lora
-from stoker.arch import arithmetic, families
+from stoker.arch import families, saved
+from stoker.arch.saved import Micro
 from stoker.models import native
 from stoker.plan.adapter import loading_notice, targeted
 
@@ -57,7 +58,7 @@ def test_saved_bytes_are_what_autograd_keeps(name):
     # Besides the blocks: ids, rope tables of 256 positions, the final norm's input and statistic.
     besides = 128 * 8 + (2 * 256 * 4 * 4 if name == "falcon_h1" else 0) + 128 * 32 * 4 + 128 * 4
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) - besides
-    assert measured == pytest.approx(arithmetic.saved_activation_bytes(spec, 128, 4), rel=0.05)
+    assert measured == pytest.approx(saved.by_model(spec, Micro(128, 4, is_plain=True)), rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])
