@@ -59,13 +59,15 @@ CHOICE |= dict.fromkeys(("chosen_ptr", "counts_ptr", "tokens_ptr", "order_ptr"),
 def grouped(tile: grouped_matmul.Tile, *, transposed: bool, boxes: bool = False) -> tuple:
     """A case of the grouped matmul with all it can do, for the GPUs that have such tiles."""
     flags = dict.fromkeys(("GATHERED", "HAS_BIAS", "HAS_UPDATE", "EVEN"), True)
+    flags["HALVES"] = tile is not grouped_matmul.SKINNY
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "RANK": 16, "rank": 16}
     constants |= {"EXPERTS": 128, "TRANSPOSED": transposed, "BOXES": boxes, "GROUP": 8}
-    types = ROUTES | {"x_box": "i32", "weight_box": "i32"}
+    types = ROUTES | dict.fromkeys(("x_box", "half_box", "weight_box"), "i32")
     if boxes:
         flags["GATHERED"] = False
         shape = (tile.depth, tile.columns) if transposed else (tile.columns, tile.depth)
-        boxed = zip(("x_box", "weight_box"), ((tile.rows, tile.depth), shape), strict=True)
+        sizes = ((tile.rows, tile.depth), (tile.rows // 2, tile.depth), shape)
+        boxed = zip(("x_box", "half_box", "weight_box"), sizes, strict=True)
         types |= {name: f"tensordesc<bf16[{size[0]}, {size[1]}]>" for name, size in boxed}
     return (grouped_matmul._matmul_kernel, constants | flags, tile.warps, types, tile.stages)
 

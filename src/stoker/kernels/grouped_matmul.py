@@ -43,10 +43,14 @@ WIDE = Tile(128, 256, 64, 8, 4)
 MEDIUM = Tile(128, 128, 32, 8, 3)
 """For GPUs before sm_90, some of which have 99 KB of shared memory a program."""
 SKINNY = Tile(128, 16, 128, 4, 3)
+MAX_SKINNY = 64
+"""Columns up to which a product is skinny: all of them in one tile, which is bound by reading rows."""
 SMALL = Tile(64, 64, 32, 4, 2)
 """For GPUs before sm_80, whose programs have 64 KB of shared memory, for float32, and for the interpreter."""
 GROUP = 8
 """Tiles of rows whose programs run side by side."""
+HALVES: bool = True
+"""Whether the last rows of an expert may go through half a tile."""
 BOXES: bool = True
 """Whether Hopper's tensor descriptors read the tiles."""
 
@@ -100,10 +104,98 @@ def _place(tile: tl.tensor, ends_ptr: tl.tensor, num_experts: tl.tensor, ROWS: t
 
 
 @jit
-def _matmul_kernel(  # noqa: PLR0912, PLR0915, PLR0917 - one kernel, most of it chosen as it compiles
+def _tile_product(  # noqa: PLR0912, PLR0915, PLR0917 - most of it is chosen as it compiles
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     x_box: tl.tensor,
+    weight_box: tl.tensor,
+    rows_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    p_ptr: tl.tensor,
+    b_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    expert: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
+    block: tl.tensor,
+    x_stride: tl.tensor,
+    p_stride: tl.tensor,
+    num_columns: tl.tensor,
+    depth: tl.tensor,
+    rank: tl.constexpr,
+    scaling: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    RANK: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    GATHERED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_UPDATE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BOXES: tl.constexpr,
+) -> None:
+    row = first + tl.arange(0, ROWS)
+    in_rows = row < end
+    if GATHERED:
+        source = tl.load(rows_ptr + row, mask=in_rows, other=0).to(tl.int64)
+    else:
+        source = tl.where(in_rows, row, first).to(tl.int64)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    in_columns = column < num_columns
+    k = tl.arange(0, DEPTH)
+    x = x_ptr + source[:, None] * x_stride + k[None, :]
+    matrix = weight_ptr + expert.to(tl.int64) * num_columns * depth
+    if TRANSPOSED:
+        w = matrix + k[:, None].to(tl.int64) * num_columns + column[None, :]
+    else:
+        w = matrix + column[None, :].to(tl.int64) * depth + k[:, None]
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    if HAS_UPDATE:
+        low = tl.arange(0, RANK)
+        in_rank = low < rank
+        p = p_ptr + row[:, None].to(tl.int64) * p_stride + low[None, :]
+        p_tile = tl.load(p, mask=in_rows[:, None] & in_rank[None, :], other=0.0)
+        factor = b_ptr + expert.to(tl.int64) * num_columns * rank
+        if TRANSPOSED:
+            factor += low[:, None] * num_columns + column[None, :]
+        else:
+            factor += column[None, :] * rank + low[:, None]
+        f_tile = tl.load(factor, mask=in_rank[:, None] & in_columns[None, :], other=0.0)
+        # First, so that the loop adds to it: after the loop, a second tile of sums would not fit in registers.
+        total = dot(p_tile, f_tile) * scaling
+    for start in range(0, depth, DEPTH):
+        left = k < depth - start
+        if BOXES and not GATHERED:
+            x_tile = x_box.load([first, start])
+        elif EVEN:
+            x_tile = tl.load(x)
+        else:
+            x_tile = tl.load(x, mask=left[None, :], other=0.0)
+        if BOXES and TRANSPOSED:
+            w_tile = weight_box.load([expert * depth + start, block * COLUMNS])
+        elif BOXES:
+            w_tile = weight_box.load([expert * num_columns + block * COLUMNS, start]).T
+        elif EVEN:
+            w_tile = tl.load(w)
+        else:
+            w_tile = tl.load(w, mask=left[:, None] & in_columns[None, :], other=0.0)
+        total += dot(x_tile, w_tile)
+        x += DEPTH
+        w += DEPTH * num_columns if TRANSPOSED else DEPTH
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + expert * num_columns + column, mask=in_columns, other=0.0)
+        total += bias.to(tl.float32)[None, :]
+    out = out_ptr + row[:, None].to(tl.int64) * num_columns + column[None, :]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+
+
+@jit
+def _matmul_kernel(  # noqa: PLR0917
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    x_box: tl.tensor,
+    half_box: tl.tensor,
     weight_box: tl.tensor,
     ends_ptr: tl.tensor,
     rows_ptr: tl.tensor,
@@ -129,11 +221,13 @@ def _matmul_kernel(  # noqa: PLR0912, PLR0915, PLR0917 - one kernel, most of it 
     HAS_UPDATE: tl.constexpr,
     EVEN: tl.constexpr,
     BOXES: tl.constexpr,
+    HALVES: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
     # BOXES: descriptors read tiles of the weights, and of rows that are sorted already, in the hardware's own way.
     # They may reach into the next expert's rows, whose results are not stored.
     # Programs that run together share some rows' tiles and some columns of the weights, so that both stay in L2.
+    # HALVES: what is left of an expert's rows goes through a tile of half as many, if they fit.
     blocks = tl.num_programs(0)
     program = tl.program_id(1) * blocks + tl.program_id(0)
     group = program // (GROUP * blocks)
@@ -142,59 +236,103 @@ def _matmul_kernel(  # noqa: PLR0912, PLR0915, PLR0917 - one kernel, most of it 
     tile, block = group * GROUP + within % size, within // size
     expert, first, end = _place(tile, ends_ptr, num_experts, ROWS, EXPERTS)
     if expert < num_experts:
-        row = first + tl.arange(0, ROWS)
-        in_rows = row < end
-        if GATHERED:
-            source = tl.load(rows_ptr + row, mask=in_rows, other=0).to(tl.int64)
+        if HALVES:
+            if end - first <= ROWS // 2:
+                _tile_product(
+                    x_ptr,
+                    weight_ptr,
+                    half_box,
+                    weight_box,
+                    rows_ptr,
+                    bias_ptr,
+                    p_ptr,
+                    b_ptr,
+                    out_ptr,
+                    expert,
+                    first,
+                    end,
+                    block,
+                    x_stride,
+                    p_stride,
+                    num_columns,
+                    depth,
+                    rank,
+                    scaling,
+                    ROWS // 2,
+                    COLUMNS,
+                    DEPTH,
+                    RANK,
+                    TRANSPOSED,
+                    GATHERED,
+                    HAS_BIAS,
+                    HAS_UPDATE,
+                    EVEN,
+                    BOXES,
+                )
+            else:
+                _tile_product(
+                    x_ptr,
+                    weight_ptr,
+                    x_box,
+                    weight_box,
+                    rows_ptr,
+                    bias_ptr,
+                    p_ptr,
+                    b_ptr,
+                    out_ptr,
+                    expert,
+                    first,
+                    end,
+                    block,
+                    x_stride,
+                    p_stride,
+                    num_columns,
+                    depth,
+                    rank,
+                    scaling,
+                    ROWS,
+                    COLUMNS,
+                    DEPTH,
+                    RANK,
+                    TRANSPOSED,
+                    GATHERED,
+                    HAS_BIAS,
+                    HAS_UPDATE,
+                    EVEN,
+                    BOXES,
+                )
         else:
-            source = tl.where(in_rows, row, first).to(tl.int64)
-        column = block * COLUMNS + tl.arange(0, COLUMNS)
-        in_columns = column < num_columns
-        k = tl.arange(0, DEPTH)
-        x = x_ptr + source[:, None] * x_stride + k[None, :]
-        matrix = weight_ptr + expert.to(tl.int64) * num_columns * depth
-        if TRANSPOSED:
-            w = matrix + k[:, None].to(tl.int64) * num_columns + column[None, :]
-        else:
-            w = matrix + column[None, :].to(tl.int64) * depth + k[:, None]
-        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        if HAS_UPDATE:
-            low = tl.arange(0, RANK)
-            in_rank = low < rank
-            p = p_ptr + row[:, None].to(tl.int64) * p_stride + low[None, :]
-            p_tile = tl.load(p, mask=in_rows[:, None] & in_rank[None, :], other=0.0)
-            factor = b_ptr + expert.to(tl.int64) * num_columns * rank
-            if TRANSPOSED:
-                factor += low[:, None] * num_columns + column[None, :]
-            else:
-                factor += column[None, :] * rank + low[:, None]
-            f_tile = tl.load(factor, mask=in_rank[:, None] & in_columns[None, :], other=0.0)
-            # First, so that the loop adds to it: after the loop, a second tile of sums would not fit in registers.
-            total = dot(p_tile, f_tile) * scaling
-        for start in range(0, depth, DEPTH):
-            left = k < depth - start
-            if BOXES and not GATHERED:
-                x_tile = x_box.load([first, start])
-            elif EVEN:
-                x_tile = tl.load(x)
-            else:
-                x_tile = tl.load(x, mask=left[None, :], other=0.0)
-            if BOXES and TRANSPOSED:
-                w_tile = weight_box.load([expert * depth + start, block * COLUMNS])
-            elif BOXES:
-                w_tile = weight_box.load([expert * num_columns + block * COLUMNS, start]).T
-            elif EVEN:
-                w_tile = tl.load(w)
-            else:
-                w_tile = tl.load(w, mask=left[:, None] & in_columns[None, :], other=0.0)
-            total += dot(x_tile, w_tile)
-            x += DEPTH
-            w += DEPTH * num_columns if TRANSPOSED else DEPTH
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + expert * num_columns + column, mask=in_columns, other=0.0)
-            total += bias.to(tl.float32)[None, :]
-        out = out_ptr + row[:, None].to(tl.int64) * num_columns + column[None, :]
-        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+            _tile_product(
+                x_ptr,
+                weight_ptr,
+                x_box,
+                weight_box,
+                rows_ptr,
+                bias_ptr,
+                p_ptr,
+                b_ptr,
+                out_ptr,
+                expert,
+                first,
+                end,
+                block,
+                x_stride,
+                p_stride,
+                num_columns,
+                depth,
+                rank,
+                scaling,
+                ROWS,
+                COLUMNS,
+                DEPTH,
+                RANK,
+                TRANSPOSED,
+                GATHERED,
+                HAS_BIAS,
+                HAS_UPDATE,
+                EVEN,
+                BOXES,
+            )
 
 
 def tile_for(x: Tensor, num_columns: int) -> Tile:
@@ -202,7 +340,7 @@ def tile_for(x: Tensor, num_columns: int) -> Tile:
     if not x.is_cuda or x.dtype is torch.float32 or torch.cuda.get_device_capability(x.device)[0] < 8:
         return SMALL if num_columns > 32 else Tile(64, max(16, next_power_of_2(num_columns)), 32, 4, 2)
     is_hopper = torch.cuda.get_device_capability(x.device)[0] >= 9
-    if num_columns <= 64:
+    if num_columns <= MAX_SKINNY:
         depth = SKINNY.depth if is_hopper else SKINNY.depth // 2
         return SKINNY._replace(columns=max(16, next_power_of_2(num_columns)), depth=depth)
     return WIDE if is_hopper else MEDIUM
@@ -213,8 +351,8 @@ def _has_boxes(device: torch.device) -> bool:
     return TensorDescriptor is not None and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _boxes(x: Tensor, weight: Tensor, tile: Tile, *, transposed: bool) -> tuple[Any, Any] | None:
-    """Descriptors of tiles of `x` and of `weight` [E out, in]; None where the device or the layout has none."""
+def _boxes(x: Tensor, weight: Tensor, tile: Tile, *, transposed: bool) -> tuple[Any, Any, Any] | None:
+    """Descriptors of tiles and half tiles of `x`, and of `weight` [E out, in]; None where device or layout has none."""
     if not _has_boxes(x.device):
         return None
     flat = weight.flatten(0, 1)
@@ -227,6 +365,7 @@ def _boxes(x: Tensor, weight: Tensor, tile: Tile, *, transposed: bool) -> tuple[
     shape = [tile.depth, tile.columns] if transposed else [tile.columns, tile.depth]
     return (
         TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [tile.rows, tile.depth]),
+        TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [tile.rows // 2, tile.depth]),
         TensorDescriptor(flat, list(flat.shape), [flat.stride(0), 1], shape),
     )
 
@@ -268,6 +407,7 @@ def grouped_matmul(
         weight,
         ends if boxes is None else boxes[0],
         ends if boxes is None else boxes[1],
+        ends if boxes is None else boxes[2],
         ends,
         ends if rows is None else rows,
         x if bias is None else bias,
@@ -292,6 +432,7 @@ def grouped_matmul(
         HAS_UPDATE=product is not None,
         EVEN=depth % tile.depth == 0 and num_columns % tile.columns == 0,
         BOXES=boxes is not None,
+        HALVES=HALVES and num_columns > MAX_SKINNY,
         GROUP=GROUP,
         num_warps=tile.warps,
         num_stages=tile.stages,
