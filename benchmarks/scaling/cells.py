@@ -86,5 +86,5 @@ CELLS: dict[str, Cell] = {
 }
 """The most important first. `lora_70b` needs 141 GB of disk (`--models`), `nf4_70b` 40; the tiny ones need no GPU."""
 
-ALONE = ("single", "ddp", "fsdp2", "deepspeed")
+ALONE = ("single", "fsdp2", "deepspeed", "ddp")
 """The strategies that `alone` runs on one GPU, where they have nothing to share: what is slower is their own cost."""
