@@ -42,14 +42,7 @@ def explain(request: Request, one: Offer, category: str) -> str:
         "attention": f"{tokens:,} tokens x 4 bytes x the queries' channels: its backward's gradient of q in fp32"
         if memory["attention"]
         else f"nothing of its own: the feed-forward's backward holds more of the {tokens:,} tokens than attention's",
-        "logits": f"{size(head)} = chunks of logits over {spec.vocab_size:,} words with their gradient, "
-        f"{size(head - 5 * tokens * spec.hidden_size * value)}, and 5 x {tokens:,} x {spec.hidden_size:,} x {value} "
-        "bytes of hidden states"
-        + (
-            f"; of it counts what does not fit below the layers' backward, {size(kept)} then kept"
-            if config.adapter is not None
-            else ""
-        ),
+        "logits": _logits(one, head, tokens, value, kept),
         "dequantisation": f"the largest weight once in {value} bytes a value"
         if plan.quantization != "none"
         else "none",
@@ -100,6 +93,17 @@ def explain(request: Request, one: Offer, category: str) -> str:
         f"({config.output.keep_last} = keep_last{' + the best' if has_best else ''}) + 4 bytes each that are saved at "
         "the end"
     )
+
+
+def _logits(one: Offer, head: int, tokens: int, value: int, kept: int) -> str:
+    rows = 5 * tokens * one.spec.hidden_size * value
+    held = (
+        f"chunks of logits over {one.spec.vocab_size:,} words with their gradient, {size(head - rows)}, + 5 x "
+        f"{tokens:,} x {one.spec.hidden_size:,} x {value} bytes of hidden states"
+    )
+    if one.config.adapter is None:
+        return held
+    return f"what of {size(head)} beside {size(kept)} that layers keep is above the peak of their backward; {held}"
 
 
 def _communication(one: Offer) -> str:

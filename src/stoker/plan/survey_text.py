@@ -110,6 +110,8 @@ def notes(request: Request, offers: Sequence[Offer]) -> list[str]:
             found.append(
                 "Strategies that can be no faster than a simpler one that fits were left out (--all has them)."
             )
+    if request.nodes * request.per_node > 1 and any(one.device.vendor == "cpu" for one in offers):
+        found.append("--nodes and --gpus-per-node are for GPUs: a CPU is planned for alone.")
     if (size := request.config.engine.context_parallel) > 1:
         found.append(f"engine.context_parallel = {size}: so many devices share each row, and wait for every exchange.")
     if any(one.fits and one.method == "fp8" and one.device.fp8 for one in offers):

@@ -228,3 +228,16 @@ def test_rows_that_cannot_be_dealt_out_are_said(ask):
     eight = [one for one in offers if one.num_devices == 8]
     assert not any(one.fits for one in eight)
     assert all("cannot be dealt out to 8 devices" in one.why for one in eight)
+
+
+def test_a_cpu_among_several_devices_is_said_to_be_alone(ask):
+    request, offers, _ = ask(devices=[shipped()["cpu"]], methods=("lora",), per_node=2)
+    assert {one.num_devices for one in offers} == {1}
+    assert any("a CPU is planned for alone" in sentence for sentence in survey_text.notes(request, offers))
+
+
+def test_a_cpu_of_the_catalogue_has_a_cpus_efficiencies(ask):
+    request, offers, _ = ask(devices=[shipped()["cpu"], shipped()["t4"]], methods=("nf4",))
+    sources = [sentence for sentence in survey_text.notes(request, offers) if sentence.startswith("Efficiencies")]
+    assert len(sources) == 2
+    assert "a Xeon's" in " ".join(sources)
