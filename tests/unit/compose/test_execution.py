@@ -71,6 +71,18 @@ def test_op_by_op_layers_recompute_where_they_keep_their_input(decoder, plan):
     assert all(map(torch.equal, gradients(decoder), expected))
 
 
+def test_a_mixture_among_layers_of_the_layer_kernel_keeps_attention_too(plan):
+    config = {**CONFIG, "model_type": "qwen3_moe", "moe_intermediate_size": 8, "num_experts": 4, "mlp_only_layers": [0]}
+    model = native.build(read({**config, "num_experts_per_tok": 2, "head_dim": 4}, "config.json"))
+    add_lora(model, rank=2, alpha=4)
+    expected = gradients(model)
+    set_up_layers(model, plan(layers="fused", keep=("mixer", "attention", "input")))
+    fused, *others = model.blocks
+    assert isinstance(fused, FusedBlock)
+    assert [(block.recompute, block.keep_attention) for block in others] == [(True, True), (True, False)]
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-4, atol=1e-5)  # fp32, sums in another order
+
+
 def test_a_mixture_keeps_attention_and_mamba_all_where_kernels_hold_little(plan):
     mixture = {**CONFIG, "model_type": "mixtral", "num_local_experts": 4}
     decoder = native.build(read(mixture, "config.json"))
