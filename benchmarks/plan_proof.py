@@ -409,6 +409,8 @@ def _free() -> None:
 
     gc.collect()
     if torch.cuda.is_available():
+        # cuBLAS keeps a workspace for each stream, and each cell's graphs have a stream: the next cell would count it.
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 

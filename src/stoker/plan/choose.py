@@ -173,7 +173,7 @@ def _plan(choice: Choice) -> Plan:
         available_bytes=machine.device.memory_bytes,
         reasons={
             "device": device_reason,
-            "strategy": _said(config.engine.strategy, _strategy_reason(spread)),
+            "strategy": _strategy_said(config.engine.strategy, spread),
             "precision": precision_reason,
             "quantization": quantization_reason,
             "keep_transposed": transposed_reason,
@@ -207,6 +207,12 @@ def _machine(
         device = replace(device, memory_bytes=min(device.memory_bytes, int(limit * GIB)))
     host_bytes = int(_HOST_SHARE * host.memory_bytes) if host else 0
     return Machine(device, host_bytes, precision, uses_triton)
+
+
+def _strategy_said(asked: str, spread: Spread) -> str:
+    if spread.strategy == "single" and asked not in ("auto", "single"):
+        return f"one device: {asked} has nothing to share; checkpoints resume on more"
+    return _said(asked, _strategy_reason(spread))
 
 
 def _strategy_reason(spread: Spread) -> str:

@@ -24,6 +24,9 @@ class Efficiencies:
     A and in rows of 16,384 and 32,768 tokens (plan_proof)."""
     attention_half: float = 230.0
     """Tokens of a document at which attention reaches half of that rate: tiles on the diagonal are half empty."""
+    attention_packed: float = 0.5
+    """Of that rate again, by the flash attention of packed rows, which knows document borders, where whole rows have
+    cuDNN's. From 1B's shape (plan_proof)."""
     attention_head: float = 0.5
     """Attention's rate grows with head_dim to this power, up to 128: heads of 64 reach 0.32. Measured in cell E."""
     bandwidth: float = 0.80

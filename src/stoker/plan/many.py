@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stoker.arch.borrowed import AnySpec
-from stoker.config.schema import RunConfig
+from stoker.config.schema import Engine, RunConfig
 from stoker.errors import PlanError
 from stoker.plan import rates, speed
 from stoker.plan.choose import choose
@@ -58,9 +58,27 @@ def choose_over(
     return next(plan for plan, seconds in plans if seconds <= _AS_FAST * fastest)
 
 
+def does_more(engine: Engine) -> bool:
+    """Whether the strategy that was asked for does something for one device alone, which has nothing to share.
+
+    FSDP2 does where weights wait on the host or are used in a format of their own, DeepSpeed where states wait
+    elsewhere or its own JSON sets more. The rest would only copy (FSDP2 on one H200 cost an 8B's adapter 5% of its
+    speed and 2.4 GiB: benchmarks/results/scaling), so that one device runs as `single`; its checkpoints resume on many.
+    """
+    match engine.strategy:
+        case "fsdp2":
+            chosen = engine.fsdp2
+            return chosen.offload != "none" or chosen.param_dtype != "auto" or chosen.reduce_dtype != "fp32"
+        case "deepspeed":
+            places = {engine.deepspeed.offload_optimizer, engine.deepspeed.offload_parameters}
+            return engine.deepspeed.config is not None or not places <= {"auto", "none"}
+        case _:
+            return False
+
+
 def _ways(config: RunConfig, num_processes: int, per_node: int, stages: Sequence[int]) -> list[Spread]:
     asked = config.engine.strategy
-    if num_processes == 1 and asked in ("auto", "single"):
+    if num_processes == 1 and not does_more(config.engine):
         return [SINGLE]
     found = spreads(num_processes, per_node, asked=asked, stages=tuple(stages))
     return [configured(way, config) for way in found if asked != "auto" or way.strategy in _AUTO]

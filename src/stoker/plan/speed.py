@@ -269,6 +269,8 @@ class _Clock:
                 return min(1.0, lanes / self.found.scan_lanes) * self.found.scan * self.device.rates["fp32"]
         length = self.amounts.document_tokens
         reached = length / (length + self.found.attention_half)
+        if self.config.data.packing and self.plan.device == "cuda":
+            reached *= self.found.attention_packed
         return reached * self.found.attention * min(1.0, one.width / 128) ** self.found.attention_head * self.peak
 
     def _head(self, head: Product) -> float:

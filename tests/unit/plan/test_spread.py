@@ -274,3 +274,24 @@ def test_states_on_the_host_are_updated_there_and_weights_on_it_are_fetched(run,
     passes = away.communication + away.hidden["collectives"] - states.communication - states.hidden["collectives"]
     # Of each of two micro-batches, for its forward and its backward.
     assert passes == pytest.approx(2 * 2 * 4 * mine / link, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "more", "runs_as"),
+    [
+        ("ddp", (), "single"),
+        ("fsdp2", (), "single"),
+        ("fsdp2", ("engine.fsdp2.offload=cpu",), "fsdp2"),
+        ("fsdp2", ("engine.fsdp2.reduce_dtype=bf16",), "fsdp2"),
+        ("deepspeed", ("engine.deepspeed.stage=3",), "single"),
+        ("deepspeed", ("engine.deepspeed.offload_optimizer=cpu",), "deepspeed"),
+        ("deepspeed", ("engine.deepspeed.config={zero_optimization: {stage: 2}}",), "deepspeed"),
+    ],
+)
+def test_one_device_runs_as_single_unless_its_strategy_does_more_than_share(
+    run, llama_8b, machine, strategy, more, runs_as
+):
+    plan = choose_over(run(f"engine.strategy={strategy}", *more), llama_8b, machine(141), num_processes=1)
+    assert plan.strategy == runs_as
+    if runs_as == "single":
+        assert f"{strategy} has nothing to share" in plan.reasons["strategy"]
