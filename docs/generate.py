@@ -215,10 +215,13 @@ def _with_tables(page: Path, tables: dict[str, str]) -> str:
 
 
 def single_gpu_table(path: Path, *, suite: str = "single_gpu") -> str:
-    """Returns the last result of each cell of a suite of the single-GPU benchmark; nothing when none is there."""
+    """Returns the last result of each cell of a suite of the single-GPU benchmark, the last beside others where there
+    is one; nothing when none is there."""
     if not path.is_file():
         return ""
-    runs = {facts["cell"]: facts for facts in json.loads(path.read_text(encoding="utf-8"))["runs"]}
+    every = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    # A trainer is compared with others in one run alone: a later one without them does not take its place.
+    runs = {facts["cell"]: facts for facts in sorted(every, key=lambda one: len(one["results"]) > 1)}
     lines = ["| | work | Stoker | of the floor | peers |", "|---|---|---|---|---|"]
     for cell, facts in sorted(runs.items()):
         ours, *others = facts["results"]
