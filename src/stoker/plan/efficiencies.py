@@ -15,8 +15,8 @@ class Efficiencies:
 
     matmul: float = 0.69
     """Of the dense rate, by bf16 products inside a step: 655 to 685 of 989 TFLOP/s. Measured in cell A."""
-    matmul_fp8: float = 0.60
-    """The same of the fp8 rate. Rule of thumb: alone, products reach 0.72; a step heats the card."""
+    matmul_fp8: float = 0.64
+    """The same of the fp8 rate. From 8B's and 1B's shapes (plan_proof); alone, products reach 0.72."""
     matmul_grouped: float = 0.47
     """Of the dense rate, by experts' products over routed rows. From Mixtral's shape (plan_proof)."""
     attention: float = 0.454

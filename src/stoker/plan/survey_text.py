@@ -93,7 +93,9 @@ def notes(request: Request, offers: Sequence[Offer]) -> list[str]:
     work = offers[0].work
     steps = "an unknown number of steps (train.steps or --rows say it)"
     if work.steps is not None:
-        steps = f"{work.steps:,} steps of {request.config.train.batch_size} x {work.rows.tokens:,.0f} tokens"
+        plural = "" if work.steps == 1 else "s"
+        batch_size = request.config.train.batch_size
+        steps = f"{work.steps:,} step{plural} of {batch_size} x {work.rows.tokens:,.0f} tokens"
     filled = f", filled to {work.fill:.0%}, {work.rows.trained_share:.0%} trained"
     found = [f"Work: {steps}{filled}. Data: {work.source}."]
     sources = dict.fromkeys(request.figures_of(one.device).source for one in offers)
@@ -114,9 +116,6 @@ def notes(request: Request, offers: Sequence[Offer]) -> list[str]:
         found.append("--nodes and --gpus-per-node are for GPUs: a CPU is planned for alone.")
     if (size := request.config.engine.context_parallel) > 1:
         found.append(f"engine.context_parallel = {size}: so many devices share each row, and wait for every exchange.")
-    if any(one.fits and one.method == "fp8" and one.device.fp8 for one in offers):
-        share = f"{request.efficiencies.matmul_fp8:.2f} of their rate"
-        found.append(f"fp8 products inside a step are assumed to reach {share}: not measured yet.")
     if any(one.device.basis in ("derived", "arithmetic") for one in offers):
         found.append("Rates of some devices are derived, not published (gpus.toml says which).")
     prices = [one.device.price for one in offers if one.device.price is not None]
