@@ -62,9 +62,12 @@ def engine_before(config: RunConfig, folder: RunFolder, device_name: str) -> dic
     """Returns what the plan chose when the run began, for the settings of `engine` that are `auto` and that results
     depend on in their last bits; nothing on another device, where no bit could be promised.
 
-    What the plan chooses depends on the memory that is free, which may be another amount now.
+    What the plan chooses depends on the memory that is free, which may be another amount now. On another number of
+    processes one's part of a step may be less than the micro-batch was, which is then chosen anew.
     """
     plan = _plan_before(folder, device_name)
+    if config.train.batch_size % plan.get("micro_batch_size", 1):
+        del plan["micro_batch_size"]
     return {name: plan[name] for name in _EXACT if name in plan and getattr(config.engine, name) == "auto"}
 
 

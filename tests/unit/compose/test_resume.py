@@ -1,0 +1,27 @@
+"""What a run that is resumed keeps of the plan that it began with."""
+
+import json
+
+import pytest
+
+from stoker.compose.resume import engine_before
+from stoker.compose.run_folder import RunFolder
+from stoker.config.load import parse
+
+
+@pytest.mark.parametrize(("rows", "kept"), [(8, 4), (4, 4), (2, None), (6, None)])
+def test_a_micro_batch_is_kept_where_one_processs_rows_still_fill_it(tmp_path, rows, kept):
+    before = {"device_name": "a GPU", "micro_batch_size": 4, "precision": "bf16"}
+    (tmp_path / "plan.json").write_text(json.dumps(before))
+    config = parse(
+        {
+            "model": {"base": "folder"},
+            "data": {"train": [{"path": "rows.jsonl"}]},
+            "train": {"learning_rate": 1e-4, "batch_size": rows},
+            "output": {"folder": str(tmp_path)},
+        }
+    )
+    found = engine_before(config, RunFolder.of(str(tmp_path)), "a GPU")
+    assert found.get("micro_batch_size") == kept
+    assert found["precision"] == "bf16"
+    assert engine_before(config, RunFolder.of(str(tmp_path)), "another") == {}
