@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -212,16 +213,23 @@ def _sdpa(
     return out.transpose(1, 2)
 
 
+@lru_cache(maxsize=1)
+def _asks_for_shared_heads() -> bool:
+    """Whether variable-length attention wants to be told of shared heads; before, it took them as they came."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def _variable_length(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, window: int | None, scale: float | None
 ) -> Tensor:
     """Documents through CUDA's variable-length flash attention, which knows sliding windows too."""
     from torch.nn.attention.varlen import varlen_attn
 
-    known = inspect.signature(varlen_attn).parameters
     # Flash attention counts the positions before the query, the window counts the query itself too.
     options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0), "scale": scale}
-    if "enable_gqa" in known:  # before it was asked for, the kernel took shared heads as they came
+    if _asks_for_shared_heads():
         options["enable_gqa"] = q.shape[2] != k.shape[2]
     ends = boundaries(tuple(lengths), q.device)
     longest = max(lengths)
