@@ -24,7 +24,8 @@ train: env ## fine-tune the built-in tiny model on the shipped rows, on a CPU, i
 	$(BIN)/stoker train examples/quickstart.yaml --overwrite
 
 test: env ## run every test
-	$(BIN)/python -m pytest -n 2
+	# Tests of several processes wait long and come first: an idle worker takes over what another has not begun.
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-distributed: env ## run every test of several processes, on two and on four of them
 	STOKER_TEST_ALL=1 $(BIN)/python -m pytest -n 0 tests/distributed
