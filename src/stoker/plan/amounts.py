@@ -44,7 +44,7 @@ _DEQUANTISED = {"nf4": 0.52 + 2, "int8": 3.0}
 class Way:
     """How a micro-batch is run, as far as it decides what there is to do.
 
-    `is_frozen`: the base is, and an adapter trained; `runs_op_by_op`: no layer kernel, or one in plain PyTorch.
+    `is_frozen`: the base is, and an adapter trained; `uses_triton`: its kernels run, not plain PyTorch.
     """
 
     layers: str
