@@ -35,7 +35,7 @@ _LONG_ERROR = 60
 _HEAD = """\
 # The YAML of a run
 
-<!-- Written by `python -m docs.generate` from src/stoker/config/schema.py; change the schema, not this page. -->
+<!-- Written by `python -m docs.generate` from src/stoker/config/sections; change those files, not this page. -->
 
 `stoker init` writes a starter, `stoker check run.yaml` finds every mistake in it, `stoker train run.yaml` runs it.
 
