@@ -11,7 +11,7 @@ from stoker.config.axolotl.table import KEYS
 _HEAD = """\
 # Coming from Axolotl
 
-<!-- Written by `python -m docs.generate` from src/stoker/config/axolotl/table.py; change the table, not this page. -->
+<!-- Written by `python -m docs.generate` from src/stoker/config/axolotl/keys; change those files, not this page. -->
 
 A YAML with a `base_model` at the top level is Axolotl's, and every command that reads a YAML takes it as it is:
 

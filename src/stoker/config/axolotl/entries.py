@@ -108,3 +108,8 @@ def one_of(**words: Any) -> Convert:
         return words[value]
 
     return convert
+
+
+def each(names: str, entry: Entry, prefix: str = "") -> dict[str, Entry]:
+    """Returns one entry for each of several names, which blanks separate."""
+    return {f"{prefix}{name}": entry for name in names.split()}

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from stoker.config.axolotl.outcome import UnreadableError
@@ -72,3 +72,11 @@ def advice(name: str, known: Iterable[str]) -> str:
     names = list(known)
     close = difflib.get_close_matches(name.lower(), names, 1, 0.75)
     return f"Did you mean {close[0]}?" if close else f"Use one of {', '.join(names)}."
+
+
+def asks(keys: Mapping[str, Any], name: str) -> bool:
+    """Whether a switch of the top level is turned on; blank and `auto` are not."""
+    value = keys.get(name)
+    if value is None or value == "auto":
+        return False
+    return value == "full" or flag(value)

@@ -6,10 +6,10 @@ from transformers.training_args import OptimizerNames
 
 from stoker.config import describe
 from stoker.config.axolotl import schedule
-from stoker.config.axolotl.model import ATTENTION_FLAGS
+from stoker.config.axolotl.engine import ATTENTION_FLAGS
 from stoker.config.axolotl.optimizer import NO_OPTIMIZERS, OPTIMIZERS
 from stoker.config.axolotl.outcome import KINDS
-from stoker.config.axolotl.table import KEYS
+from stoker.config.axolotl.table import KEYS, PARTS
 
 OURS = {".".join(map(str, path)) for path, _ in describe.walk()}
 # Axolotl's own optimisers beside those of Transformers (its documentation, "Optimizers").
@@ -71,6 +71,10 @@ def test_every_entry_says_what_it_means(name):
     if entry.kind == "honoured":
         named = re.findall(r"`([a-z_]+\.[a-z0-9_.\[\]]+)", entry.means)
         assert all(one.replace("[]", "").rstrip(".") in OURS for one in named), named
+
+
+def test_no_key_stands_in_two_parts_of_the_table():
+    assert sum(len(part.KEYS) for part in PARTS) == len(KEYS)
 
 
 def test_the_old_names_of_attention_are_in_the_table():

@@ -1,0 +1,1 @@
+"""Axolotl's keys by what they are about; `stoker.config.axolotl.table` puts them together."""
