@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from stoker.optim.base import Update
 from stoker.optim.eight_bit import EightBit
-from stoker.optim.stochastic import Update
 
 if TYPE_CHECKING:
     import torch

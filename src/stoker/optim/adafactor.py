@@ -1,6 +1,6 @@
 """Adafactor: the average of squared gradients of a matrix as a row and a column of means."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from stoker.optim.base import OwnOptimizer
 from stoker.optim.shared import held, sum_over_parts, zeros_in_rows_of
 
 _DECAY = 0.8
@@ -32,7 +33,7 @@ class _Part:
         return isinstance(self.parameter, DTensor) and self.parameter.ndim == 2
 
 
-class Adafactor(torch.optim.Optimizer):
+class Adafactor(OwnOptimizer):
     """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235, algorithm 4) without a first average, at the rate given.
 
         b = 1 − t^−0.8        q = g² + 1e−30
@@ -53,13 +54,8 @@ class Adafactor(torch.optim.Optimizer):
         """Whether an entry of the state has a row for each of the parameter's: not a matrix' means of its columns."""
         return entry != "exp_avg_sq_col" or parameter.ndim > 2
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Steps every parameter that has a gradient; returns what `closure` returned, if one was given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step_all(self) -> None:
+        """Steps every parameter that has a gradient."""
         parts = [
             self._begin(parameter, group)
             for group in self.param_groups
@@ -73,7 +69,6 @@ class Adafactor(torch.optim.Optimizer):
         sum_over_parts([part.parameter for part in parts], [part.sums for part in parts])
         for part in parts:
             _apply(part)
-        return loss
 
     def _begin(self, parameter: Tensor, group: dict[str, Any]) -> _Part:
         """Averages squared gradients as far as this rank's rows allow; `sums` are those over them of q and of r."""

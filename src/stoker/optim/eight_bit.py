@@ -1,14 +1,14 @@
 """AdamW whose averages of large matrices take 8 bits a value."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stoker.optim.base import OwnAdamW, Update
 from stoker.optim.shared import held, zeros_in_rows_of
-from stoker.optim.stochastic import Update
 
 MIN_VALUES = 4096
 """Smaller weights keep fp32 averages, as in bitsandbytes (arXiv:2110.02861)."""
@@ -36,8 +36,8 @@ class EightBit:
     expand: Callable[[Tensor, Tensor], Tensor]
 
 
-class EightBitAdamW(torch.optim.Optimizer):
-    """AdamW (arXiv:1711.05101) with averages in 8 bits (arXiv:2110.02861), stepped by `kept`.
+class EightBitAdamW(OwnAdamW):
+    """AdamW with averages in 8 bits (arXiv:2110.02861), stepped by `kept`.
 
     Of a weight that ranks share, each steps and keeps its own rows. What is kept in 8 bits depends on the whole
     weight's shape, and no block of values crosses the end of a row, so any number of ranks computes what one does.
@@ -50,22 +50,9 @@ class EightBitAdamW(torch.optim.Optimizer):
     """Whether parameters are flat parts of several weights, as DeepSpeed makes them; a row is then all of such a part,
     and where blocks begin depends on the number of ranks."""
 
-    def __init__(
-        self,
-        params: Iterable[dict[str, Any]],
-        *,
-        lr: float,
-        betas: Sequence[float],
-        eps: float,
-        kept: EightBit,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": 0.0})
+    def __init__(self, params: Iterable[dict[str, Any]], *, kept: EightBit, **options: Any) -> None:
+        super().__init__(params, **options)
         self._kept = kept
-        self._gradient_scale = 1.0
-
-    def scale_gradients(self, factor: float) -> None:
-        """Lets the next step multiply gradients by `factor`, without a pass over them."""
-        self._gradient_scale = factor
 
     def compress(self, parameter: Tensor) -> None:
         """Keeps a parameter's averages in 8 bits, if it is one of those that are kept so and they are not yet."""
@@ -100,19 +87,12 @@ class EightBitAdamW(torch.optim.Optimizer):
         del entry, parameter
         return True
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Steps every parameter that has a gradient; returns what `closure` returned, if one was given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step_all(self) -> None:
+        """Steps every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step_one(parameter, parameter.grad, group)
-        self._gradient_scale = 1.0
-        return loss
 
     def _step_one(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
@@ -120,14 +100,7 @@ class EightBitAdamW(torch.optim.Optimizer):
             self._begin(parameter, state)
         self.compress(parameter)
         state["step"] += 1
-        numbers = {
-            "step": state["step"],
-            "learning_rate": group["lr"],
-            "betas": group["betas"],
-            "epsilon": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "gradient_scale": self._gradient_scale,
-        }
+        numbers = self.numbers(group, state["step"])
         weight, grad = held(parameter), held(grad)
         average, square = held(state["exp_avg"]), held(state["exp_avg_sq"])
         if "exp_avg_scale" not in state:

@@ -5,13 +5,13 @@ in memory a group is stepped by one call. The parameters stay what they were: ea
 its averages in the state, whose names and numbers are those of torch's AdamW.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stoker.optim.stochastic import Update
+from stoker.optim.base import OwnAdamW, Update
 
 ALIGNMENT = 64
 """Values: each parameter begins at a multiple of 256 bytes, as tensors of their own do; kernels read wide words."""
@@ -46,8 +46,8 @@ class Layout:
         return torch.cat(pieces) if out is None else torch.cat(pieces, out=out)
 
 
-class FlatAdamW(torch.optim.Optimizer):
-    """AdamW (arXiv:1711.05101) that steps each group at once, with torch's own fused step or with `update`.
+class FlatAdamW(OwnAdamW):
+    """AdamW that steps each group at once, with torch's own fused step or with `update`.
 
     Parameters are fp32, on one device, and moved into one buffer in the order of the groups. There is one count of
     steps: all of them are stepped every time, with a zero gradient where they have none.
@@ -56,19 +56,10 @@ class FlatAdamW(torch.optim.Optimizer):
     state_of = "AdamW"
     """Whose state this is: a checkpoint of either optimiser can be resumed with the other."""
 
-    def __init__(
-        self,
-        params: Iterable[dict[str, Any]],
-        *,
-        lr: float,
-        betas: Sequence[float],
-        eps: float,
-        update: Update | None = None,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": 0.0})
+    def __init__(self, params: Iterable[dict[str, Any]], *, update: Update | None = None, **options: Any) -> None:
+        super().__init__(params, **options)
         self._update = update
         self._gradient: Tensor | None = None
-        self._gradient_scale = 1.0
         self.parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         kinds = {(parameter.dtype, parameter.device) for parameter in self.parameters}
         if len(kinds) > 1 or self.parameters[0].dtype != torch.float32:
@@ -93,17 +84,8 @@ class FlatAdamW(torch.optim.Optimizer):
         """Gives the next step its gradient [layout.size]; with None it reads those of the parameters."""
         self._gradient = gradient
 
-    def scale_gradients(self, factor: float) -> None:
-        """Lets the next step multiply gradients by `factor`."""
-        self._gradient_scale = factor
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Steps every parameter; returns what `closure` returned, if one was given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step_all(self) -> None:
+        """Steps every parameter."""
         gradient = self._gradient
         if gradient is None:
             gradient = self.layout.gather([parameter.grad for parameter in self.parameters], like=self._weights)
@@ -114,22 +96,11 @@ class FlatAdamW(torch.optim.Optimizer):
             parts = [flat[start:end] for flat in (self._weights, gradient, self._averages, self._squares)]
             self._step_group(group, parts)
             start = end
-        self._gradient_scale = 1.0
-        return loss
 
     def _step_group(self, group: dict[str, Any], parts: list[Tensor]) -> None:
         """One step of (weights, gradient, averages, square averages), each flat."""
         if self._update is not None:
-            self._update(
-                *parts,
-                step=int(self._step),
-                learning_rate=group["lr"],
-                betas=group["betas"],
-                epsilon=group["eps"],
-                weight_decay=group["weight_decay"],
-                gradient_scale=self._gradient_scale,
-                number=0,
-            )
+            self._update(*parts, number=0, **self.numbers(group, int(self._step)))
             return
         weights, gradient, averages, squares = parts
         if self._gradient_scale != 1.0:

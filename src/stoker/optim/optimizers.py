@@ -7,10 +7,11 @@ import torch
 from torch.nn import Parameter
 
 from stoker.optim.adafactor import Adafactor
+from stoker.optim.base import OwnOptimizer, Update
 from stoker.optim.eight_bit import EightBit, EightBitAdamW
 from stoker.optim.flat import FlatAdamW
 from stoker.optim.groups import NamedParameters, RateScale, by_decay, is_hidden_matrix
-from stoker.optim.stochastic import StochasticAdamW, Update
+from stoker.optim.stochastic import StochasticAdamW
 
 KINDS = ("adamw", "adamw_8bit", "sgd", "adafactor", "muon")
 
@@ -55,13 +56,12 @@ def build(
         raise ValueError(f"only adamw on fp32 weights steps all at once, not {kind}")
     if rounded_update is None and any(parameter.dtype == torch.bfloat16 for _, parameter in trained):
         raise ValueError("bf16 weights lose small updates unless they are rounded stochastically: rounded_update")
-    first_beta, second_beta = betas
+    options: dict[str, Any] = {"lr": learning_rate, "betas": tuple(betas), "eps": epsilon}
 
     def groups(named: NamedParameters) -> list[dict[str, Any]]:
         return by_decay(named, weight_decay=weight_decay, decay_all=decay_all, rate_scale=rate_scale)
 
     def adamw(named: Sequence[tuple[str, Parameter]]) -> torch.optim.Optimizer:
-        options: dict[str, Any] = {"lr": learning_rate, "betas": (first_beta, second_beta), "eps": epsilon}
         if rounded_update is not None:
             return StochasticAdamW(groups(named), update=rounded_update, **options)
         if flat:
@@ -74,8 +74,7 @@ def build(
         case "adamw_8bit":
             if eight_bit is None:
                 raise ValueError("adamw_8bit needs to be told how its averages are kept: eight_bit")
-            betas = first_beta, second_beta
-            return EightBitAdamW(groups(trained), lr=learning_rate, betas=betas, eps=epsilon, kept=eight_bit)
+            return EightBitAdamW(groups(trained), kept=eight_bit, **options)
         case "sgd":
             return torch.optim.SGD(groups(trained), lr=learning_rate, momentum=momentum or 0.0)
         case "adafactor":
@@ -110,7 +109,7 @@ def _muon(
     return Combined(parts) if len(parts) > 1 else parts[0]
 
 
-class Combined(torch.optim.Optimizer):
+class Combined(OwnOptimizer):
     """Several optimisers as one: it holds the groups and the state of all its `parts` and steps them in order."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
@@ -118,15 +117,10 @@ class Combined(torch.optim.Optimizer):
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Steps each part once; returns what `closure` returned, if one was given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step_all(self) -> None:
+        """Steps each part once."""
         for part in self.parts:
             part.step()
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of all parts, as `state_dict` returned it."""
