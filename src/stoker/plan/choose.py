@@ -5,6 +5,7 @@ ranked by the time of a step. What the user set is obeyed, or refused with the n
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from stoker.arch.borrowed import AnySpec
 from stoker.config.schema import RunConfig
@@ -38,40 +39,33 @@ class Statistics:
     longest: int
 
 
-def choose(
-    config: RunConfig,
-    spec: AnySpec,
-    hardware: Hardware,
-    *,
-    statistics: Statistics | None = None,
-    ladder: Ladder | None = None,
-    advise: bool = True,
-    spread: Spread = SINGLE,
-    rates: Rates | None = None,
-    force: bool = False,
-) -> Plan:
-    """Returns the plan of a run; `ladder` is the one to run with, if it still fits (that of a run that goes on).
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a plan may be made with, besides configuration, architecture and machine."""
 
-    `advise`: the error for what does not fit says what would, which takes longer than the plan. `spread`: over which
-    devices, of which `config` has one's rows. `rates`: the device's speed, the catalogue's unless given. `force`: where
-    nothing fits, what is nearest to it is planned.
+    statistics: Statistics | None = None
+    """Of the rows, where they are prepared."""
+    ladder: Ladder | None = None
+    """The one to run with, if it still fits: that of a run that goes on."""
+    spread: Spread = SINGLE
+    """Over which devices; the configuration has one's rows."""
+    rates: Rates | None = None
+    """The device's speed; the catalogue's unless given."""
+    advise: bool = True
+    """Let the error for what does not fit say what would, which takes longer than the plan."""
+    force: bool = False
+    """Where nothing fits, plan what is nearest to it."""
+
+
+def choose(config: RunConfig, spec: AnySpec, hardware: Hardware, **options: Any) -> Plan:
+    """Returns the plan of a run, with `Options` by name.
 
     Raises:
         PlanError: what was asked for does not exist on this hardware, or does not fit in its memory; the message
             names the nearest that does.
     """
     check(config, spec)
-    return settle(
-        config,
-        spec,
-        hardware,
-        statistics=statistics,
-        ladder=ladder,
-        advise=advise,
-        spread=spread,
-        rates=rates,
-        force=force,
-    ).plan()
+    return settle(config, spec, hardware, Options(**options)).plan()
 
 
 def check(config: RunConfig, spec: AnySpec) -> None:
@@ -94,41 +88,29 @@ class Choice:
         return _plan(self)
 
 
-def settle(
-    config: RunConfig,
-    spec: AnySpec,
-    hardware: Hardware,
-    *,
-    statistics: Statistics | None = None,
-    ladder: Ladder | None = None,
-    advise: bool = True,
-    spread: Spread = SINGLE,
-    rates: Rates | None = None,
-    force: bool = False,
-) -> Choice:
-    """Returns what `choose` plans, of a run that `check` lets through; arguments and errors are those of `choose`."""
+def settle(config: RunConfig, spec: AnySpec, hardware: Hardware, options: Options) -> Choice:
+    """Returns what `choose` plans, of a run that `check` lets through; errors are those of `choose`."""
+    spread = options.spread
     device, _ = _device(config, hardware)
     precision, _ = _precision(config, device)
     kernels, _ = execution.kernels(config, device)
     execution.quantization(config, device)
     execution.refuse_unknown_rungs(config, spec, device)
-    row_tokens = _row_tokens(config, statistics)
+    row_tokens = _row_tokens(config, options.statistics)
     machine = _machine(config, hardware, device, precision, uses_triton=kernels == "triton")
     # Processes of a node share its host.
     machine = replace(machine, host_bytes=machine.host_bytes // min(spread.per_node, spread.num_processes))
-    rates = rates or rates_of(device, num_threads=hardware.num_threads)
-    job = Job(config, spec, machine, row_tokens, ladder, spread, rates)
+    rates = options.rates or rates_of(device, num_threads=hardware.num_threads)
+    job = Job(config, spec, machine, row_tokens, options.ladder, spread, rates)
     candidates = _candidates(job)
     fitting = [one for one in candidates if one.fits]
-    if not fitting and ladder is not None:
-        return settle(
-            config, spec, hardware, statistics=statistics, advise=advise, spread=spread, rates=rates, force=force
-        )
-    is_forced = force and not fitting
+    if not fitting and options.ladder is not None:
+        return settle(config, spec, hardware, replace(options, ladder=None))
+    is_forced = options.force and not fitting
     if is_forced:
         fitting = [min(candidates, key=lambda one: one.memory.total)]
     if not fitting:
-        raise MemoryPlanError(_shortfall(job, candidates), fix=_what_fits(job, hardware) if advise else None)
+        raise MemoryPlanError(_shortfall(job, candidates), fix=_what_fits(job, hardware) if options.advise else None)
     best = _best(fitting)
     if config.engine.cuda_graphs is True:
         _cuda_graphs(best)

@@ -31,7 +31,7 @@ def choose_over(
     """Returns the plan of a run over `num_processes` devices, `per_node` of them in a node (None: all in one).
 
     `config` has the rows of one of them; engine.strategy says which strategies there are to choose from, and `stages`
-    which of ZeRO. `options` are those of `choose`.
+    which of ZeRO. `options` are those of `choose`, but for its spread.
 
     Raises:
         PlanError: no strategy fits, with what the last of them lacks.

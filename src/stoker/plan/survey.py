@@ -16,7 +16,7 @@ from stoker.errors import ConfigError, PlanError
 from stoker.plan import speed
 from stoker.plan.candidates import Candidate, micro_of
 from stoker.plan.catalogue import CatalogueDevice
-from stoker.plan.choose import Choice, Statistics, check, settle
+from stoker.plan.choose import Choice, Options, Statistics, check, settle
 from stoker.plan.efficiencies import MEASURED, Efficiencies
 from stoker.plan.hardware import Device, Hardware
 from stoker.plan.ladder import words
@@ -400,15 +400,9 @@ def offer(request: Request, device: CatalogueDevice, method: Method, spread: Spr
         return replace(nothing, why_not=f"{spread.strategy} has no fp16, and the device has no bf16")
     nothing, found = replace(nothing, config=config), request.figures_of(device)
     try:
-        choice = settle(
-            config,
-            spec,
-            hardware_of(request, device),
-            statistics=request.statistics_of_part(spread.sharing),
-            advise=False,
-            spread=spread,
-            rates=Rates(device, found),
-        )
+        statistics = request.statistics_of_part(spread.sharing)
+        options = Options(statistics=statistics, spread=spread, rates=Rates(device, found), advise=False)
+        choice = settle(config, spec, hardware_of(request, device), options)
     except PlanError as error:
         return replace(nothing, why_not=" ".join(problem.what for problem in error.problems))
     work = request.work(choice.best.rows)
