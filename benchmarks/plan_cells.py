@@ -20,6 +20,7 @@ from stoker.plan.calibration import Calibration
 from stoker.plan.choose import choose
 from stoker.plan.hardware import Device, Hardware
 from stoker.plan.ladder import Ladder
+from stoker.plan.memory import workspace_bytes
 from stoker.plan.plan import Plan
 
 GIB = 2**30
@@ -206,11 +207,12 @@ class Prediction:
     bytes_by_category: Mapping[str, int]
     seconds: float
     parts: Mapping[str, float]
+    workspace_bytes: int = 0
 
     @property
     def allocated_bytes(self) -> int:
-        """At the peak, without what the allocator and the driver add."""
-        return self.plan.memory.total - self.plan.memory.reserve
+        """At the peak, without what the allocator and the driver add, but with cuBLAS' workspaces."""
+        return self.plan.memory.total - self.plan.memory.reserve + self.workspace_bytes
 
 
 def hardware(device: Device) -> Hardware:
@@ -246,7 +248,8 @@ def predict(
     rows = rows or speed.Rows(cell.length, cell.length)
     known = rates_of(device, measured)
     step = speed.step(config, spec, plan, known.device, rows=rows, efficiencies=known.efficiencies)
-    return Prediction(plan, dict(vars(plan.memory)), step.seconds, step.parts())
+    workspaces = workspace_bytes(device.compute_capability) if device.kind == "cuda" else 0
+    return Prediction(plan, dict(vars(plan.memory)), step.seconds, step.parts(), workspaces)
 
 
 def most_rows(cell: Cell, device: Device) -> int:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from stoker.arch import arithmetic, saved
 from stoker.arch.borrowed import AnySpec
-from stoker.arch.parts import part, parts
+from stoker.arch.parts import linears_of, part, parts
 from stoker.arch.saved import Adapted, Micro
 from stoker.arch.shape import why_not_llama
 from stoker.arch.spec import (
@@ -172,7 +172,8 @@ def op_by_op_rungs(layer: LayerSpec) -> tuple[Keep, ...]:
 
 def _keeps_little(layer: LayerSpec) -> bool:
     feed_forward = layer.feed_forward
-    return layer.placement == "pre" and isinstance(feed_forward, ExpertsSpec) and not feed_forward.shared_size
+    is_little = isinstance(feed_forward, ExpertsSpec) and not feed_forward.shared_size
+    return layer.placement == "pre" and layer.mixer is not None and is_little
 
 
 def op_by_op(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep) -> Held:
@@ -181,40 +182,77 @@ def op_by_op(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep) -> He
     All but a mixture of experts, which keeps its input and little more, and makes the rest again by itself.
     """
     whole = saved.by_layer(layer, hidden_size, micro)
+    mixer = layer.mixer
+    if keep == "all" and isinstance(mixer, Mamba1Spec) and not micro.is_plain:
+        whole += _between(mixer, micro) * micro.tokens
+    is_whole = keep == "all" or (keep == "mixer" and isinstance(mixer, Mamba1Spec))
+    if _keeps_little(layer):
+        return _around_mixture(layer, hidden_size, micro, keep, whole=whole, is_whole=is_whole)
     unit = hidden_size * micro.tokens * micro.in_stream
     inside = list(parts(layer, hidden_size).values())
     widest = inside[-1].widest if inside else 0  # the feed-forward's, which is never narrower than what mixes
     passing = 2 * unit + widest * micro.tokens * micro.value_bytes
-    mixer = layer.mixer
-    if keep == "all" and isinstance(mixer, Mamba1Spec) and not micro.is_plain:
-        return Held(whole + _between(mixer, micro) * micro.tokens, passing)
-    if keep == "all" or (keep == "mixer" and isinstance(mixer, Mamba1Spec)):
-        return Held(whole, passing)
-    if _keeps_little(layer):
-        again = _of_mixture(layer, hidden_size, micro) * micro.tokens
+    return Held(whole, passing) if is_whole else Held(unit, whole + passing)
+
+
+def _around_mixture(
+    layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep, *, whole: int, is_whole: bool
+) -> Held:
+    """What a layer holds whose mixture keeps little by itself; `whole`: bytes that it keeps where nothing runs again.
+
+    Its backward has two moments, one after the other. In the mixture's there are the gradient of what leaves the layer
+    (and a narrow copy of a wide one), the normed rows if they are made again, and what the mixture makes. When the
+    mixer's comes, all of that is gone, and the mixer has run again if it was not kept.
+    """
+    mixture, mixer = parts(layer, hidden_size)["feed_forward"], layer.mixer
+    stream, row = hidden_size * micro.in_stream, hidden_size * micro.value_bytes
+    own, low = _of_mixture(layer, hidden_size, micro), micro.product_values(layer, hidden_size, of="feed_forward.")
+    if is_whole:
+        kept = whole // micro.tokens
+    else:
+        kept = stream + own
         if keep == "attention" and isinstance(mixer, AttentionSpec):
-            again += mixer.num_heads * (mixer.head_dim * micro.value_bytes + 4) * micro.tokens
-        return Held(again, whole + passing - again + unit)
-    return Held(unit, whole + passing)
+            kept += mixer.num_heads * (mixer.head_dim * micro.value_bytes + 4)
+    made = stream + (mixture.widest + low) * micro.value_bytes
+    made += row if micro.has_wide_stream or not is_whole else 0
+    normed = stream  # as the norm gave them, which a router reads
+    mixing = whole // micro.tokens - own - normed + 2 * stream + _mixing(layer, hidden_size, micro)
+    return Held(kept * micro.tokens, max(made, mixing - kept) * micro.tokens)
+
+
+def _mixing(layer: LayerSpec, hidden_size: int, micro: Micro) -> int:
+    """Bytes a token that a mixer's backward holds besides what is kept, of its own.
+
+    Attention's: gradients of what it gave and of queries, keys and values, that of queries once more, summed in fp32,
+    and what it copies for every query head.
+    """
+    mixer = layer.mixer
+    if isinstance(mixer, AttentionSpec):
+        query, key = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
+        copies = micro.head_copies * query if mixer.num_kv_heads < mixer.num_heads else 0
+        return (2 * query + 2 * key + copies) * micro.value_bytes + 4 * query
+    return parts(layer, hidden_size)[layer.mixer_name].widest * micro.value_bytes
 
 
 def arriving(layer: LayerSpec, hidden_size: int, micro: Micro) -> int:
     """Returns the bytes of gradients that a layer's backward leaves (see `Micro.gradient_bytes`)."""
     if not micro.gradient_bytes:
         return 0
-    linears = arithmetic.linears(layer, hidden_size).values()
-    return micro.gradient_bytes * sum(linear.weights * max(1, linear.experts) for linear in linears)
+    linears = linears_of(layer, hidden_size)
+    if micro.adapter is not None:
+        return micro.gradient_bytes * sum(count for name, count in micro.adapter.parameters if name in linears)
+    return micro.gradient_bytes * sum(linear.weights * max(1, linear.experts) for linear in linears.values())
 
 
 def _of_mixture(layer: LayerSpec, hidden_size: int, micro: Micro) -> int:
-    """Bytes a token that a layer with a mixture keeps where its mixer is run again: the input, the sum after the mixer,
-    the mixture's own; and a narrow copy of the normed rows, which are made again only as they came."""
+    """Bytes a token that a mixture and the sum before it keep: that sum, the mixture's own, and a narrow copy of the
+    normed rows, which are made again only as they came."""
     mixture = parts(layer, hidden_size)["feed_forward"]
     statistics = mixture.saved_statistics + (mixture.plain_statistics if micro.is_plain else 0)
     copies = hidden_size * micro.value_bytes if micro.has_wide_stream else 0
     low = micro.product_values(layer, hidden_size, of="feed_forward.")
     statistics += saved.norm_statistics(layer, micro)
-    return 2 * hidden_size * micro.in_stream + copies + low * micro.value_bytes + 4 * statistics
+    return hidden_size * micro.in_stream + copies + low * micro.value_bytes + 4 * statistics
 
 
 def _between(mixer: Mamba1Spec, micro: Micro) -> int:

@@ -99,6 +99,19 @@ def adapted_linears(spec: AnySpec, rank: int, names: Collection[str]) -> tuple[t
     return tuple((linear, max(1, count // there[linear])) for linear, count in values.items() if count)
 
 
+def adapter_parameters_by_linear(spec: AnySpec, rank: int, names: Collection[str]) -> tuple[tuple[str, int], ...]:
+    """(our name in a block, values of the adapters of `rank` on it) of the linear layers that have some.
+
+    `names`, and what is averaged: as in `adapted_linears`.
+    """
+    chosen, shapes, experts = frozenset(names), linear_shapes(spec), expert_counts(spec)
+    values, there = Counter[str](), Counter[str]()
+    for linear, _, modules in _named(spec):
+        there[linear] += 1
+        values[linear] += sum(rank * sum(shapes[name]) * experts.get(name, 1) for name in modules if name in chosen)
+    return tuple((linear, count // there[linear]) for linear, count in values.items() if count)
+
+
 def _named(spec: AnySpec) -> Iterator[tuple[str, float, list[str]]]:
     """Each linear layer of each block: our name there, how many times a token passes it, Hugging Face's names."""
     if isinstance(spec, BorrowedSpec):

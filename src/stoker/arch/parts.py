@@ -291,8 +291,10 @@ def _experts(spec: ExpertsSpec, hidden_size: int) -> Part:
         inputs=inputs,
         of_input=(("shared.gate_up",) if spec.shared_size else ()) + (("shared_gate",) if spec.shared_gate else ()),
         keeps_input=True,
-        # While it runs: gate and up of the chosen experts, and the gradient of their inputs or their outputs.
-        widest=spec.top_k * (3 * inner + hidden_size),
+        # While its backward runs: gate and up of the chosen experts with the gradient of the activation, whose places
+        # their own gradients and the activation take; then those of gate and up, and of what went in, before and after
+        # it is summed for each token.
+        widest=max(3 * spec.top_k * inner, spec.top_k * (2 * inner + hidden_size) + hidden_size),
         flops=lambda sequence_length: 2.0 * gates * hidden_size,
     )
 

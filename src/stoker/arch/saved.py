@@ -18,12 +18,14 @@ class Adapted:
 
     `products`: (our name of a linear layer in the block, values a token of its input times A), of those with an
     adapter. `dora`: what leaves such a layer is kept before its rows are scaled. `drops_copy`: dropout leaves a copy of
-    what goes in and a mask, as it does over a quantised base; over others it is drawn again.
+    what goes in and a mask, as it does over a quantised base; over others it is drawn again. `parameters`: of those
+    layers, (name, values of A and B).
     """
 
     products: tuple[tuple[str, int], ...]
     dora: bool = False
     drops_copy: bool = False
+    parameters: tuple[tuple[str, int], ...] = ()
 
     @property
     def names(self) -> frozenset[str]:
@@ -47,8 +49,8 @@ class Micro:
     value_bytes: int
     head_copies: int = 0
     gradient_bytes: int = 0
-    """Of each weight of a layer, where its gradient arrives in the micro-batch's backward. 0 where it is there before,
-    as from the second micro-batch of a step on, and where the layers' weights are frozen."""
+    """Of each value of a layer that is trained, of its weights or its adapters, where its gradient arrives in the
+    micro-batch's backward. 0 where it is there before, as from the second micro-batch of a step on."""
     adapter: Adapted | None = None
     stream_bytes: int | None = None
     is_plain: bool = False

@@ -8,6 +8,7 @@ from stoker.arch.borrowed import AnySpec
 from stoker.config.schema import RunConfig
 from stoker.plan import calibration, rates, speed, track_record
 from stoker.plan.hardware import Device
+from stoker.plan.memory import workspace_bytes
 from stoker.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -36,7 +37,12 @@ def memory(plan: Plan, decoder: "Model", engine: "Engine") -> dict[str, dict[str
     the rest is what the peak has above them. A GPU's peak is what PyTorch allocated, so that CUDA's context and what
     the allocator loses are left out of its prediction; a CPU's is the process's resident memory.
     """
-    left_out = plan.memory.reserve if plan.device == "cuda" else 0
+    left_out = 0
+    if plan.device == "cuda":
+        import torch
+
+        capability = torch.cuda.get_device_capability(engine.strategy.device)
+        left_out = plan.memory.reserve - workspace_bytes(capability)
     total = {"predicted": plan.memory.total - left_out, "measured": engine.strategy.peak_memory_bytes()}
     found = {"weights": {"predicted": plan.memory.weights, "measured": _bytes(decoder, plan.device)}}
     if plan.num_processes == 1:

@@ -6,6 +6,7 @@ import re
 from stoker.arch.borrowed import AnySpec
 from stoker.arch.families import mixtures, state_space
 from stoker.arch.saved import Adapted
+from stoker.arch.spec import ExpertsSpec
 from stoker.config.schema import Adapter
 from stoker.errors import Problem
 from stoker.plan import facts
@@ -100,8 +101,13 @@ def experts_problem(spec: AnySpec, adapter: Adapter) -> Problem | None:
 @remember(0, 1)
 def adapted(spec: AnySpec, adapter: Adapter, quantization: str) -> Adapted:
     """Returns what the adapter's layers keep for their backward, over a base in this format."""
-    products = facts.adapted_linears(spec, adapter.rank, tuple(targeted(spec, adapter.targets)))
-    return Adapted(products, adapter.kind == "dora", adapter.dropout > 0.0 and quantization != "none")
+    names = tuple(targeted(spec, adapter.targets))
+    return Adapted(
+        facts.adapted_linears(spec, adapter.rank, names),
+        adapter.kind == "dora",
+        adapter.dropout > 0.0 and quantization != "none",
+        facts.adapter_parameters_by_linear(spec, adapter.rank, names),
+    )
 
 
 def adapter_parameters(spec: AnySpec, adapter: Adapter) -> int:
@@ -110,3 +116,14 @@ def adapter_parameters(spec: AnySpec, adapter: Adapter) -> int:
     count = facts.lora_parameters(spec, adapter.rank, tuple(names))
     shapes = facts.linear_shapes(spec)
     return count + (sum(shapes[name][1] for name in names) if adapter.kind == "dora" else 0)
+
+
+def expert_parameters(spec: AnySpec, adapter: Adapter | None) -> tuple[int, int]:
+    """Returns how many values experts train, of their adapters or (None) of their weights: in all, and in a layer."""
+    experts, shapes = facts.expert_counts(spec), facts.linear_shapes(spec)
+    chosen = experts.keys() if adapter is None else experts.keys() & set(targeted(spec, adapter.targets))
+    if not chosen:
+        return 0, 0
+    each = [(experts[name], *shapes[name]) for name in chosen]
+    total = sum(n * (into * out if adapter is None else adapter.rank * (into + out)) for n, into, out in each)
+    return total, total // sum(isinstance(layer.feed_forward, ExpertsSpec) for layer in spec.layers)

@@ -164,7 +164,7 @@ class Size:
             gradient_bytes=self._gradient_bytes(),
         )
         # Where gradients arrive the head's moment is one of its own (`_beside_head`).
-        apart = bool(self.micro.gradient_bytes)
+        apart = bool(self.micro.gradient_bytes) and job.config.adapter is None
         self._besides = {
             fused: job.memory(tokens, casts_by_layer=fused, head_apart=apart and fused) for fused in (False, True)
         }
@@ -172,22 +172,33 @@ class Size:
     def _gradient_bytes(self) -> int:
         """See `Micro.gradient_bytes`: each step's gradients are new, unless graphs of micro-batches add to old ones."""
         config, job = self.job.config, self.job
-        if config.adapter is not None or job.spread.num_processes > 1 or self.rows < config.train.batch_size:
+        if job.spread.num_processes > 1 or self.rows < config.train.batch_size:
             return 0
         if config.engine.cuda_graphs is True or (config.engine.cuda_graphs == "auto" and self._may_be_captured()):
             return 0
-        return 2 if config.train.weight_dtype == "bf16" else 4
+        return 2 if config.train.weight_dtype == "bf16" and config.adapter is None else 4
 
     def _may_be_captured(self) -> bool:
         job = self.job
         if execution.why_no_graphs(job.config, job.spec, job.machine.device, offload=False):
             return False
         is_fused = job.machine.uses_triton and not execution.why_op_by_op(job.spec)
-        return self.flops_of_a_layer(job.flops) <= execution.LAUNCH_BOUND_FLOPS["fused" if is_fused else "op by op"]
+        flops = self.flops_of_a_layer(job.flops)
+        if flops <= execution.LAUNCH_BOUND_FLOPS["fused" if is_fused else "op by op"]:
+            return True
+        return is_fused and job.config.adapter is not None and self.share_of_gaps(flops) >= execution.GAPS_MATTER
 
     def flops_of_a_layer(self, flops: float) -> float:
         """FLOPs of a layer in a micro-batch, of `flops` for a token of the model."""
         return flops * self.rows * self.job.row_tokens / max(1, len(self.job.spec.layers))
+
+    def share_of_gaps(self, flops: float) -> float:
+        """What share of a layer's work the gaps between its kernels are; `flops`: of the layer in a micro-batch."""
+        known, precision = self.job.speed, self.job.machine.precision
+        rates = known.device.rates
+        # With a base in fp8, too: the rest of a layer's work is then the larger part.
+        rate = known.efficiencies.matmul * rates.get(precision, rates["fp32"])
+        return execution.GAP_SECONDS * rate / max(1.0, flops)
 
     def candidate(self, ladder: Ladder) -> "Candidate":
         """Returns what this micro-batch takes with `ladder`, in tiles where they lower the peak."""
@@ -207,13 +218,15 @@ class Size:
         """What `Memory.with_activations` is told: a frozen head leaves nothing behind.
 
         Nor does a trained one but its gradient, and while it runs no layer's gradient is there, if they arrive. Then
-        the backward's end is a third moment.
+        the backward's end is a third moment; adapters' gradients are laid side by side there, in a tensor of their own.
         """
+        memory = self._besides[held.ladder.layers == "fused"]
         if self.job.config.adapter is not None:
-            return held.after_forward
+            if not self.micro.gradient_bytes:
+                return held.after_forward
+            return max(held.after_forward - memory.gradients, memory.gradients - memory.logits)
         if not self.micro.gradient_bytes:
             return None
-        memory = self._besides[held.ladder.layers == "fused"]
         with_head = held.after_forward + trained_head_bytes(self.job.spec, self.micro) - memory.gradients
         return max(with_head, last_gradient_bytes(self.job.spec, self.micro)) - memory.logits
 
@@ -304,19 +317,11 @@ class Candidate:
             return ""
         # Weights that are all trained have gradients of their own, which a graph would hold from step to step.
         can_gain = self.ladder.layers == "fused" and self.kernels == "triton" and job.config.adapter is not None
-        if not can_gain or self._share_of_gaps(flops) < execution.GAPS_MATTER:
+        if not can_gain or self.size.share_of_gaps(flops) < execution.GAPS_MATTER:
             return "the GPU works longer than launching takes"
         if self._with_pool > job.machine.device.memory_bytes:
             return "the gain is small, and a graph's memory beside that of rows of another shape is not there"
         return ""
-
-    def _share_of_gaps(self, flops: float) -> float:
-        """What share of a layer's work the gaps between its kernels are; `flops`: of the layer in a micro-batch."""
-        known = self.size.job.speed
-        rates = known.device.rates
-        # With a base in fp8, too: the rest of a layer's work is then the larger part.
-        rate = known.efficiencies.matmul * rates.get(self.precision, rates["fp32"])
-        return execution.GAP_SECONDS * rate / max(1.0, flops)
 
     @property
     def _with_pool(self) -> int:

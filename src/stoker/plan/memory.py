@@ -16,6 +16,7 @@ from stoker.arch.borrowed import AnySpec
 from stoker.arch.spec import LayerSpec
 from stoker.config.schema import Adapter, Optimizer
 from stoker.plan import facts, shared_rows
+from stoker.plan.adapter import expert_parameters
 from stoker.plan.remember import remember
 from stoker.plan.spread import SINGLE, Spread
 from stoker.plan.states import state_bytes
@@ -24,6 +25,10 @@ GIB = 2**30
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # What is there before a model is: PyTorch's libraries, and on a GPU the CUDA context and cuBLAS workspaces.
 BASE_BYTES = {"cpu": GIB // 2, "cuda": GIB, "mps": GIB}
+# Of these, what PyTorch allocates for cuBLAS: a workspace for each thread that makes products, forward's and
+# autograd's, of 32 MiB on Hopper and Blackwell and 8.125 on others (parseChosenWorkspaceSize in ATen's
+# CublasHandlePool.cpp). After a step an H200 holds 64.5 to 66 MiB more than weights and optimiser.
+_WORKSPACES, _WORKSPACE_BYTES, _WIDE_WORKSPACE_BYTES = 2, 8 * 2**20 + 2**17, 32 * 2**20
 # The head's logits are made in chunks of at most this many bytes, with as much again for their gradient.
 _LOGITS_BYTES = 2 * 128 * 2**20
 # Tensors [N, D] about the head: its norm's input and output, the trained rows of those, and their gradient twice.
@@ -96,6 +101,12 @@ class Memory:
         return replace(self, scratch=0, transposed=count, reserve=self.reserve + lost)
 
 
+def workspace_bytes(compute_capability: tuple[int, int] | None) -> int:
+    """Returns the bytes of the reserve that PyTorch allocates for cuBLAS on a CUDA GPU, and counts as allocated."""
+    is_wide = compute_capability is not None and compute_capability[0] in (9, 10, 12)
+    return _WORKSPACES * (_WIDE_WORKSPACE_BYTES if is_wide else _WORKSPACE_BYTES)
+
+
 CATEGORIES = tuple(one.name for one in fields(Memory) if one.name != "states_on_host")
 
 
@@ -136,7 +147,9 @@ def estimate(
         one_layer = _largest_layer(spec) + (0 if head_apart else 2 * spec.vocab_size * spec.hidden_size)
         # Gathered layers are cast one at a time, whichever way they run.
         by_layer = casts_by_layer or spread.weight_shards > 1
-        copies = (min(trained, one_layer) if by_layer else trained) * value_bytes
+        in_all, in_a_layer = expert_parameters(spec, adapter)  # those of experts are cast for each product anew
+        cast = trained - in_all + in_a_layer
+        copies = (min(cast, one_layer) if by_layer else cast) * value_bytes
     communication = 0
     if spread.num_processes > 1:
         communication = buffer_bytes(

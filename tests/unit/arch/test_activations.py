@@ -5,6 +5,7 @@ import pytest
 from stoker.arch import activations, arithmetic, saved
 from stoker.arch.activations import LADDER, Held, Micro
 from stoker.arch.families import read
+from stoker.arch.saved import Adapted
 
 MIB = 2**20
 # Llama 3.1 8B's layer at 8,192 tokens in a two-byte dtype: the table of kernels/block.py, plus 1 MiB of statistics.
@@ -106,6 +107,24 @@ def test_the_gradients_of_a_layer_are_those_of_its_weights(spec):
     weights = 4096 * (6144 + 4096) + 3 * 4096 * 14336
     assert activations.arriving(layer, 4096, Micro(8192, 2, gradient_bytes=2)) == 2 * weights
     assert activations.arriving(layer, 4096, MICRO) == 0
+
+
+def test_the_gradients_of_a_layers_adapters_are_those_of_a_and_b(spec):
+    rank, targets = 16, ("q_proj", "down_proj")
+    names = [name for name in arithmetic.linear_shapes(spec) if name.endswith(targets)]
+    parameters = arithmetic.adapter_parameters_by_linear(spec, rank, names)
+    assert dict(parameters) == {"attention.qkv": rank * 2 * 4096, "feed_forward.down": rank * (14336 + 4096)}
+    assert 32 * sum(dict(parameters).values()) == arithmetic.lora_parameters(spec, rank, targets)
+    micro = Micro(8192, 2, gradient_bytes=4, adapter=Adapted((), parameters=parameters))
+    assert activations.arriving(spec.layers[0], 4096, micro) == 4 * sum(dict(parameters).values())
+
+
+def test_experts_adapters_count_for_every_expert():
+    spec = read(MIXTURE, "config.json")
+    names = [name for name in arithmetic.linear_shapes(spec) if "experts" in name]
+    parameters = dict(arithmetic.adapter_parameters_by_linear(spec, 4, names))
+    each = {"feed_forward.experts.gate_up": 32 + 2 * 16, "feed_forward.experts.down": 16 + 32}
+    assert parameters == {name: 4 * 8 * size for name, size in each.items()}
 
 
 def test_op_by_op_a_layer_keeps_its_input_or_everything(spec):

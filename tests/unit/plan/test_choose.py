@@ -128,6 +128,15 @@ def test_layers_keep_more_where_gradients_arrive_while_they_let_go(run, llama_8b
     assert choose(captured, llama_8b, machine(76)).keep == twice.keep
 
 
+def test_adapters_gradients_arrive_while_layers_let_go(run, llama_8b, machine):
+    asked = ("engine.micro_batch_size=2", "data.sequence_length=4096", "engine.recompute=mixer", "adapter.rank=64")
+    once, twice = (choose(run(*asked, f"train.batch_size={rows}"), llama_8b, machine(76)).memory for rows in (2, 4))
+    # At the peak, in the last layer's backward, there are those of one layer at most.
+    assert twice.activations - once.activations == pytest.approx(once.gradients * 31 / 32, rel=0.04)
+    captured = run(*asked, "train.batch_size=2", "engine.cuda_graphs=true", "data.packing=false")
+    assert choose(captured, llama_8b, machine(76)).memory == twice
+
+
 def test_attention_waits_on_the_host_before_it_is_computed_again(run, llama_8b, machine):
     asked = ("data.sequence_length=4096", "engine.micro_batch_size=2")
     away = choose(run(*asked), llama_8b, machine(20))

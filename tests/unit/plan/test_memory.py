@@ -3,12 +3,13 @@ from dataclasses import asdict
 import pytest
 
 from stoker.arch import arithmetic, families
-from stoker.config.schema import AdamW
+from stoker.config.schema import AdamW, Adapter
 from stoker.plan.memory import (
     estimate,
     frozen_weight_bytes,
     num_matrix_parameters,
     transposed_bytes,
+    workspace_bytes,
 )
 
 
@@ -102,6 +103,25 @@ def test_the_total_is_the_sum(llama_8b):
 def test_autocast_holds_a_copy_of_each_trained_weight(llama_8b):
     half = _estimate(llama_8b, trained=1000, frozen=0)
     assert half.weights == 1000 * (4 + 2)
+
+
+def test_experts_are_cast_a_layer_at_a_time():
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes = heads | {"hidden_size": 64, "vocab_size": 64, "num_hidden_layers": 2}
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 96}
+    spec = families.read({"model_type": "mixtral"} | sizes | experts, "config.json")
+    count, of_experts = arithmetic.num_parameters(spec), 2 * 8 * 3 * 64 * 96
+    full = _estimate(spec, trained=count, frozen=0)
+    assert full.weights == 4 * count + 2 * (count - of_experts // 2)
+    adapter = Adapter(rank=4, targets=["down_proj", "q_proj"])
+    trained, of_experts = 2 * (4 * 8 * (96 + 64) + 4 * (64 + 64)), 2 * 4 * 8 * (96 + 64)
+    lora = _estimate(spec, trained=trained, frozen=count, adapter=adapter)
+    assert lora.weights == 2 * count + 4 * trained + 2 * (trained - of_experts // 2)
+
+
+def test_cublas_has_a_workspace_for_each_of_two_threads():
+    assert workspace_bytes((9, 0)) == workspace_bytes((12, 0)) == 64 * 2**20
+    assert workspace_bytes((8, 0)) == workspace_bytes(None) == 2 * (4096 * 2 + 16 * 8) * 1024
 
 
 def test_bf16_weights_take_8_bytes_a_parameter_and_norms_16(llama_8b):
