@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from stoker.kernels.recurrent import or_empty, sigmoid, softplus
-from stoker.kernels.selective_scan_forward import Inputs, compose, launch_states, load_ids, load_tile, states_first
+from stoker.kernels.selective_scan_forward import (
+    Inputs,
+    chunk_of_program,
+    compose,
+    launch_states,
+    load_dt,
+    load_ids,
+    load_row,
+    load_tile,
+    states_first,
+)
 from stoker.kernels.triton_support import jit, jit_unspecialized, tl
 
 
@@ -74,18 +84,13 @@ def _scan_backward_kernel(  # noqa: PLR0915, PLR0917
     PACKED: tl.constexpr,
     PARAMETER_GRADS: tl.constexpr,
 ) -> None:
-    program = tl.program_id(1).to(tl.int64)
-    batch, chunk = program // num_chunks, (program % num_chunks).to(tl.int32)
+    program, batch, _chunk, token, channel = chunk_of_program(num_chunks, CHUNK, CHANNELS, NEIGHBOURS)
     block = tl.program_id(0).to(tl.int64)
-    channel = tl.max_contiguous(tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), NEIGHBOURS)
     row = tl.arange(0, CHUNK)
-    token = chunk * CHUNK + row
     columns, rows = channel < num_channels, token < length
     mask = rows[:, None] & columns[None, :]
-    raw = load_tile(dt_ptr, dt_batch, dt_token, batch, token, channel, mask)
-    if HAS_BIAS:
-        raw += tl.load(bias_ptr + channel, mask=columns, other=0.0).to(tl.float32)[None, :]
-    step = tl.where(mask, softplus(raw), 0.0)
+    dt = load_dt(dt_ptr, bias_ptr, dt_batch, dt_token, batch, token, channel, columns, mask, HAS_BIAS)
+    step = tl.where(mask, softplus(dt), 0.0)
     x = load_tile(x_ptr, x_batch, x_token, batch, token, channel, mask)
     grad_y = load_tile(grad_ptr, grad_batch, grad_token, batch, token, channel, mask)
     if HAS_GATE:
@@ -132,17 +137,15 @@ def _scan_backward_kernel(  # noqa: PLR0915, PLR0917
             tl.store(grad_A_ptr + place, tl.sum(through_decay * step, axis=0), mask=columns)
     # Read again: held across the loop they would cost registers.
     x = load_tile(x_ptr, x_batch, x_token, batch, token, channel, mask)
-    raw = load_tile(dt_ptr, dt_batch, dt_token, batch, token, channel, mask)
-    if HAS_BIAS:
-        raw += tl.load(bias_ptr + channel, mask=columns, other=0.0).to(tl.float32)[None, :]
+    dt = load_dt(dt_ptr, bias_ptr, dt_batch, dt_token, batch, token, channel, columns, mask, HAS_BIAS)
     out = (batch * length + token[:, None]) * num_channels + channel[None, :]
     grad_x = grad_scaled * step
     if HAS_D:
-        D = tl.load(D_ptr + channel, mask=columns, other=0.0).to(tl.float32)[None, :]
+        D = load_row(D_ptr, channel, columns)
         y += D * x
         grad_x += D * grad_y
     tl.store(grad_x_ptr + out, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
-    grad_dt = tl.where(mask, (grad_step + grad_scaled * x) * sigmoid(raw), 0.0)
+    grad_dt = tl.where(mask, (grad_step + grad_scaled * x) * sigmoid(dt), 0.0)
     tl.store(grad_dt_ptr + out, grad_dt.to(grad_dt_ptr.dtype.element_ty), mask=mask)
     if HAS_GATE:
         gate = load_tile(gate_ptr, gate_batch, gate_token, batch, token, channel, mask)

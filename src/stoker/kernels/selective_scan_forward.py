@@ -47,9 +47,46 @@ def load_tile(  # noqa: PLR0917
 
 
 @jit
+def load_row(pointer: tl.tensor, channel: tl.tensor, columns: tl.tensor) -> tl.tensor:
+    """A number for each channel [1, E], widened to float32; zeros past the last."""
+    return tl.load(pointer + channel, mask=columns, other=0.0).to(tl.float32)[None, :]
+
+
+@jit
+def load_dt(  # noqa: PLR0917
+    dt_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    batch_stride: tl.tensor,
+    token_stride: tl.tensor,
+    batch: tl.tensor,
+    token: tl.tensor,
+    channel: tl.tensor,
+    columns: tl.tensor,
+    mask: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+) -> tl.tensor:
+    """dt with its bias [T, E], before softplus."""
+    dt = load_tile(dt_ptr, batch_stride, token_stride, batch, token, channel, mask)
+    if HAS_BIAS:
+        dt += load_row(bias_ptr, channel, columns)
+    return dt
+
+
+@jit
 def load_ids(documents_ptr: tl.tensor, batch: tl.tensor, token: tl.tensor, length: tl.tensor) -> tl.tensor:
     """Documents of positions; those before the row's first and after its last are of the nearest one's."""
     return tl.load(documents_ptr + batch * length + tl.minimum(tl.maximum(token, 0), length - 1))
+
+
+@jit
+def chunk_of_program(
+    num_chunks: tl.tensor, CHUNK: tl.constexpr, CHANNELS: tl.constexpr, NEIGHBOURS: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """(number among all chunks, batch, chunk, positions [T], channels [E]) of this program."""
+    program = tl.program_id(1).to(tl.int64)
+    batch, chunk = program // num_chunks, (program % num_chunks).to(tl.int32)
+    channel = tl.max_contiguous(tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), NEIGHBOURS)
+    return program, batch, chunk, chunk * CHUNK + tl.arange(0, CHUNK), channel
 
 
 @jit_unspecialized("num_chunks")
@@ -83,17 +120,12 @@ def _chunk_states_kernel(  # noqa: PLR0917
 ) -> None:
     # Forward, values are x and keys are B: what a chunk adds to the state at its end. Backward, values are dout and
     # keys are C: what it adds to the gradient of the state before it.
-    program = tl.program_id(1).to(tl.int64)
-    batch, chunk = program // num_chunks, (program % num_chunks).to(tl.int32)
-    channel = tl.max_contiguous(tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), NEIGHBOURS)
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    program, batch, chunk, token, channel = chunk_of_program(num_chunks, CHUNK, CHANNELS, NEIGHBOURS)
     columns = channel < num_channels
     mask = (token[:, None] < length) & columns[None, :]
-    step = load_tile(dt_ptr, dt_batch, dt_token, batch, token, channel, mask)
-    if HAS_BIAS:
-        step += tl.load(bias_ptr + channel, mask=columns, other=0.0).to(tl.float32)[None, :]
+    dt = load_dt(dt_ptr, bias_ptr, dt_batch, dt_token, batch, token, channel, columns, mask, HAS_BIAS)
     # Past the row's end nothing decays and nothing is added.
-    step = tl.where(mask, softplus(step), 0.0)
+    step = tl.where(mask, softplus(dt), 0.0)
     values = load_tile(values_ptr, values_batch, values_token, batch, token, channel, mask)
     sums = tl.cumsum(step, axis=0)
     total = tl.sum(step, axis=0)
@@ -191,22 +223,17 @@ def _scan_kernel(  # noqa: PLR0917
     HAS_GATE: tl.constexpr,
     PACKED: tl.constexpr,
 ) -> None:
-    program = tl.program_id(1).to(tl.int64)
-    batch, chunk = program // num_chunks, (program % num_chunks).to(tl.int32)
-    channel = tl.max_contiguous(tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), NEIGHBOURS)
+    program, batch, _chunk, token, channel = chunk_of_program(num_chunks, CHUNK, CHANNELS, NEIGHBOURS)
     row = tl.arange(0, CHUNK)
-    token = chunk * CHUNK + row
     columns, rows = channel < num_channels, token < length
     mask = rows[:, None] & columns[None, :]
     x = load_tile(x_ptr, x_batch, x_token, batch, token, channel, mask)
-    step = load_tile(dt_ptr, dt_batch, dt_token, batch, token, channel, mask)
-    if HAS_BIAS:
-        step += tl.load(bias_ptr + channel, mask=columns, other=0.0).to(tl.float32)[None, :]
-    step = tl.where(mask, softplus(step), 0.0)
+    dt = load_dt(dt_ptr, bias_ptr, dt_batch, dt_token, batch, token, channel, columns, mask, HAS_BIAS)
+    step = tl.where(mask, softplus(dt), 0.0)
     scaled = step * x
     y = tl.zeros((CHUNK, CHANNELS), dtype=tl.float32)
     if HAS_D:
-        y += tl.load(D_ptr + channel, mask=columns, other=0.0).to(tl.float32)[None, :] * x
+        y += load_row(D_ptr, channel, columns) * x
     carries = rows[:, None]
     if PACKED:
         ids = load_ids(documents_ptr, batch, token, length)
