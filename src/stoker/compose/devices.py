@@ -56,19 +56,14 @@ def planned_processes(config: RunConfig, gpus: Sequence[Device]) -> tuple[int, s
     As few as take a step about as fast as any other number, and 1 where nothing is to choose.
     """
     from stoker.compose.hardware import host
-    from stoker.compose.model import fitted, open_base
+    from stoker.compose.model import fitted, open_base_of
 
-    engine, chosen = config.engine, config.model
+    engine = config.engine
     if engine.num_processes is not None or engine.strategy == "single" or engine.device == "cpu" or len(gpus) < 2:
         return engine.num_processes or 1, ""
     if config.data.streaming or config.data.prepare == "overlap":
         return 1, f"One of {len(gpus)} GPUs: rows that are prepared during training are for one process."
-    base = open_base(
-        chosen.base,
-        revision=chosen.revision,
-        trust_remote_code=chosen.trust_remote_code,
-        overrides=chosen.overrides,
-    )
+    base = open_base_of(config)
     config = fitted(config, base)
     smallest = min(gpus, key=lambda one: one.memory_bytes)
     hardware = Hardware((smallest, host()), num_threads=1)

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from stoker.compose.data import packing, prepare_data, refuse_faults
-from stoker.compose.model import Base, load_tokenizer, open_base
-from stoker.compose.vocabulary import Tokens
+from stoker.compose.model import Base, load_tokenizer_of, open_base_of
 from stoker.config.schema import RunConfig
 from stoker.data import inspect as show
 from stoker.errors import ConfigError
@@ -22,17 +21,8 @@ def inspect(config: RunConfig, *, rows: int, split: str, console: Console | None
     Raises:
         DataError: the data cannot be read, or the audit finds a fault; that comes after the rows are shown.
     """
-    base = open_base(
-        config.model.base,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        overrides=config.model.overrides,
-    )
-    tokens = Tokens.of(config.model, may_grow=config.adapter is None)
-    tokenizer = load_tokenizer(
-        base, override=config.model.tokenizer, chat_template=config.model.chat_template, tokens=tokens
-    )
-    inspect_for(base, tokenizer, config, rows=rows, split=split, console=console)
+    base = open_base_of(config)
+    inspect_for(base, load_tokenizer_of(config, base), config, rows=rows, split=split, console=console)
 
 
 def inspect_for(

@@ -100,6 +100,17 @@ def open_base(
     return Base(name, revision, folder, config, spec)
 
 
+def open_base_of(config: RunConfig) -> Base:
+    """Returns the base that a configuration names; raises what `open_base` does."""
+    chosen = config.model
+    return open_base(
+        chosen.base,
+        revision=chosen.revision,
+        trust_remote_code=chosen.trust_remote_code,
+        overrides=chosen.overrides,
+    )
+
+
 def read_facts(folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> ArchSpec | BorrowedSpec:
     """Returns the facts of the model in `folder` with the parsed `config`, by the path that it will take.
 
@@ -137,6 +148,12 @@ def load_tokenizer(
     if chat_template is not None:
         tokenizer.chat_template = template.source_of(tokenizer, chat_template)
     return tokenizer
+
+
+def load_tokenizer_of(config: RunConfig, base: Base) -> "PreTrainedTokenizerBase":
+    """Returns the tokenizer that a configuration names for its base, with the tokens and the template that it wants."""
+    chosen, tokens = config.model, Tokens.of(config.model, may_grow=config.adapter is None)
+    return load_tokenizer(base, override=chosen.tokenizer, chat_template=chosen.chat_template, tokens=tokens)
 
 
 def fitted(config: RunConfig, base: Base) -> RunConfig:

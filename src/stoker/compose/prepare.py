@@ -139,25 +139,17 @@ def prepare_ahead(config: RunConfig, *, console: Console | None = None) -> None:
         DataError: the data cannot be read, or the audit finds a fault.
     """
     from stoker.compose.data import prepare_data, refuse_faults, summary
-    from stoker.compose.model import load_tokenizer, open_base
-    from stoker.compose.vocabulary import Tokens
+    from stoker.compose.model import load_tokenizer_of, open_base_of
     from stoker.plan.limits import fitted
 
     console = console or Console()
-    chosen = config.model
-    base = open_base(
-        chosen.base,
-        revision=chosen.revision,
-        trust_remote_code=chosen.trust_remote_code,
-        overrides=chosen.overrides,
-    )
+    base = open_base_of(config)
     config = fitted(config, base.spec)
     if config.data.streaming:
         raise ConfigError("data.streaming = true keeps nothing, so there is nothing to prepare.", fix="Train at once.")
     # Whatever `data.prepare` says: this command is the time ahead.
     config = config.model_copy(update={"data": config.data.model_copy(update={"prepare": "ahead"})})
-    tokens = Tokens.of(chosen, may_grow=config.adapter is None)
-    tokenizer = load_tokenizer(base, override=chosen.tokenizer, chat_template=chosen.chat_template, tokens=tokens)
+    tokenizer = load_tokenizer_of(config, base)
     data = prepare_data(config, tokenizer, console=console)
     for name, text in summary(config, data):
         say(console, f"{name:<10}  {text}")

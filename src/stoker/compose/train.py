@@ -16,13 +16,13 @@ from stoker.compose import agree, finish, launch, losses, parallel, predicted, r
 from stoker.compose.data import Data, prepare_data, refuse_faults, refuse_rows_of_other_tasks, summary
 from stoker.compose.execution import borrowed_notices, fp8_notice, layers_not_in_fp8, let_segments_grow, warm_up_reason
 from stoker.compose.hardware import probe, with_loaded
-from stoker.compose.model import Base, fitted, load_decoder, load_tokenizer, open_base, pad_id
+from stoker.compose.model import Base, fitted, load_decoder, load_tokenizer_of, open_base_of, pad_id
 from stoker.compose.run_folder import Journal, RunFolder, now, versions
 from stoker.compose.session import Session
 from stoker.compose.trained import embedding_noise, keep_only
 from stoker.compose.trainer import Engine, add_adapter, compute_dtype, describe, make_engine, make_trainer, weight_dtype
 from stoker.compose.upload import upload
-from stoker.compose.vocabulary import Tokens, grow
+from stoker.compose.vocabulary import grow
 from stoker.config import deepspeed, show
 from stoker.config.load import Loaded
 from stoker.config.schema import RunConfig
@@ -215,16 +215,8 @@ def _train(
 
 
 def _open(config: RunConfig) -> Model:
-    chosen = config.model
-    base = open_base(
-        chosen.base,
-        revision=chosen.revision,
-        trust_remote_code=chosen.trust_remote_code,
-        overrides=chosen.overrides,
-    )
-    tokens = Tokens.of(chosen, may_grow=config.adapter is None)
-    tokenizer = load_tokenizer(base, override=chosen.tokenizer, chat_template=chosen.chat_template, tokens=tokens)
-    return Model(base, tokenizer)
+    base = open_base_of(config)
+    return Model(base, load_tokenizer_of(config, base))
 
 
 def _choose(

@@ -21,9 +21,9 @@ from stoker.distributed.deepspeed_hooks import gather_for_logits, gather_whole_l
 from stoker.distributed.deepspeed_state import ZeroParts
 from stoker.distributed.fsdp2 import Fill, buffers_to_parameters
 from stoker.distributed.ranks import Place, Ranks
-from stoker.distributed.single import SingleDevice, check_weights, class_of, detached
+from stoker.distributed.single import SingleDevice, check_class, check_weights, detached
 from stoker.distributed.strategy import Batch, MakeOptimizer, Result, StepResult, StrategyState
-from stoker.errors import CheckpointError, PlanError, TrainingError
+from stoker.errors import PlanError, TrainingError
 
 
 class Zero(SingleDevice):
@@ -184,12 +184,7 @@ class Zero(SingleDevice):
 
     def load_state(self, state: StrategyState) -> None:
         """Takes back what `state` returned, here or under another strategy."""
-        saved, ours = state.values["optimizer_class"], class_of(self._optimizer)
-        if saved != ours:
-            raise CheckpointError(
-                f"The checkpoint holds the state of {saved}, but this run's optimiser is {ours}.",
-                fix="Resume with the optimiser that the run began with.",
-            )
+        check_class(state.values["optimizer_class"], self._optimizer)
         self.load_weights(state.weights)
         self._parts.load_optimizer_state(state.optimizer, state.values["optimizer"])
 

@@ -283,12 +283,7 @@ class SingleDevice:
 
     def load_state(self, state: StrategyState) -> None:
         """Takes back what `state` returned."""
-        saved, ours = state.values["optimizer_class"], class_of(self._optimizer)
-        if saved != ours:
-            raise CheckpointError(
-                f"The checkpoint holds the state of {saved}, but this run's optimiser is {ours}.",
-                fix="Resume with the optimiser that the run began with.",
-            )
+        check_class(state.values["optimizer_class"], self._optimizer)
         self.load_weights(state.weights)
         optimizer_state.restore(
             self._optimizer, self._trained, state.optimizer, state.values["optimizer"], take=self._taken
@@ -351,6 +346,16 @@ def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
 def class_of(optimizer: torch.optim.Optimizer) -> str:
     """The class whose state the optimiser's is: its own, or that which it says."""
     return getattr(optimizer, "state_of", type(optimizer).__name__)
+
+
+def check_class(saved: str, optimizer: torch.optim.Optimizer) -> None:
+    """Raises CheckpointError unless a state of class `saved` is one that the optimiser can take."""
+    ours = class_of(optimizer)
+    if saved != ours:
+        raise CheckpointError(
+            f"The checkpoint holds the state of {saved}, but this run's optimiser is {ours}.",
+            fix="Resume with the optimiser that the run began with.",
+        )
 
 
 def detached(result: Result) -> _Detached:

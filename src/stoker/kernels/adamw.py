@@ -58,6 +58,13 @@ class AdamWStep(NamedTuple):
         """1 / √(1 − β₂ᵗ)."""
         return (1.0 - self.second_beta**self.step) ** -0.5
 
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """What kernels take: the gradients' scale, 1 − β₁, 1 − β₂, 1 − η λ, `size`, `inverse_root` and ε."""
+        kept = 1.0 - self.learning_rate * self.weight_decay
+        rates = 1.0 - self.first_beta, 1.0 - self.second_beta
+        return self.gradient_scale, *rates, kept, self.size, self.inverse_root, self.epsilon
+
 
 def adamw_(
     weight: Tensor,
@@ -214,13 +221,7 @@ def _launch(
         numbers.step,
         number,
         seed,
-        numbers.gradient_scale,
-        1.0 - numbers.first_beta,
-        1.0 - numbers.second_beta,
-        1.0 - numbers.learning_rate * numbers.weight_decay,
-        numbers.size,
-        numbers.inverse_root,
-        numbers.epsilon,
+        *numbers.factors,
         LANES=LANES,
         ROUNDS=weight.dtype == torch.bfloat16,
         num_warps=4,
