@@ -26,7 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from plan_cells import CPU, FRONTIERS, GIB, GRID, Cell, Frontier, hardware, most_rows, predict
+from plan_cells import CPU, DORA, FRONTIERS, GIB, GRID, Cell, Frontier, hardware, most_rows, predict
 
 from stoker.errors import StokerError, TrainingError
 from stoker.plan import speed
@@ -51,7 +51,7 @@ def main() -> int:
     """Runs what is asked for; returns 1 if a cell failed or was left out."""
     parser = argparse.ArgumentParser(description="Predicted beside measured.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--cells", default="grid,frontier", help="grid, frontier, cpu, or names, between commas")
+    parser.add_argument("--cells", default="grid,frontier", help="grid, dora, frontier, cpu, or names, between commas")
     parser.add_argument("--seconds", type=float, default=530.0, help="no cell begins after so many")
     parser.add_argument("--commit", help="what is measured, where there is no git")
     parser.add_argument("--report", type=Path, metavar="FOLDER")
@@ -114,7 +114,7 @@ def _group(cells: "list[Cell | Frontier]", out: Path, end: float, commit: str | 
 
 
 def _asked(names: str) -> list[Cell | Frontier]:
-    kinds: dict[str, tuple[Cell | Frontier, ...]] = {"grid": GRID, "frontier": FRONTIERS, "cpu": CPU}
+    kinds: dict[str, tuple[Cell | Frontier, ...]] = {"grid": GRID, "dora": DORA, "frontier": FRONTIERS, "cpu": CPU}
     everything = {one.name: one for kind in kinds.values() for one in kind}
     chosen: list[Cell | Frontier] = []
     for name in names.split(","):

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from plan_cells import CPU, GIB, GRID, Cell, is_held_out, predict
+from plan_cells import CPU, DORA, GIB, GRID, Cell, is_held_out, predict
 
 from stoker.plan import speed
 from stoker.plan.calibration import Calibration
@@ -74,7 +74,7 @@ def _calibration(found: Mapping[str, Any]) -> Calibration | None:
     return replace(turns[0], products=products, cpu=cpu, call_seconds=min(one.call_seconds for one in turns), **best)
 
 
-def lines(found: Mapping[str, Any], cells: Sequence[Cell] = GRID) -> list[Line]:
+def lines(found: Mapping[str, Any], cells: Sequence[Cell] = (*GRID, *DORA)) -> list[Line]:
     """Returns the measured cells with the predictions of this version's formulas."""
     made, measured = [], _calibration(found)
     for cell in cells:
@@ -89,7 +89,7 @@ def lines(found: Mapping[str, Any], cells: Sequence[Cell] = GRID) -> list[Line]:
         made.append(
             Line(
                 cell.name,
-                is_held_out(cell.name, cells),
+                is_held_out(cell.name, CPU if cells is CPU else GRID),
                 facts["peak_bytes"],
                 # A CPU's peak is the process's, PyTorch's libraries included.
                 now.plan.memory.total if cells is CPU else now.allocated_bytes,

@@ -31,6 +31,8 @@ Keep = Literal["all", "mixer", "attention", "input"]
 LADDER: tuple[Keep, ...] = ("all", "mixer", "attention", "input")
 """From keeping most to keeping least; each step down runs more again."""
 OP_BY_OP_LADDER: tuple[Keep, ...] = ("all", "input")
+FOR_MAGNITUDES = ("attention.out", "feed_forward.down")
+"""Linear layers that the layer kernel runs again for the gradient of DoRA's magnitudes."""
 SCAN_CHUNK = 16
 """Positions of a chunk of Mamba-1's scan (`kernels/selective_scan_triton.py`)."""
 # Tensors on their way to the host or back at any time (`kernels/offload.py`: four leave, or four come).
@@ -344,7 +346,7 @@ def run_again(
 ) -> tuple[str, ...]:
     """Returns what a layer's backward runs again on its rung, by the names of `arithmetic.layer_flops_per_token`."""
     if is_fused and not why_not_llama(layer):
-        for_magnitudes = ("attention.out", "feed_forward.down") if adapter is not None and adapter.dora else ()
+        for_magnitudes = FOR_MAGNITUDES if adapter is not None and adapter.dora else ()
         return _RUN_AGAIN[keep] + tuple(name for name in for_magnitudes if adapter and name in adapter.names)
     if keep == "all":
         return ()

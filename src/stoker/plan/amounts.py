@@ -3,6 +3,7 @@
 Counted once for a model, a micro-batch and a ladder: a survey asks for the same on each of its devices.
 """
 
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +11,8 @@ from typing import Literal
 from stoker.arch import activations, arithmetic
 from stoker.arch.activations import Keep
 from stoker.arch.borrowed import AnySpec, BorrowedMixer
-from stoker.arch.parts import parts
+from stoker.arch.parts import Linear, parts
+from stoker.arch.saved import Adapted
 from stoker.arch.shape import why_not_llama
 from stoker.arch.spec import (
     AttentionSpec,
@@ -36,15 +38,25 @@ _CALLS_OP_BY_OP, _ADAPTER_CALLS_OP_BY_OP, _ADAPTER_CALLS_FUSED = 175, 24.5, 32
 _CALLS_FUSED: dict[Keep, int] = {"all": 190, "mixer": 202, "attention": 246, "input": 252}
 # Running a layer that runs op by op again repeats its forward, about two fifths of its operations.
 _CALLS_AGAIN = 0.4
-# Bytes a weight that turning a quantised one into the compute type moves: it is read, and two bytes are written.
-_DEQUANTISED = {"nf4": 0.52 + 2, "int8": 3.0}
+BYTES_MADE_DENSE = {"nf4": 0.52 + 2, "int8": 3.0, "fp8": 3.0}
+"""Bytes a weight that turning a quantised one into the compute type moves: it is read, two bytes are written."""
+# DoRA's factor of each output: values an output that multiplying by it moves, forward, and what its gradient and
+# that of what it multiplies move, backward. The layer kernel adds the residual in a pass of its own where there is a
+# factor, and copies gate and up for the gradient.
+_FACTOR, _FACTOR_BACKWARD, _RESIDUAL_APART, _COPY = 2, 6, 3, 2
+# Operations that the lengths of a weight's rows take, for each of its parts and for each piece of that, and those of
+# the factor and its gradient, by counting what a CPU dispatches.
+_PART_CALLS, _PIECE_CALLS, _FACTOR_CALLS = 8, 8, 25
+LENGTH_BYTES = 16 * 2**20
+"""Of a piece of a weight that is widened to fp32 to take its rows' lengths (`kernels/lora.py`)."""
 
 
 @dataclass(frozen=True)
 class Way:
     """How a micro-batch is run, as far as it decides what there is to do.
 
-    `is_frozen`: the base is, and an adapter trained; `uses_triton`: its kernels run, not plain PyTorch.
+    `is_frozen`: the base is, and an adapter trained; `uses_triton`: its kernels run, not plain PyTorch. `adapter`: what
+    DoRA needs to know of it; None: there is none, or plain LoRA.
     """
 
     layers: str
@@ -53,6 +65,7 @@ class Way:
     keep_transposed: bool | None
     is_frozen: bool
     uses_triton: bool
+    adapter: Adapted | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,8 @@ class Amounts:
     Triton, and in others. `dequantised_bytes`: what turning weights into the compute type, or fp8's rows, moves.
     `head`: done once; how often decides who is trained. `fused_layers` and `op_by_op_layers`: how many launch so.
     `calls`: operations that plain PyTorch dispatches, and `adapter_calls` more with adapters on all linear layers.
+    `measured_weights`, `factor_values`, `dora_calls`: of DoRA, the weights whose rows' lengths are taken, the values
+    that multiplying by factors moves, and the operations that both dispatch on any device.
     """
 
     products: tuple[Product, ...]
@@ -118,6 +133,9 @@ class Amounts:
     document_tokens: float
     calls: float
     adapter_calls: float
+    measured_weights: float = 0.0
+    factor_values: float = 0.0
+    dora_calls: float = 0.0
 
 
 @remember(0)
@@ -144,6 +162,9 @@ def amounts(spec: AnySpec, way: Way, tokens: float, document_tokens: float, trai
         document_tokens=counted.document_tokens,
         calls=counted.totals["calls"],
         adapter_calls=counted.totals["adapter calls"],
+        measured_weights=counted.totals["measured"],
+        factor_values=counted.totals["factors"],
+        dora_calls=counted.totals["dora calls"],
     )
 
 
@@ -172,19 +193,21 @@ class _Counted:
         """Adds `count` layers."""
         hidden_size, way = self.spec.hidden_size, self.way
         is_fused = way.layers == "fused" and not why_not_llama(layer)
-        again = activations.run_again(layer, hidden_size, rung, is_fused=is_fused)
+        again = activations.run_again(layer, hidden_size, rung, is_fused=is_fused, adapter=way.adapter)
         passes = 2 if way.is_frozen else 3
         linears = arithmetic.linears(layer, hidden_size)
         self._add_calls(rung, count, len(linears), is_fused=is_fused)
         for name, linear in linears.items():
             rows, into, out = self.tokens * linear.used, linear.in_features, sum(linear.out_features)
             weights = linear.weights * max(1, linear.experts)
-            times, repeated = count * passes, count * (name in again)
+            times, repeated = count * passes, count * again.count(name)
             in_fp8, is_grouped = way.quantization == "fp8" and not linear.experts, bool(linear.experts)
             self.products.append(Product(rows, into, out, weights, times, repeated, in_fp8, is_grouped))
             self.totals["adapter"] += count * rows * (into + out)
-            moved = self._dequantised(weights, 2 + (name in again), rows * (into + out))
+            moved = self._dequantised(weights, 2 + again.count(name), rows * (into + out))
             self.totals["dequantised"] += count * moved
+            if way.adapter is not None and way.adapter.dora and name in way.adapter.names and not linear.experts:
+                self._add_dora(name, linear, count, again.count(name), is_fused=is_fused)
         for name, part in parts(layer, hidden_size).items():
             kind, width = _kind(layer, name)
             flops = self.tokens * part.flops(self.document_tokens)
@@ -199,11 +222,30 @@ class _Counted:
         each = _ADAPTER_CALLS_FUSED if is_fused else _ADAPTER_CALLS_OP_BY_OP
         self.totals["adapter calls"] += count * num_linears * each
 
+    def _add_dora(self, name: str, linear: Linear, count: int, again: int, *, is_fused: bool) -> None:
+        """Adds what DoRA does on `count` linear layers beside their products, which are run `again` so many times.
+
+        The layer kernel takes the lengths once; a layer that runs again op by op takes them again.
+        """
+        out, taken = sum(linear.out_features), 1 if is_fused else 1 + again
+        moved = _FACTOR + _FACTOR_BACKWARD
+        if not is_fused:
+            moved += _FACTOR * again
+        elif name in activations.FOR_MAGNITUDES:  # the run for the magnitude's gradient has no factor
+            moved += _RESIDUAL_APART + (_FACTOR + _RESIDUAL_APART) * (again - 1)
+        else:
+            moved += _FACTOR * again + (_COPY if name.startswith("feed_forward.") else 0)
+        self.totals["factors"] += count * self.tokens * out * moved
+        self.totals["measured"] += count * taken * linear.weights
+        rows = max(1, LENGTH_BYTES // (4 * linear.in_features))
+        lengths = sum(_PART_CALLS + _PIECE_CALLS * math.ceil(part / rows) for part in linear.out_features)
+        self.totals["dora calls"] += count * (taken * lengths + _FACTOR_CALLS)
+
     def _dequantised(self, weights: int, times: int, values: float) -> float:
         kind = self.way.quantization
         if kind == "fp8":  # rows are read and written in fp8 on their way in; weights transposed where no copy is kept
             return 3 * values + (0 if self.way.keep_transposed else 2 * weights)
-        return times * _DEQUANTISED.get(kind, 0.0) * weights
+        return times * BYTES_MADE_DENSE.get(kind, 0.0) * weights
 
 
 def _kind(layer: LayerSpec, name: str) -> tuple[Literal["products", "attention", "chunked_scan", "scan"], int]:

@@ -93,6 +93,7 @@ class Calibration:
             attention=attention,
             bandwidth=_COPY_IN_STEP,
             host_link=1.0 if self.to_device else found.host_link,
+            call_seconds=self.call_seconds,
             layer_launch_seconds=_CALLS_FUSED * self.call_seconds,
             op_by_op_launch_seconds=_CALLS_OP_BY_OP * self.call_seconds,
             load_bandwidth=min(loading, default=found.load_bandwidth),

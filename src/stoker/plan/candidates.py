@@ -11,7 +11,15 @@ from stoker.plan import execution, facts, ladder, rates, speed
 from stoker.plan.adapter import adapted, adapter_parameters, targeted
 from stoker.plan.hardware import Device
 from stoker.plan.ladder import Ladder, Weighed
-from stoker.plan.memory import VALUE_BYTES, Memory, estimate, last_gradient_bytes, trained_head_bytes, transposed_bytes
+from stoker.plan.memory import (
+    VALUE_BYTES,
+    Memory,
+    estimate,
+    last_gradient_bytes,
+    lengths_bytes,
+    trained_head_bytes,
+    transposed_bytes,
+)
 from stoker.plan.rates import Rates
 from stoker.plan.remember import remember
 from stoker.plan.spread import SINGLE, Spread
@@ -178,6 +186,14 @@ class Size:
             return 0
         return 2 if config.train.weight_dtype == "bf16" and config.adapter is None else 4
 
+    @cached_property
+    def _lengths_bytes(self) -> int:
+        """See `memory.lengths_bytes`; 0 without DoRA."""
+        config = self.job.config
+        if config.adapter is None or config.adapter.kind != "dora":
+            return 0
+        return lengths_bytes(self.job.spec, config.model.quantization, self.micro.value_bytes)
+
     def _may_be_captured(self) -> bool:
         job = self.job
         if execution.why_no_graphs(job.config, job.spec, job.machine.device, offload=False):
@@ -222,9 +238,11 @@ class Size:
         """
         memory = self._besides[held.ladder.layers == "fused"]
         if self.job.config.adapter is not None:
+            # DoRA's lengths of rows, in the last layer's forward, are one more moment, without what the head needs.
+            before = held.after_forward + max(0, self._lengths_bytes - memory.logits)
             if not self.micro.gradient_bytes:
-                return held.after_forward
-            return max(held.after_forward - memory.gradients, memory.gradients - memory.logits)
+                return before
+            return max(before - memory.gradients, memory.gradients - memory.logits)
         if not self.micro.gradient_bytes:
             return None
         with_head = held.after_forward + trained_head_bytes(self.job.spec, self.micro) - memory.gradients

@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 
-from stoker.plan.amounts import Amounts
+from stoker.plan.amounts import LENGTH_BYTES, Amounts
 
 # Results up to so many bytes stay in the caches from one operation to the next; from so many on (glibc's largest
 # threshold) each is made of pages that the system has to clear. What lies between is taken to be between.
@@ -102,11 +102,17 @@ def micro_batch_seconds(
     if rank is not None:
         passes = _ADAPTER_PASSES * value_bytes / bandwidth
         times["adapters"] = adapted * work.adapter_values * (6 * rank / (_NARROW * rate) + passes)
+        times["adapters"] += work.factor_values * value_bytes / bandwidth
+        # Pieces of a weight are read where they lie; their squares are made anew, and read again.
+        lengths = 3 * value_bytes / found.bandwidth(LENGTH_BYTES) + 2 * rank / (_NARROW * rate)
+        times["adapters"] += work.measured_weights * lengths
     times["head"] = (2 if rank is not None else 3) * work.head.flops / rate
     times["head"] += work.head.rows * work.head.out * found.logit_seconds
     if rank is None:
         times["head"] += _EMBEDDING_PASSES * work.head.weights * value_bytes / found.in_memory
-    calls = work.calls + adapted * work.adapter_calls + _MICRO_BATCH_CALLS + _DOCUMENT_CALLS * documents
+    calls = (
+        work.calls + work.dora_calls + adapted * work.adapter_calls + _MICRO_BATCH_CALLS + _DOCUMENT_CALLS * documents
+    )
     times["waiting"] = calls * _IN_STEP * found.call_seconds
     return times
 

@@ -17,6 +17,7 @@ from stoker.arch.spec import LayerSpec
 from stoker.config.schema import Adapter, Optimizer
 from stoker.plan import facts, shared_rows
 from stoker.plan.adapter import expert_parameters
+from stoker.plan.amounts import LENGTH_BYTES
 from stoker.plan.remember import remember
 from stoker.plan.spread import SINGLE, Spread
 from stoker.plan.states import state_bytes
@@ -290,6 +291,17 @@ def scratch_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> int:
         return 0
     largest = max((size for layer in set(spec.layers) for size in _fused_sizes(spec, layer)), default=0)
     return largest if quantization == "fp8" else largest * value_bytes
+
+
+@remember(0)
+def lengths_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> int:
+    """Returns the bytes that DoRA's lengths of a weight's rows take, as a layer's forward begins.
+
+    That is a piece of the weight in fp32 and its squares, and of a quantised one all of it in the compute type.
+    """
+    largest = max((size for layer in set(spec.layers) for size in _fused_sizes(spec, layer)), default=0)
+    pieces = (2 if value_bytes < 4 else 1) * min(LENGTH_BYTES, 4 * largest)
+    return pieces + (largest * value_bytes if quantization != "none" else 0)
 
 
 def _fused_sizes(spec: AnySpec, layer: LayerSpec) -> list[int]:

@@ -13,10 +13,11 @@ from typing import Protocol
 
 from stoker.arch.activations import Keep
 from stoker.arch.borrowed import AnySpec
+from stoker.arch.saved import Adapted
 from stoker.config.schema import RunConfig
 from stoker.plan import cpu, facts, shared_rows
-from stoker.plan.adapter import num_targeted
-from stoker.plan.amounts import Amounts, Mixing, Product, Way, amounts
+from stoker.plan.adapter import adapted, num_targeted
+from stoker.plan.amounts import BYTES_MADE_DENSE, Amounts, Mixing, Product, Way, amounts
 from stoker.plan.catalogue import CatalogueDevice
 from stoker.plan.efficiencies import MEASURED, Efficiencies
 from stoker.plan.links import Links
@@ -28,6 +29,8 @@ _LOGIT_BYTES = 8  # of the loss: logits written, read twice as bf16 and rewritte
 # Of an optimiser step, bytes a trained parameter besides its state: gradient read twice (norm, update) and zeroed,
 # weight read and written in fp32, and its copy in the compute type.
 _UPDATE_BYTES = 3 * 4 + 2 * 4 + 2
+# Of the length of a weight's rows, bytes that an fp32 value of it moves: read, its square written and read.
+_LENGTH_BYTES = 3 * 4
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,13 @@ class _Clock:
         self.peak = device.rates.get(dtype, device.rates["fp32"])
         self.bandwidth = found.bandwidth * device.bandwidth
         way = Way(
-            plan.layers, plan.keep, plan.quantization, plan.keep_transposed, self.is_frozen, plan.kernels == "triton"
+            plan.layers,
+            plan.keep,
+            plan.quantization,
+            plan.keep_transposed,
+            self.is_frozen,
+            plan.kernels == "triton",
+            _with_dora(config, spec),
         )
         self.tokens, self.document_tokens = plan.micro_batch_size * rows.tokens, rows.document_tokens
         self.amounts = amounts(spec, way, self.tokens, rows.document_tokens, rows.trained_share)
@@ -184,12 +193,28 @@ class _Clock:
             times["attention"] += mixing.times * forward
             times["recompute"] += mixing.again * forward
         adapted = self.found.adapter_passes * _adapted_share(self.config, self.spec)
-        times["adapters"] = adapted * work.adapter_values * self.value_bytes / self.bandwidth
+        times["adapters"] = adapted * work.adapter_values * self.value_bytes / self.bandwidth + self._dora(work)
         moved = work.fused_values + self.found.op_by_op * work.op_by_op_values
         times["elementwise"] = moved * self.value_bytes / self.bandwidth
         times["dequantise"] = work.dequantised_bytes / self.bandwidth
         times["head"] = self._head(work.head)
         return times
+
+    def _dora(self, work: Amounts) -> float:
+        """Seconds of the lengths of rows of weights with their updates, and of the factors that they lead to.
+
+        A piece of a weight is widened to fp32, squared, summed, and multiplied by an adapter's A; a quantised one is
+        turned into two bytes first.
+        """
+        adapter, weights = self.config.adapter, work.measured_weights
+        if adapter is None or not weights:
+            return 0.0
+        widened = self.value_bytes + 4 if self.value_bytes < 4 else 0
+        stored = BYTES_MADE_DENSE.get(self.plan.quantization, 0.0)
+        lengths = (stored + widened + _LENGTH_BYTES) * weights / self.bandwidth
+        rate = self.found.matmul * self.device.rates["fp32"]
+        lengths += max(2.0 * adapter.rank * weights / rate, 4 * weights / self.bandwidth)
+        return lengths + work.factor_values * self.value_bytes / self.bandwidth
 
     def _communication(self, work: float) -> tuple[float, float]:
         """Seconds of a step's collectives, and those of them that nothing hides; `work`: seconds of a micro-batch.
@@ -281,7 +306,8 @@ class _Clock:
     def _launches(self) -> float:
         work = self.amounts
         fused = work.fused_layers * self.found.layer_launch_seconds
-        return fused + work.op_by_op_layers * self.found.op_by_op_launch_seconds
+        layers = fused + work.op_by_op_layers * self.found.op_by_op_launch_seconds
+        return layers + work.dora_calls * self.found.call_seconds
 
     def _optimizer(self) -> float:
         state = 2 * bytes_each(self.config.train.optimizer, self.config.adapter)
@@ -304,6 +330,12 @@ class _Clock:
 
     def _host_link(self) -> float:
         return self.found.host_link * self.device.host_link or self.found.host_bandwidth
+
+
+def _with_dora(config: RunConfig, spec: AnySpec) -> Adapted | None:
+    """Returns what DoRA keeps, of a run with DoRA."""
+    adapter = config.adapter
+    return adapted(spec, adapter, config.model.quantization) if adapter is not None and adapter.kind == "dora" else None
 
 
 def _adapted_share(config: RunConfig, spec: AnySpec) -> float:

@@ -94,19 +94,29 @@ def dispatched(method, rung, layers):
     return counted.number
 
 
-@pytest.mark.parametrize(("method", "rung"), [("full", "none"), ("lora", "none"), ("full", "input"), ("lora", "mixer")])
+@pytest.mark.parametrize(
+    ("method", "rung"),
+    [
+        *[("full", "none"), ("lora", "none"), ("full", "input"), ("lora", "mixer")],
+        *[("dora", "none"), ("dora", "mixer"), ("dora", "input")],
+    ],
+)
 def test_the_calls_of_a_layer_are_those_that_pytorch_dispatches(method, rung):
     from plan_cells import Cell
 
+    from stoker.config.schema import Adapter
+    from stoker.plan.adapter import adapted
     from stoker.plan.amounts import Way, amounts
 
     a_layer = dispatched(method, rung, 2) - dispatched(method, rung, 1)
     spec = Cell("tiny", "llama-tiny", method, 1, 16, rung, layers=1).spec()
-    is_frozen = method == "lora"
+    is_frozen = method != "full"
     layers, keep = ("op by op", "all") if rung == "none" else ("fused", rung)
-    way = Way(layers, (keep,), "none", None, is_frozen, uses_triton=False)
+    kept = adapted(spec, Adapter(kind="dora", rank=16), "none") if method == "dora" else None
+    way = Way(layers, (keep,), "none", None, is_frozen, uses_triton=False, adapter=kept)
     counted = amounts(spec, way, 16, 16, 1.0)
-    assert counted.calls + is_frozen * counted.adapter_calls == pytest.approx(a_layer, rel=0.1)
+    calls = counted.calls + counted.dora_calls + is_frozen * counted.adapter_calls
+    assert calls == pytest.approx(a_layer, rel=0.1)
 
 
 def test_results_that_leave_the_caches_are_slower_and_longer_documents_are_faster():

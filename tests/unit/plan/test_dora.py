@@ -1,0 +1,69 @@
+"""What DoRA adds to the plan's time and memory, beside what LoRA has (its products: tests/unit/arch/test_flops.py)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from live_bytes import LiveBytes
+from stoker.arch.families import read
+from stoker.kernels.lora import row_norms
+from stoker.plan import speed
+from stoker.plan.catalogue import shipped
+from stoker.plan.choose import choose
+from stoker.plan.memory import lengths_bytes
+
+H200 = shipped()["h200"]
+
+
+def step(run, spec, machine, kind, tokens, *settings):
+    config = run(f"adapter.kind={kind}", "engine.recompute=mixer", "train.batch_size=2", *settings)
+    plan = choose(config, spec, machine(140))
+    return speed.step(config, spec, plan, H200, rows=speed.Rows(tokens, tokens))
+
+
+def test_lengths_of_rows_cost_the_same_however_many_tokens_there_are(run, llama_8b, machine):
+    more = {}
+    for tokens in (1024, 4096):
+        lora, dora = (step(run, llama_8b, machine, kind, tokens) for kind in ("lora", "dora"))
+        assert dora.matmul == lora.matmul
+        assert dora.recompute > 1.5 * lora.recompute  # out and down again, beside gate and up
+        more[tokens] = dora.adapters - lora.adapters
+    fixed = (4 * more[1024] - more[4096]) / 3
+    # Of 7 billion weights in bf16: read and widened, squared, summed, multiplied by A, at 80% of the bandwidth.
+    weights = 32 * (4096 * (6144 + 4096) + 3 * 4096 * 14336)
+    assert fixed == pytest.approx((2 + 4 + 4 + 4 + 4 + 4) * weights / (0.8 * H200.bandwidth), rel=0.01)
+
+
+def test_a_quantised_base_is_made_dense_for_them(run, llama_8b, machine):
+    plain, nf4 = (
+        step(run, llama_8b, machine, "dora", 4096, f"model.quantization={kind}").adapters for kind in ("none", "nf4")
+    )
+    assert nf4 > plain
+
+
+def test_their_launches_count(run, llama_8b, machine):
+    slow = replace(H200, bandwidth=1e15, rates=dict.fromkeys(H200.rates, 1e18))
+    waiting = {}
+    for kind in ("lora", "dora"):
+        config = run(f"adapter.kind={kind}", "engine.cuda_graphs=false", "engine.micro_batch_size=1")
+        plan = choose(config, llama_8b, machine(140))
+        waiting[kind] = speed.step(config, llama_8b, plan, slow, rows=speed.Rows(64, 64)).waiting
+    # 52 pieces of 16 MiB a layer, each widened, squared, summed and multiplied.
+    assert waiting["dora"] - waiting["lora"] > 32 * 52 * 8 * 5e-6 * 32
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(8192, torch.bfloat16), (512, torch.bfloat16), (8192, torch.float32)])
+def test_they_take_the_memory_that_is_counted(rows, dtype):
+    columns = 1024
+    weight, a, b = torch.zeros(rows, columns, dtype=dtype), torch.zeros(4, columns), torch.zeros(rows, 4)
+    with LiveBytes() as memory:
+        row_norms(weight, a, b, scaling=1.0, slices=[slice(0, rows)])
+    sizes = {"hidden_size": columns, "intermediate_size": rows // 2, "num_attention_heads": 4, "vocab_size": 64}
+    spec = read({"model_type": "llama", "num_hidden_layers": 1, "num_key_value_heads": 1} | sizes, "config.json")
+    expected = lengths_bytes(spec, "none", dtype.itemsize)
+    if rows == 512:  # the largest weight of that model is q, k and v
+        expected = 2 * 4 * rows * columns
+    assert memory.peak == pytest.approx(expected, rel=0.05)
+    dense = lengths_bytes(spec, "nf4", dtype.itemsize) - lengths_bytes(spec, "none", dtype.itemsize)
+    assert dense == dtype.itemsize * max(rows * columns, 1536 * columns)
