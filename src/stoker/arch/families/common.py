@@ -10,13 +10,27 @@ A family of plain layers is a table of its model types' defaults, and what it ha
 Nothing here has a default for a size: an absent key has the one in the family's table, or is an error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stoker.arch.families.reader import ConfigReader
 from stoker.arch.families.rope import read_rope
 from stoker.arch.families.stored import stored_quantization
 from stoker.arch.spec import Activation, ArchSpec, AttentionSpec, GatedSpec, LayerSpec, NormSpec, RopeSpec
+
+LIKE_LLAMA: Mapping[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+"""Defaults of Transformers' LlamaConfig, Llama 7B's, from which those of several other model types were copied."""
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 """Transformers' names of layers' kinds."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from stoker.arch.families import latent
-from stoker.arch.families.common import read_decoder, refuse_dropout
+from stoker.arch.families.common import LIKE_LLAMA, read_decoder, refuse_dropout
 from stoker.arch.families.mixtures import read_auxiliary_loss
 from stoker.arch.families.names import ExpertNames, Held, Names, entries
 from stoker.arch.families.reader import ConfigReader
@@ -25,15 +25,9 @@ from stoker.arch.spec import (
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {
+        **LIKE_LLAMA,
         **latent.DEFAULTS,
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
         "moe_intermediate_size": 1407,
-        "num_hidden_layers": 32,
-        "tie_word_embeddings": False,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 2048,
         "n_routed_experts": 64,
         "n_shared_experts": 2,
         "first_k_dense_replace": 0,

@@ -24,19 +24,7 @@ _NAMES = Names(
     },
     final_norm="model.final_layernorm",
 )
-_DEFAULTS = {
-    "vocab_size": 128000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
+_DEFAULTS = {**state_space.BESIDE_ATTENTION, "max_position_embeddings": 8192}
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:

@@ -10,25 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stoker.arch.families.common import read_attention, read_decoder, read_gated, read_head_rope, refuse_dropout
+from stoker.arch.families.common import (
+    LIKE_LLAMA,
+    read_attention,
+    read_decoder,
+    read_gated,
+    read_head_rope,
+    refuse_dropout,
+)
 from stoker.arch.families.names import Names, entries
 from stoker.arch.families.reader import ConfigReader
 from stoker.arch.spec import ArchSpec, LayerSpec, NormSpec, WeightEntry
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "granite": {**_SIZES, "tie_word_embeddings": False},
-    "minicpm": {**_SIZES, "tie_word_embeddings": True},
+    "granite": {**LIKE_LLAMA},
+    "minicpm": {**LIKE_LLAMA, "tie_word_embeddings": True},
 }
 
 

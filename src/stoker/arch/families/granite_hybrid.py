@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stoker.arch.families import state_space
-from stoker.arch.families.common import FULL, read_attention, read_decoder, read_head_rope, refuse_dropout
+from stoker.arch.families.common import FULL, LIKE_LLAMA, read_attention, read_decoder, read_head_rope, refuse_dropout
 from stoker.arch.families.mixtures import read_auxiliary_loss
 from stoker.arch.families.names import SEPARATE, ExpertNames, Names, entries
 from stoker.arch.families.reader import ConfigReader
@@ -42,16 +42,7 @@ _NAMES = Names(
         ),
     }
 )
-_DEFAULTS = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-}
+_DEFAULTS = {**LIKE_LLAMA, "num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 1024}
 
 
 def read(config: Mapping[str, Any], where: str) -> ArchSpec:
@@ -79,13 +70,13 @@ def weight_map(spec: ArchSpec) -> tuple[WeightEntry, ...]:
 
 
 def _feed_forward(reader: ConfigReader) -> FeedForwardSpec:
-    shared_size = reader.size("shared_intermediate_size", 1024)
-    if not reader.get("num_local_experts", 8):
+    shared_size = reader.size("shared_intermediate_size")
+    if not reader.get("num_local_experts"):
         return GatedSpec(intermediate_size=shared_size)
     return ExpertsSpec(
-        num_experts=reader.size("num_local_experts", 8),
-        top_k=reader.size("num_experts_per_tok", 2),
-        intermediate_size=reader.size("intermediate_size", 11008),
+        num_experts=reader.size("num_local_experts"),
+        top_k=reader.size("num_experts_per_tok"),
+        intermediate_size=reader.size("intermediate_size"),
         router=RouterSpec(score="softmax_of_chosen"),
         shared_size=shared_size,
         auxiliary_loss=read_auxiliary_loss(reader),

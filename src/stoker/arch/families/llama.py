@@ -8,31 +8,23 @@ compute is refused. `pretraining_tp` is not: it orders the same sums. Checked ag
 from collections.abc import Mapping
 from typing import Any
 
-from stoker.arch.families.common import FULL, SLIDING, read_attention, read_decoder, read_head_rope, refuse_dropout
+from stoker.arch.families.common import (
+    FULL,
+    LIKE_LLAMA,
+    SLIDING,
+    read_attention,
+    read_decoder,
+    read_head_rope,
+    refuse_dropout,
+)
 from stoker.arch.families.names import Names, entries
 from stoker.arch.families.reader import ConfigReader
 from stoker.arch.spec import ArchSpec, GatedSpec, LayerSpec, NormSpec, WeightEntry
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {
-        **_SIZES,
-        "intermediate_size": 11008,
-        "max_position_embeddings": 2048,
-        "num_key_value_heads": None,
-        "sliding_window": None,
-    },
+    "llama": {**LIKE_LLAMA},
     "mistral": {
-        **_SIZES,
+        **LIKE_LLAMA,
         "intermediate_size": 14336,
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,

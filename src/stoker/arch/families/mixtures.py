@@ -10,6 +10,7 @@ from typing import Any
 
 from stoker.arch.families.common import (
     FULL,
+    LIKE_LLAMA,
     SLIDING,
     layer_kinds,
     read_attention,
@@ -99,15 +100,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "router_aux_loss_coef": 0.01,
     },
     "granitemoe": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "tie_word_embeddings": False,
-        "num_attention_heads": 32,
-        "num_key_value_heads": None,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
+        **LIKE_LLAMA,
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
         "router_aux_loss_coef": 0.001,

@@ -15,6 +15,20 @@ from stoker.arch.spec import Mamba2Spec
 UNBOUNDED_POSITIONS = 2**20
 """Context of a model without positions, in tokens: its state has one size whatever came before, so any length runs."""
 
+BESIDE_ATTENTION: Mapping[str, Any] = {
+    "vocab_size": 128000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+"""Defaults of Transformers' BambaConfig, which FalconH1Config has too."""
+
 LINEAR = "linear_attention"
 """Transformers' name of the kind of layer whose mixer is a state space."""
 
