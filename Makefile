@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Tests start many processes: where Python is told to keep no bytecode, each would compile the package again.
+export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help env train test test-distributed check format docs clean
+.PHONY: help env train test test-distributed lint check format docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,12 +32,14 @@ test: env ## run every test
 test-distributed: env ## run every test of several processes, on two and on four of them
 	STOKER_TEST_ALL=1 $(BIN)/python -m pytest -n 0 tests/distributed
 
-check: env ## format, lint, types, layers, quick tests: under a minute
+lint: env ## format, lint, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 -m 'not slow' tests/unit
+
+check: lint ## format, lint, types, layers, quick tests: about a minute
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' tests/unit
 
 format: env ## format and fix what can be fixed
 	$(BIN)/ruff format .

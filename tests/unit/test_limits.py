@@ -40,6 +40,7 @@ def test_the_cases_reach_the_contexts_that_they_are_for():
     assert (limits.CASES["context_24"].limit_gib, limits.CASES["context_16"].limit_gib) == (23.5, 15.5)
 
 
+@pytest.mark.slow
 def test_a_case_takes_three_steps_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
     models = ["--base", "shape:llama-tiny", "--models", str(tmp_path / "models")]
     arguments = ["context_16", "--sizes", "32", "64", "--results", str(tmp_path), "--commit", "abc"]

@@ -53,6 +53,7 @@ def as_torch_counts(spec, flops):
     return flops + mixing * (2 * LENGTH / (LENGTH + 1) - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*DENSE, "mamba-2.8b"])
 def test_flops_of_a_forward_are_those_that_torch_counts(name):
     spec, model = model_of(name, layers=2)

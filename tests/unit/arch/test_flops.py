@@ -106,6 +106,7 @@ def rungs_of(spec, *, is_fused):
     return list(dict.fromkeys(plain))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_training_takes_the_flops_that_torch_counts_on_every_rung(name):
     spec = as_a_gpu_attends(spec_of(name))
@@ -126,6 +127,7 @@ WITHOUT_SCANS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("name", WITHOUT_SCANS)
 def test_adapters_take_the_flops_and_parameters_that_are_counted(name, kind):

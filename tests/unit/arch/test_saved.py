@@ -102,6 +102,7 @@ def assert_kept(spec, mode, kernels, rungs_of):
             assert predicted == pytest.approx(measured, rel=0.03), (rung, layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_plain_pytorch_keeps_what_is_counted(name):
     spec = as_a_gpu_attends(spec_of(name))
@@ -109,6 +110,7 @@ def test_plain_pytorch_keeps_what_is_counted(name):
     assert_kept(spec, "lora", "reference", activations.op_by_op_rungs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "full in bf16", "lora", "nf4 dora"])
 @pytest.mark.parametrize("name", CASES)
 def test_layers_keep_on_a_gpu_what_is_counted(name, mode, hollow):
@@ -119,6 +121,7 @@ def test_layers_keep_on_a_gpu_what_is_counted(name, mode, hollow):
 LLAMAS = [name for name in CASES if not all(why_not_llama(layer) for layer in as_a_gpu_attends(spec_of(name)).layers)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full in bf16", "lora", "dora", "nf4 dora"])
 @pytest.mark.parametrize("name", LLAMAS)
 def test_the_layer_kernel_keeps_what_is_counted(name, mode, hollow):

@@ -176,6 +176,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_writes_leaves_the_one_before(tmp_path, content):
     process = subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "writing\n"

@@ -138,6 +138,7 @@ def yardstick():
     return time.process_time() - started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form",
     [

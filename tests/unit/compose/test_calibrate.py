@@ -19,6 +19,7 @@ def machine_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate.Sizes, "of", classmethod(lambda cls, kind: TINY))
 
 
+@pytest.mark.slow
 def test_the_command_measures_keeps_and_the_plan_says_so(tmp_path):
     result = CliRunner().invoke(app, ["doctor", "--calibrate", "--folder", str(tmp_path)])
     assert result.exit_code == 0, result.output

@@ -74,6 +74,7 @@ def small_memory(monkeypatch):
     monkeypatch.setattr(SingleDevice, "forward_backward", run_out)
 
 
+@pytest.mark.slow
 def test_layers_keep_less_and_the_loss_stays_what_it_was(tmp_path, small_memory, monkeypatch):
     said: list[str] = []
     relieved = losses(run(tmp_path), said)

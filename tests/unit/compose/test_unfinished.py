@@ -81,6 +81,7 @@ def test_weights_that_were_not_trained_come_from_the_base(tmp_path, base):
     assert sorted(name.split(".")[-2] for name in different) == ["k_proj", "q_proj", "v_proj"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_an_adapter_is_merged_as_from_a_finished_run(tmp_path, base, kind):
     model = decoder_of(base)

@@ -158,6 +158,7 @@ def test_parse_takes_paths_and_tuples_from_python():
 ODD = [None, True, -1, 1.5, math.nan, "", "x", [], [1], [None], [[]], {}, {"kind": "x"}, {"kind": [1]}, {"a": {"b": 1}}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path, _ in describe.walk()] + [("nope",)], ids=".".join)
 def test_no_value_anywhere_ends_in_anything_but_sentences(path):
     for odd in ODD:

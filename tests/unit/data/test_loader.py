@@ -314,6 +314,7 @@ class Synthetic:
         return np.full(length, index, dtype=np.uint32), np.ones(length, dtype=bool)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"packing": True}, {"packing": False}, {"packing": True, "weights": (1.0, 3.0)}])
 def test_row_ten_million_is_there_at_once(options):
     ten_million = Synthetic()

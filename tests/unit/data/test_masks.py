@@ -63,6 +63,7 @@ PREFIX_STABLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PREFIX_STABLE if name != "chatml"])
 def test_calls_and_answers_train_as_re_rendering_turn_by_turn_says(name, make_tokenizer):
     tokenizer = make_tokenizer(None, eos=PREFIX_STABLE[name])
@@ -122,6 +123,7 @@ def _template(rewrite, *, tagged):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REWRITES)
 def test_rewritten_contents_train_as_generation_tags_say_or_are_refused(name, make_tokenizer):
     plain, tagged = (make_tokenizer(_template(REWRITES[name], tagged=tagged)) for tagged in (False, True))
@@ -274,6 +276,7 @@ LONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", LONG, ids=lambda name: name if len(name) < 20 else "rewriting")
 def test_two_thousand_turns_prepare_in_less_than_a_second(template, make_tokenizer):
     tokenizer = make_tokenizer(None)

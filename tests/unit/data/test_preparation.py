@@ -52,6 +52,7 @@ def mixed_rows(count):
     return [chat(number, words.randint(1, 60)) for number in range(count)]
 
 
+@pytest.mark.slow
 def test_workers_give_what_one_process_gives(write, run):
     rows = [*mixed_rows(1500), "{", chat("long", 200), *mixed_rows(300)]
     sources = (write(rows), write([{"text": f"hot {number} hot hot"} for number in range(700)], "texts.jsonl"))
@@ -68,12 +69,14 @@ def test_workers_give_what_one_process_gives(write, run):
     assert side_by_side.audit.bad_row_examples[0].startswith(f"{sources[0].path}:1501: the line is not JSON")
 
 
+@pytest.mark.slow
 def test_error_of_a_worker_names_file_and_line(write, run):
     source = write([*mixed_rows(1100), {"messages": [{"role": "user"}]}, *mixed_rows(100)])
     with pytest.raises(DataError, match=r"rows.jsonl:1101: messages\[0\].content is missing"):
         run(source, num_workers=2)
 
 
+@pytest.mark.slow
 def test_first_of_several_errors_is_the_one_that_is_named(write, run):
     source = write([*mixed_rows(700), "{", *mixed_rows(600), "[]", *mixed_rows(1000)])
     with pytest.raises(DataError, match=r"rows.jsonl:701: "):
@@ -194,6 +197,7 @@ def start(chatml, tmp_path):
         process.stdout.close()
 
 
+@pytest.mark.slow
 def test_killed_preparation_leaves_no_half_and_the_next_one_is_whole(write, run, start, tmp_path):
     source = write(mixed_rows(6_000))
     process = start()
@@ -212,6 +216,7 @@ def test_killed_preparation_leaves_no_half_and_the_next_one_is_whole(write, run,
     assert run(source).cached
 
 
+@pytest.mark.slow
 def test_several_processes_prepare_once_and_the_others_wait(write, start):
     write(mixed_rows(3000))
     both = [start(), start()]
@@ -316,6 +321,7 @@ def test_maker_travels_without_what_it_has_compiled(write, chatml):
     assert again._readers == {}
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_nothing_behind(write, start, tmp_path):
     write(mixed_rows(6_000))
     process = start()

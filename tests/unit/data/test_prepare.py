@@ -243,6 +243,7 @@ def a_long_talk(kind, turns):
     return {"messages": messages} | ({"tools": [TOOL]} if kind == "calls" else {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "eos", "kind"),
     [

@@ -180,6 +180,7 @@ def rows_of(ranks, step):
 
 
 # The fixture only makes loaders; examples share nothing through it.
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     count=st.integers(1, 8),

@@ -36,6 +36,7 @@ def outcome(template, messages):
         return str(error)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(contents, min_size=4, max_size=4), min_size=2, max_size=6), st.booleans())
 def test_filled_skeletons_equal_renders(templates, talks, has_system):

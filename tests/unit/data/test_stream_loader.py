@@ -111,6 +111,7 @@ def test_each_pass_holds_every_document_once(packing, shuffle, streamed, files, 
 
 
 # The fixture only makes loaders; examples share nothing through it.
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     step=st.integers(0, 60),

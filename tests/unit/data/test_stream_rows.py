@@ -90,6 +90,7 @@ PARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ROWS)
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("packing", [True, False])
@@ -136,6 +137,7 @@ def long_and_short(form, count=1500, *, length):
             yield {"prompt": f"{number}?", "chosen": said, "rejected": instead}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ROWS)
 def test_rows_are_98_percent_full(form, source, chatml):
     rows = list(long_and_short(form, length=512))

@@ -47,6 +47,7 @@ def masked(tokenizer, messages, **options):
     return *prepared.document(0), prepared.audit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
 @pytest.mark.parametrize("name", NAMES)
 def test_mask_equals_generation_tags_of_transformers(name, kind, template_case):
@@ -64,6 +65,7 @@ def test_mask_equals_generation_tags_of_transformers(name, kind, template_case):
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_tagged_template_gives_the_same_mask_as_marks(name, template_case):
     tokenizer, tagged, system, _ = template_case(name)
@@ -82,6 +84,7 @@ def test_tagged_template_gives_the_same_mask_as_marks(name, template_case):
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama3", "chatml", "zephyr", "gemma"])
 def test_mask_equals_re_rendering_turn_by_turn(name, template_case):
     """What rendering one more turn adds beyond the generation prompt is that turn's own text."""
@@ -103,6 +106,7 @@ def test_mask_equals_re_rendering_turn_by_turn(name, template_case):
     check()
 
 
+@pytest.mark.slow
 def test_template_that_looks_into_contents_is_rendered_as_transformers_does(template_case):
     tokenizer, _, _, _ = template_case("qwen3")
 

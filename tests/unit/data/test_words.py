@@ -73,6 +73,7 @@ ascii_texts = st.text(st.characters(max_codepoint=127) | st.sampled_from("  \n\r
 texts = st.lists(st.one_of(fragments, characters), max_size=12).map("".join)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [None, "NFC"])
 @pytest.mark.parametrize("trims", [True, False, None])
 @pytest.mark.parametrize("pattern", PATTERNS)

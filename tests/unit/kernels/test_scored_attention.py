@@ -70,6 +70,7 @@ def test_the_block_mask_shows_every_block_that_a_position_sees_and_masks_none_of
             assert len(whole) == every[row, block].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [DOCUMENTS, ((60, 140), (200,))])  # 200: no whole number of blocks
 @pytest.mark.parametrize("with_sinks", [False, True])
 @torch.no_grad()

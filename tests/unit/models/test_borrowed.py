@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -229,6 +228,8 @@ def test_facts_are_exact_where_the_plan_counts_on_them(folder):
 
 
 def test_peft_finds_the_adapted_layers_and_no_others_of_the_same_name(tmp_path):
+    from peft import PeftModel  # takes as long to import as all quick tests of a folder
+
     torch.manual_seed(0)
     sizes = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
     BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).save_pretrained(tmp_path / "base")

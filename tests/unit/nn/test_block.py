@@ -44,6 +44,7 @@ def test_the_output_projection_is_run_again_only_where_its_input_is_gone(model, 
     assert {name: calls.count(name) for name in again} == again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recompute", "is_kept"), [(True, False), (False, True)])
 def test_what_goes_into_the_experts_is_made_again(model, recompute, is_kept):
     block = model.blocks[0]

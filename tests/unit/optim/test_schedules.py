@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from transformers import get_scheduler
 
 from stoker.optim import schedules
 
@@ -10,11 +9,14 @@ TOTAL, WARMUP = 40, 8
 
 
 def transformers_shares(kind, **options):
+    from transformers import get_scheduler
+
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = get_scheduler(kind, optimizer, num_warmup_steps=WARMUP, num_training_steps=TOTAL, **options)
     return scheduler.lr_lambdas[0]
 
 
+@pytest.mark.slow  # Transformers' trainer takes seconds to import
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [

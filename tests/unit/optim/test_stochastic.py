@@ -75,6 +75,7 @@ def losses(strategy, steps, first=0, learning_rate=3e-4):
     return found
 
 
+@pytest.mark.slow
 def test_200_steps_follow_fp32_where_the_nearest_rounding_falls_behind():
     """The bound is 1% of the loss at any step (found: 0.5%); rounding to the nearest is off by 70% at the end."""
     exact = losses(strategy_of(torch.float32, stochastic=False)[0], 200)

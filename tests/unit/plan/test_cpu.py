@@ -94,6 +94,7 @@ def dispatched(method, rung, layers):
     return counted.number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "rung"),
     [

@@ -41,6 +41,7 @@ def test_every_cell_fits_on_an_h200_as_it_says(cells):
         assert set(plan.keep) == {"all" if cell.rung == "none" else cell.rung}
 
 
+@pytest.mark.slow
 def test_frontiers_are_caps_that_a_few_rows_fill(cells):
     from dataclasses import replace
 

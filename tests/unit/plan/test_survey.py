@@ -143,6 +143,7 @@ def test_the_table_has_a_line_for_each_and_json_has_it_all(ask):
     assert text.startswith(f"Recommended: {found.best.name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("category", explain.CATEGORIES)
 def test_every_category_has_its_formula_with_numbers(ask, category):
     request, offers, _ = ask()

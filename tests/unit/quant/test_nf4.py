@@ -7,8 +7,8 @@ from stoker.errors import ModelError
 from stoker.quant import nf4
 from stoker.quant.frozen import Scratch
 
-bitsandbytes = pytest.importorskip("bitsandbytes")
-functional = pytest.importorskip("bitsandbytes.functional")
+# Importing bitsandbytes takes seconds, so `make check` leaves out what compares with it.
+against_bitsandbytes = pytest.mark.slow
 
 SHAPES = [(64, 512), (48, 40), (3, 7), (300, 128), (1, 64)]
 
@@ -17,35 +17,43 @@ def random_weight(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul_(0.05).to(dtype)
 
 
-def bitsandbytes_state(weight: torch.Tensor, *, double: bool, name: str) -> dict[str, torch.Tensor]:
+@pytest.fixture(scope="module")
+def functional():
+    return pytest.importorskip("bitsandbytes.functional")
+
+
+def bitsandbytes_state(functional, weight: torch.Tensor, *, double: bool, name: str) -> dict[str, torch.Tensor]:
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
     tensors = {f"{name}.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
     return {f"{name}.weight": packed, **tensors}
 
 
-def test_codes_are_those_of_bitsandbytes():
+@against_bitsandbytes
+def test_codes_are_those_of_bitsandbytes(functional):
     assert torch.equal(nf4.dynamic_code(), functional.create_dynamic_map())
     assert torch.equal(torch.tensor(nf4.kernel.NF4_CODE), functional.get_4bit_type("nf4", device="cpu"))
 
 
+@against_bitsandbytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_saved_tensors_are_byte_for_byte_those_of_bitsandbytes(shape, dtype):
+def test_saved_tensors_are_byte_for_byte_those_of_bitsandbytes(functional, shape, dtype):
     weight = random_weight(*shape, dtype=dtype)
     ours = nf4.to_checkpoint(nf4.NF4Weight.quantize(weight, double=False), ("layer",))
-    theirs = bitsandbytes_state(weight, double=False, name="layer")
+    theirs = bitsandbytes_state(functional, weight, double=False, name="layer")
     assert ours.keys() == theirs.keys()
     for key, expected in theirs.items():
         assert ours[key].dtype == expected.dtype, key
         assert torch.equal(ours[key], expected), key
 
 
+@against_bitsandbytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [*SHAPES, (512, 512)])
-def test_double_quantised_tensors_are_those_of_bitsandbytes(shape, dtype):
+def test_double_quantised_tensors_are_those_of_bitsandbytes(functional, shape, dtype):
     weight = random_weight(*shape, dtype=dtype)
     ours = nf4.to_checkpoint(nf4.NF4Weight.quantize(weight), ("layer",))
-    theirs = bitsandbytes_state(weight, double=True, name="layer")
+    theirs = bitsandbytes_state(functional, weight, double=True, name="layer")
     assert ours.keys() == theirs.keys()
     for key in theirs.keys() - {"layer.weight.absmax"}:
         assert ours[key].dtype == theirs[key].dtype, key
@@ -86,13 +94,14 @@ def test_a_block_of_zeros_stays_zero():
     assert torch.equal(nf4.NF4Weight.quantize(weight, double=False).dequantize(dtype=torch.float32)[1], torch.zeros(64))
 
 
+@against_bitsandbytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(64, 512), (48, 40), (300, 128)])
-def test_dequantised_values_are_those_of_bitsandbytes(shape, dtype):
+def test_dequantised_values_are_those_of_bitsandbytes(functional, shape, dtype):
     weight = random_weight(*shape, dtype=dtype)
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     expected = functional.dequantize_4bit(packed, state)
-    loaded = nf4.from_checkpoint(bitsandbytes_state(weight, double=True, name="up"), ("up",))
+    loaded = nf4.from_checkpoint(bitsandbytes_state(functional, weight, double=True, name="up"), ("up",))
     assert torch.equal(loaded.dequantize(dtype=dtype), expected)
 
 
@@ -112,12 +121,13 @@ def test_fused_group_holds_what_each_part_would_alone(rows):
             assert torch.equal(saved[key], tensor), key
 
 
+@against_bitsandbytes
 @pytest.mark.parametrize("double", [True, False])
-def test_reads_what_bitsandbytes_wrote(double):
+def test_reads_what_bitsandbytes_wrote(functional, double):
     weights = {"q_proj": random_weight(96, 64, seed=1), "k_proj": random_weight(32, 64, seed=2)}
     tensors, expected = {}, []
     for name, weight in weights.items():
-        tensors |= bitsandbytes_state(weight, double=double, name=name)
+        tensors |= bitsandbytes_state(functional, weight, double=double, name=name)
         packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
         expected.append(functional.dequantize_4bit(packed, state))
     loaded = nf4.from_checkpoint(tensors, tuple(weights))

@@ -47,6 +47,7 @@ def gradients(task):
     return {name: parameter.grad.clone() for name, parameter in task.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
 @pytest.mark.parametrize("micro_batch_size", [8, 4])
 def test_a_micro_batch_that_does_not_fit_is_split_and_loss_and_gradients_are_unchanged(toy, error, micro_batch_size):
@@ -68,6 +69,7 @@ def test_a_micro_batch_that_does_not_fit_is_split_and_loss_and_gradients_are_unc
     assert "at most 12 tokens" in notices[-1]
 
 
+@pytest.mark.slow
 def test_later_steps_start_at_the_size_that_fitted(toy):
     strategy, task = toy.make_strategy()
     memory, notices = SmallMemory(strategy, task, positions=12), []
@@ -79,6 +81,7 @@ def test_later_steps_start_at_the_size_that_fitted(toy):
     assert len(notices) == 2
 
 
+@pytest.mark.slow
 def test_a_single_document_that_does_not_fit_is_a_clear_error(toy):
     strategy, task = toy.make_strategy()
     SmallMemory(strategy, task, positions=3)

@@ -32,6 +32,7 @@ def job(config, base, tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -55,6 +56,7 @@ def test_transformers_and_peft_have_our_losses_on_the_same_job(job, overrides):
     assert trained == 4 * 2 * (64 + 64 + 2 * (64 + 32) + 64 + 64 + 3 * (64 + 128))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mamba"])
 def test_mixtures_and_state_spaces_are_the_same_job_too(model_type, config, tmp_path):
     sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "model_type": model_type}
@@ -106,6 +108,7 @@ def test_labels_shift_back_to_the_targets():
     assert peer.labels_of(targets).tolist() == [[-100, 5, 6, -100, 8]]
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_is_a_result_with_its_last_words(tmp_path):
     (tmp_path / "job.json").write_text("{}")
     failed = peers.run("hf", tmp_path / "job.json", timeout_seconds=60)

@@ -1,8 +1,6 @@
 import re
 
 import pytest
-from transformers import SchedulerType
-from transformers.training_args import OptimizerNames
 
 from stoker.config import describe
 from stoker.config.axolotl import schedule
@@ -39,23 +37,26 @@ THAT_MATTER = (
 )
 
 
-@pytest.mark.parametrize("name", [*(one.value for one in OptimizerNames), *AXOLOTLS.split()])
-def test_every_optimizer_is_ours_or_refused_by_name(name, line):
-    assert (name in OPTIMIZERS) != (name in NO_OPTIMIZERS)
+@pytest.mark.slow  # these lists are their trainer's, which takes seconds to import
+def test_every_optimizer_is_ours_or_refused_by_name(line):
+    from transformers.training_args import OptimizerNames
 
-    found = line(optimizer=name)
+    for name in [*(one.value for one in OptimizerNames), *AXOLOTLS.split()]:
+        assert (name in OPTIMIZERS) != (name in NO_OPTIMIZERS), name
+        found = line(optimizer=name)
+        assert found.kind == ("honoured" if name in OPTIMIZERS else "refused"), name
+        if found.kind == "refused":
+            assert name in found.text
+            assert "Use " in found.text, name
 
-    assert found.kind == ("honoured" if name in OPTIMIZERS else "refused")
-    if found.kind == "refused":
-        assert name in found.text
-        assert "Use " in found.text
 
+@pytest.mark.slow
+def test_every_schedule_is_ours_or_refused_by_name(line):
+    from transformers import SchedulerType
 
-@pytest.mark.parametrize("name", [*(one.value for one in SchedulerType), "one_cycle", "rex"])
-def test_every_schedule_is_ours_or_refused_by_name(name, line):
-    found = line(lr_scheduler=name)
-
-    assert found.kind == ("refused" if name in schedule.NO_SCHEDULES else "honoured")
+    for name in [*(one.value for one in SchedulerType), "one_cycle", "rex"]:
+        found = line(lr_scheduler=name)
+        assert found.kind == ("refused" if name in schedule.NO_SCHEDULES else "honoured"), name
 
 
 def test_an_optimizer_that_nobody_knows_is_refused(problem):
