@@ -36,7 +36,7 @@ def command(
     gpu: Annotated[
         str | None, typer.Option(help="Devices by name: t4,4090,a100-80,h100; all, or those with a price unless set.")
     ] = None,
-    here: Annotated[bool, typer.Option("--here", help="This machine (loads PyTorch to look at it).")] = False,
+    here: Annotated[bool, typer.Option("--here", help="This machine.")] = False,
     gpus: Annotated[
         Path | None, typer.Option(metavar="FILE.TOML", help="Your own devices and prices, in gpus.toml's form.")
     ] = None,
@@ -237,10 +237,10 @@ def _this_machine(known: "Mapping[str, CatalogueDevice]") -> "tuple[Hardware, Ra
     They are those that `stoker doctor --calibrate` measured; or else the catalogue's, yours first; or else what the
     device reports of itself.
     """
-    from stoker.compose.hardware import probe
+    from stoker.compose.hardware import look
     from stoker.plan import calibration, catalogue, rates
 
-    hardware = probe()
+    hardware = look()
     host = hardware.first("cpu")
     device = hardware.first("cuda") or hardware.first("mps") or host
     assert device is not None
@@ -255,7 +255,7 @@ def _this_machine(known: "Mapping[str, CatalogueDevice]") -> "tuple[Hardware, Ra
 
 def _gpus_here() -> int:
     """Returns how many GPUs this machine shows, at least 1."""
-    from stoker.compose.devices import gpus_here
+    from stoker.compose.hardware import gpus_here
 
     return max(1, len(gpus_here()))
 

@@ -48,7 +48,8 @@ def command(
     count = loaded.config.engine.num_processes or 1
     arguments = sys.argv[1:]
     if not launch.is_inside_another():
-        from stoker.compose.devices import gpus_here, planned_processes
+        from stoker.compose.devices import planned_processes
+        from stoker.compose.hardware import gpus_here
 
         count, why = planned_processes(loaded.config, gpus_here())
         if why:

@@ -1,53 +1,15 @@
 """How many of a machine's GPUs a run should take, decided before any process of it begins."""
 
-import os
-import shutil
-import subprocess
 from collections.abc import Sequence
 
-from stoker.compose import parallel
+from stoker.compose import hardware, parallel
 from stoker.config.schema import RunConfig
 from stoker.errors import PlanError
 from stoker.plan import many, rates, speed
 from stoker.plan.hardware import Device, Hardware
 
-_FIELDS = "name,memory.free,compute_cap"
-_SECONDS = 20
 # A larger number of GPUs must make a step faster by more than this.
 _AS_FAST = 1.03
-
-
-def gpus_here() -> tuple[Device, ...]:
-    """Returns this machine's NVIDIA GPUs that CUDA_VISIBLE_DEVICES shows, by the driver's own tool.
-
-    The process that starts others must not open a CUDA context, which would take memory of the first GPU.
-    """
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ()
-    command = [tool, f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    lines = [line.split(",") for line in told.stdout.splitlines() if line.count(",") == 2]
-    found = [_device(*(cell.strip() for cell in line)) for line in lines]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return tuple(found)
-    numbers = [int(one) for one in visible.split(",") if one.strip().isdigit()]
-    if len(numbers) != len(visible.split(",")):
-        return tuple(found[: len(visible.split(","))]) if visible.strip() else ()  # named by their UUIDs
-    return tuple(found[number] for number in numbers if number < len(found))
-
-
-def _device(name: str, free_mib: str, capability: str) -> Device:
-    major, _, minor = capability.partition(".")
-    version = (int(major), int(minor or 0))
-    is_new = version >= (8, 0)
-    return Device(
-        "cuda", name, int(free_mib) * 2**20, bf16=is_new, compute_capability=version, triton=version >= (7, 0)
-    )
 
 
 def planned_processes(config: RunConfig, gpus: Sequence[Device]) -> tuple[int, str]:
@@ -55,7 +17,6 @@ def planned_processes(config: RunConfig, gpus: Sequence[Device]) -> tuple[int, s
 
     As few as take a step about as fast as any other number, and 1 where nothing is to choose.
     """
-    from stoker.compose.hardware import host
     from stoker.compose.model import fitted, open_base_of
 
     engine = config.engine
@@ -66,12 +27,12 @@ def planned_processes(config: RunConfig, gpus: Sequence[Device]) -> tuple[int, s
     base = open_base_of(config)
     config = fitted(config, base)
     smallest = min(gpus, key=lambda one: one.memory_bytes)
-    hardware = Hardware((smallest, host()), num_threads=1)
+    machine = Hardware((smallest, hardware.host()), num_threads=1)
     found: dict[int, float] = {}
     for count in range(1, len(gpus) + 1):
         try:
             mine = parallel.share_of_one(config, count)
-            plan = many.choose_over(mine, base.spec, hardware, num_processes=count, advise=False)
+            plan = many.choose_over(mine, base.spec, machine, num_processes=count, advise=False)
         except PlanError:
             continue
         rows = speed.Rows(plan.row_tokens, plan.sharing * plan.row_tokens)

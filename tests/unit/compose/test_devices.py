@@ -1,6 +1,5 @@
 """How many GPUs of a machine a run takes: what the driver tells, and what the plan makes of it."""
 
-import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,35 +21,6 @@ def run(*overrides):
         "output": {"folder": "runs/x"},
     }
     return parse(values, overrides)
-
-
-@pytest.fixture
-def driver(tmp_path, monkeypatch):
-    def tell(text):
-        tool = tmp_path / "nvidia-smi"
-        tool.write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")
-        tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    return tell
-
-
-def test_the_drivers_tool_tells_gpus_without_a_context(driver, monkeypatch):
-    driver("NVIDIA H100 80GB HBM3, 80994, 9.0\nTesla T4, 14900, 7.5\n")
-    first, second = devices.gpus_here()
-    assert (first.name, first.compute_capability, first.bf16) == ("NVIDIA H100 80GB HBM3", (9, 0), True)
-    assert first.memory_bytes == 80994 * 2**20
-    assert (second.bf16, second.triton) == (False, True)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert [one.name for one in devices.gpus_here()] == ["Tesla T4"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert devices.gpus_here() == ()
-
-
-def test_a_machine_without_the_tool_has_none(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert devices.gpus_here() == ()
 
 
 def test_a_model_so_small_that_more_gpus_only_wait_takes_one():
