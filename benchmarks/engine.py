@@ -493,14 +493,15 @@ LEVERS: dict[str, tuple[tuple[Patch, ...], dict[str, float]]] = {
 """Ways to run a step that differ by a constant or a kernel: patches, and the milliseconds they should add or take."""
 
 
-def run_levers(name: str, out: Path | None, *, steps: int) -> None:
-    """Times one model's step under every lever, in turn, beside the step as it is before and after."""
+def run_levers(name: str, out: Path | None, *, steps: int, only: str) -> None:
+    """Times one model's step under every lever named like `only`, in turn, beside the step before and after them."""
     setting = SETTINGS[name]
     model = build(setting)
     ids = torch.zeros((setting.rows, setting.length), dtype=torch.int64, device="cuda")
     run = training_step(model, ids, graph=False)
     base = 0.0
-    for lever, (patches, predicted) in [*LEVERS.items(), ("as it is, again", ((), {}))]:
+    tried = [(lever, what) for lever, what in LEVERS.items() if only in lever or lever == "as it is"]
+    for lever, (patches, predicted) in [*tried, ("as it is, again", ((), {}))]:
         before = [(target, attribute, getattr(target, attribute)) for target, attribute, _ in patches]
         for target, attribute, value in patches:
             setattr(target, attribute, value)
@@ -554,6 +555,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="append results as JSON lines to this file")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--levers", default="", help="try the levers whose name holds this text")
     parser.add_argument("--profile", action="store_true", help="print the time of each GPU kernel of one step")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -565,7 +567,9 @@ def main() -> None:
             elif what == "matmuls":
                 run_matmuls(options.out)
             elif what.startswith("levers-"):
-                run_levers(what.removeprefix("levers-"), options.out, steps=max(3, options.steps // 2))
+                run_levers(
+                    what.removeprefix("levers-"), options.out, steps=max(3, options.steps // 2), only=options.levers
+                )
             else:
                 run_steps(what, options.out, steps=options.steps, profile=options.profile)
         except (AssertionError, RuntimeError, ValueError) as error:

@@ -70,7 +70,7 @@ def test_values_are_rounded_to_the_nearest_code(draw, signed):
     average = quantize(values, signed=signed)
     found = dequantize(average)
     scale = average.scale.repeat_interleave(BLOCK_SIZE, -1)[:, :1000]
-    table = codes(signed=signed)
+    table = codes(signed=signed).to(values.device)
     table = torch.cat((-table[1:].flip(0), table)) if signed else table[1:]  # v does not become zero
     nearest = (table - (values / scale).unsqueeze(-1)).abs().min(-1).values * scale
     torch.testing.assert_close((found - values).abs(), nearest, rtol=1e-3, atol=1e-7)

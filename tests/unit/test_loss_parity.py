@@ -31,10 +31,21 @@ def test_a_difference_is_that_of_smoothed_curves():
     assert np.allclose(loss_parity.smoothed([1.0, 3.0]), [2.0])
 
 
+def test_a_way_must_be_within_both_its_bounds():
+    way = loss_parity.Way("fp8", counterpart="bf16", bound=0.1, mean_bound=0.01)
+    base = [1.0] * 60
+    assert loss_parity.compared(way, {"bf16": base, "fp8": [1.005] * 60})["is_within"]
+    assert not loss_parity.compared(way, {"bf16": base, "fp8": [1.02] * 60})["is_within"]
+    early = [*[1.15] * 30, *[0.85] * 30]  # the same mean, but another curve
+    found = loss_parity.compared(way, {"bf16": base, "fp8": early})
+    assert found["mean_difference"] < 1e-12
+    assert not found["is_within"]
+
+
 @pytest.mark.slow
 def test_curves_are_compared_and_written(tmp_path, monkeypatch):
     arguments = ["loss_parity", "--steps", "3", "--only", "nf4", "--device", "cpu", "--results", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", [*arguments, "--commit", "abc"])
+    monkeypatch.setattr("sys.argv", [*arguments, "--commit", "abc", "--processes", "2"])
     assert loss_parity.main() == 0
     facts = json.loads((tmp_path / "loss_parity_cpu.json").read_text())
     assert facts["commit"] == "abc"
