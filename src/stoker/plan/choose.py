@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stoker.arch.borrowed import AnySpec
-from stoker.config.schema import RunConfig
+from stoker.config.schema import Engine, RunConfig
 from stoker.errors import PlanError
 from stoker.plan import execution, limits
 from stoker.plan.alternatives import alternatives
@@ -19,7 +19,7 @@ from stoker.plan.memory import GIB, Memory, transposed_bytes
 from stoker.plan.plan import Plan, size
 from stoker.plan.rates import Rates
 from stoker.plan.rates import of as rates_of
-from stoker.plan.spread import SINGLE, Spread
+from stoker.plan.spread import SINGLE, Spread, beyond_sharing
 
 # Of candidates within this share of the fastest, the one with the least memory is taken, if any without the host's.
 _AS_FAST = 1.03
@@ -155,7 +155,7 @@ def _plan(choice: Choice) -> Plan:
         available_bytes=machine.device.memory_bytes,
         reasons={
             "device": device_reason,
-            "strategy": _strategy_said(config.engine.strategy, spread),
+            "strategy": _strategy_said(config.engine, spread),
             "precision": precision_reason,
             "quantization": quantization_reason,
             "keep_transposed": transposed_reason,
@@ -191,9 +191,14 @@ def _machine(
     return Machine(device, host_bytes, precision, uses_triton)
 
 
-def _strategy_said(asked: str, spread: Spread) -> str:
+def _strategy_said(engine: Engine, spread: Spread) -> str:
+    asked = engine.strategy
     if spread.strategy == "single" and asked not in ("auto", "single"):
         return f"one device: {asked} has nothing to share; checkpoints resume on more"
+    if spread.num_processes == 1 and (more := beyond_sharing(engine)):
+        said = f"set in the configuration, and one device has use for {', '.join(more)}"
+        copies = "; it copies each layer's weights before its work, which single does not"
+        return said + copies if spread.copies_weights else said
     return _said(asked, _strategy_reason(spread))
 
 

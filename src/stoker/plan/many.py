@@ -10,7 +10,7 @@ from stoker.plan import rates, speed
 from stoker.plan.choose import choose
 from stoker.plan.hardware import Hardware
 from stoker.plan.plan import Plan
-from stoker.plan.spread import SINGLE, Spread, configured, spreads
+from stoker.plan.spread import SINGLE, Spread, beyond_sharing, configured, spreads
 
 # What `auto` chooses from when it trains; DeepSpeed is an extra, and is taken where it is asked for.
 _AUTO = ("ddp", "fsdp2")
@@ -61,19 +61,10 @@ def choose_over(
 def does_more(engine: Engine) -> bool:
     """Whether the strategy that was asked for does something for one device alone, which has nothing to share.
 
-    FSDP2 does where weights wait on the host or are used in a format of their own, DeepSpeed where states wait
-    elsewhere or its own JSON sets more. The rest would only copy (FSDP2 on one H200 cost an 8B's adapter 5% of its
-    speed and 2.4 GiB: benchmarks/results/scaling), so that one device runs as `single`; its checkpoints resume on many.
+    Where it does not, it would only copy (FSDP2 on one H200 cost an 8B's adapter 5% of its speed and 2.4 GiB:
+    benchmarks/results/scaling), so that one device runs as `single`; its checkpoints resume on many.
     """
-    match engine.strategy:
-        case "fsdp2":
-            chosen = engine.fsdp2
-            return chosen.offload != "none" or chosen.param_dtype != "auto" or chosen.reduce_dtype != "fp32"
-        case "deepspeed":
-            places = {engine.deepspeed.offload_optimizer, engine.deepspeed.offload_parameters}
-            return engine.deepspeed.config is not None or not places <= {"auto", "none"}
-        case _:
-            return False
+    return bool(beyond_sharing(engine))
 
 
 def _ways(config: RunConfig, num_processes: int, per_node: int, stages: Sequence[int]) -> list[Spread]:

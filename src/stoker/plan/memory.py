@@ -36,6 +36,8 @@ _LOGITS_BYTES = 2 * 128 * 2**20
 _HEAD_TENSORS = 5
 # Freed blocks of odd sizes that the allocator cannot hand out again, as a share of everything else.
 _FRAGMENTATION = 0.05
+# Layers that are gathered at a time where devices share weights: the one at work and the next.
+_GATHERED_LAYERS = 2
 # NCCL's own, for a communicator over a node: rule of thumb.
 _NCCL_BYTES = 512 * 2**20
 # Of gradients that DeepSpeed sums at once (reduce_bucket_size: 5e8 values of two bytes), and how many such buckets are
@@ -147,12 +149,12 @@ def estimate(
     if precision != "fp32" and not is_narrow:
         one_layer = _largest_layer(spec) + (0 if head_apart else 2 * spec.vocab_size * spec.hidden_size)
         # Gathered layers are cast one at a time, whichever way they run.
-        by_layer = casts_by_layer or spread.weight_shards > 1
+        by_layer = casts_by_layer or spread.weight_shards > 1 or spread.copies_weights
         in_all, in_a_layer = expert_parameters(spec, adapter)  # those of experts are cast for each product anew
         cast = trained - in_all + in_a_layer
         copies = (min(cast, one_layer) if by_layer else cast) * value_bytes
     communication = 0
-    if spread.num_processes > 1:
+    if spread.num_processes > 1 or spread.copies_weights:
         communication = buffer_bytes(
             spec, spread, stored=base + kept, gradients=gradients, is_full=not frozen, device=device
         )
@@ -222,28 +224,29 @@ def zero_bytes(
 def buffer_bytes(spec: AnySpec, spread: Spread, *, stored: int, gradients: int, is_full: bool, device: str) -> int:
     """Returns what one device of several holds to gather and send in; `stored` and `gradients`: bytes of all of them.
 
-    Where weights are shared: two layers (the one at work and the next) and what lies outside of the layers, which stays
-    gathered (embedding, head), and as much of the gradients. ZeRO-3 sums gradients in one bucket, which it takes whole
-    from the start. ZeRO-1 and -2: buckets of gradients. DDP sums where gradients lie. NCCL has buffers of its own on a
-    GPU.
+    Where weights are gathered: two layers (the one at work and the next; one where a device has all of them and
+    copies it) and what lies outside of the layers, which stays gathered (embedding, head), and as much of the
+    gradients. ZeRO-3 sums gradients in one bucket, which it takes whole from the start. ZeRO-1 and -2: buckets of
+    gradients. DDP sums where gradients lie. NCCL has buffers of its own on a GPU.
     """
-    own = _NCCL_BYTES if device == "cuda" else 0
+    own = _NCCL_BYTES if device == "cuda" and spread.num_processes > 1 else 0
     if spread.stage == 3:
         own += 4 * (spec.hidden_size**2 if spread.bucket_values is None else spread.bucket_values)
-    if spread.weight_shards > 1:
-        share = gathered_share(spec) if spread.reshards else 1.0
-        return own + round(share * stored + gathered_share(spec, outside=is_full) * gradients)
+    if spread.weight_shards > 1 or spread.copies_weights:
+        layers = 1 if spread.copies_weights else _GATHERED_LAYERS
+        share = gathered_share(spec, layers=layers) if spread.reshards else 1.0
+        return own + round(share * stored + gathered_share(spec, outside=is_full, layers=layers) * gradients)
     if spread.strategy == "deepspeed":
         return own + round(_BUCKETS * min(gradients, _BUCKET_BYTES))
     return own
 
 
 @remember(0)
-def gathered_share(spec: AnySpec, *, outside: bool = True) -> float:
-    """Returns what share of the weights is whole at a time: two layers, and with `outside` all that is in none."""
+def gathered_share(spec: AnySpec, *, outside: bool = True, layers: int = _GATHERED_LAYERS) -> float:
+    """Returns what share of the weights is whole at a time: so many layers, and with `outside` all that is in none."""
     tables = (1 if getattr(spec, "tied_head", False) else 2) * spec.vocab_size * spec.hidden_size
     share = min(1.0, tables / facts.num_parameters(spec)) if outside else 0.0
-    return min(1.0, share + (1.0 - share) * 2 / max(1, len(spec.layers)))
+    return min(1.0, share + (1.0 - share) * layers / max(1, len(spec.layers)))
 
 
 @remember(0)

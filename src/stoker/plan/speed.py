@@ -224,7 +224,7 @@ class _Clock:
         do exchanges of shared rows.
         """
         spread, micro = self.plan.spread, self.plan.accumulation_steps
-        if spread.num_processes == 1 and not spread.on_host:
+        if spread.num_processes == 1 and not spread.on_host and not spread.copies_weights:
             return 0.0, 0.0
         trained, depth = self.plan.num_trained_parameters, max(1, len(self.spec.layers))
         gradients = stored = (2.0 if self.config.train.weight_dtype == "bf16" and not self.is_frozen else 4.0) * trained
@@ -243,6 +243,8 @@ class _Clock:
         exposed = micro * max(in_micro / depth, in_micro - self.found.overlap * work)
         exposed += max(summed / depth, summed - self.found.overlap * backward) + after
         waited = micro * self._exchange(links)
+        if spread.copies_weights:  # read and written where they lie, between layers' work
+            waited += micro * 2 * moved.micro_gathered / self.bandwidth
         return micro * in_micro + summed + after + waited, exposed + waited
 
     def _exchange(self, links: Links) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from stoker.config import deepspeed
-from stoker.config.schema import RunConfig
+from stoker.config.schema import Engine, RunConfig
 
 StrategyName = Literal["single", "ddp", "fsdp2", "deepspeed"]
 
@@ -55,6 +55,11 @@ class Spread:
         if self.strategy == "fsdp2":
             return max(1, self.num_processes // self.replicas)
         return self.num_processes if self.stage == 3 else 1
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether FSDP2 runs where every device has all weights: what it would gather for a layer's work it copies."""
+        return self.strategy == "fsdp2" and self.weight_shards == 1
 
     @property
     def gradient_shards(self) -> int:
@@ -105,6 +110,30 @@ def configured(spread: Spread, config: RunConfig) -> Spread:
         bucket = deepspeed.bucket_values(engine.deepspeed)
         return replace(spread, on_host=away, on_disk=on_disk, bucket_values=bucket)
     return spread
+
+
+def beyond_sharing(engine: Engine) -> list[str]:
+    """Returns the settings by which the strategy that was asked for does more than share, as "engine.x = value".
+
+    FSDP2 does where weights wait on the host or are used in a format of their own, DeepSpeed where states wait
+    elsewhere or its own JSON sets more.
+    """
+    match engine.strategy:
+        case "fsdp2":
+            section, usual = engine.fsdp2, {"offload": ("none",), "param_dtype": ("auto",), "reduce_dtype": ("fp32",)}
+        case "deepspeed":
+            places = ("auto", "none")
+            section = engine.deepspeed
+            usual = {"config": (None,), "offload_optimizer": places, "offload_parameters": places}
+        case _:
+            return []
+    values = {name: getattr(section, name) for name in usual}
+    name = engine.strategy
+    return [
+        f"engine.{name}.{key}" if isinstance(value, dict) else f"engine.{name}.{key} = {value}"
+        for key, value in values.items()
+        if value not in usual[key]
+    ]
 
 
 def share(config: RunConfig, spread: Spread) -> RunConfig:
