@@ -2,15 +2,15 @@
 
 A graph replays fixed kernels on fixed memory. So a micro-batch is copied into buffers of its shape, its length rounded
 up to a bucket (what is added is padding, which trains nothing and which causal layers do not look at), and the loss's
-factor is a tensor. The first micro-batches of a shape run as they always do, which compiles kernels; then the shape is
+factor is a tensor. Of packed rows the documents' boundaries are copied, too, into a tensor with room for more of them
+(`graph_shapes`). The first micro-batches of a shape run launch by launch, which compiles kernels; then the shape is
 captured. Gradients add up in place, hence they are cleared in place too. Where the optimiser takes its gradient as one
 tensor, a graph ends by writing it: its memory is then part of the graphs' pool, whose activations have ended by then.
 
-Not everything can be captured: packed rows differ in their documents, dropout in its seeds. Those run as they always
-do.
+Not everything can be captured: dropout draws its seeds anew. That runs as it always does.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -18,13 +18,16 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-BUCKET_TOKENS = 64
-"""Lengths are rounded up to a multiple of this."""
+from stoker.distributed.graph_shapes import BUCKET_TOKENS, GraphShape, closest, ends_of, is_close, shape_of
 
 WARM_UP = 2
-"""Micro-batches of a shape that run as they always do before it is captured."""
+"""Micro-batches of a shape that run launch by launch before it is captured; packed rows are of one, whatever their
+documents, since those do not choose a kernel."""
 
-MAX_GRAPHS = 16
+COMES_AGAIN = 2
+"""Packed micro-batches of a rounded shape after which it is worth a graph with less room than those that hold it."""
+
+MAX_GRAPHS = 24
 """Shapes that are captured; further ones run as they always do. All graphs share one pool of memory."""
 
 
@@ -44,8 +47,12 @@ class Batch(Protocol):
 class Task(Protocol):
     """A task whose forward can be captured."""
 
-    def capturing(self) -> AbstractContextManager[None]:
-        """Within it, no size of the task's work depends on the values in a batch."""
+    def capturing(self, ends: Tensor | None = None, longest: int = 0) -> AbstractContextManager[None]:
+        """Within it, no size of the task's work depends on the values in a batch.
+
+        `ends` [n + 1] int32: where documents of packed rows begin, and where the last one ends; they are read there,
+        and none has more than `longest` positions. None: rows are not packed.
+        """
 
     def __call__(self, batch: Any) -> Any:
         """Returns the task's result."""
@@ -72,6 +79,7 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     input_ids: Tensor
     targets: Tensor
+    ends: Tensor | None
     loss_sum: Tensor
     metrics: Mapping[str, Tensor]
     gradient: Tensor | None
@@ -95,8 +103,8 @@ class MicroBatchGraphs:
         falls_back: bool = False,
     ) -> None:
         self._task, self._device, self._autocast = task, device, autocast
-        self._captured: dict[tuple[int, int], _Captured] = {}
-        self._seen: dict[tuple[int, int], int] = {}
+        self._captured: dict[GraphShape, _Captured] = {}
+        self._seen: dict[GraphShape, int] = {}
         self._pool = torch.cuda.graph_pool_handle()
         # The capture's stream, which other micro-batches run on too: autograd ties a gradient to the stream that it
         # first arrives on.
@@ -110,25 +118,68 @@ class MicroBatchGraphs:
     def run(self, batch: Batch, factor: Tensor) -> Ran:
         """Adds the gradient of `loss_sum * factor`, or hands it out; the batch is on the device."""
         self._factor.copy_(factor)
-        if batch.document_lengths is not None:
+        if batch.document_lengths is None:
+            batch = _in_bucket(batch)
+        wanted = _shape(batch)
+        found = closest(wanted, self._captured)
+        if not self._is_full:
+            found = self._closer(wanted, found, batch)
+        if found is not None:
+            return self._replay(found, batch)
+        if batch.document_lengths is None or self._is_full:
             return self._eager(batch)
-        batch = _in_bucket(batch)
-        shape = (batch.input_ids.shape[0], batch.input_ids.shape[1])
-        if shape in self._captured:
-            return self._replay(self._captured[shape], batch)
+        # With the kernels, and in the memory, that its graph is going to take.
+        shape = wanted.roomy()
+        with self._task.capturing(self._boundaries(batch, shape), shape.longest):
+            return self._eager(batch)
+
+    def _closer(self, wanted: GraphShape, found: GraphShape | None, batch: Batch) -> GraphShape | None:
+        """What is to replay the batch: `found`, or what is captured now since that is None or has too much room."""
+        if found is None:
+            return (
+                self._captured_as(wanted.roomy(), batch) if self._comes_more_than(WARM_UP, _unpacked(wanted)) else None
+            )
+        if is_close(found, wanted) or not self._comes_more_than(COMES_AGAIN - 1, wanted.rounded()):
+            return found
+        return self._captured_as(wanted.rounded(), batch) or found
+
+    def capture(self, batches: Iterable[Batch]) -> int:
+        """Captures what packed batches will need that come again, and returns how many graphs that takes.
+
+        Of rows that have not run launch by launch yet nothing is captured. Nothing else happens.
+        """
+        before = len(self._captured)
+        for batch in batches:
+            wanted = None if batch.document_lengths is None else _shape(batch)
+            if wanted is None or self._seen.get(_unpacked(wanted), 0) < WARM_UP:
+                continue
+            found = closest(wanted, self._captured)
+            if not self._is_full and (found is None or not is_close(found, wanted)):
+                self._captured_as(wanted.rounded(), batch)
+        return len(self._captured) - before
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether nothing more is captured."""
+        return bool(self.refused) or len(self._captured) >= MAX_GRAPHS
+
+    def _comes_more_than(self, times: int, shape: GraphShape) -> bool:
+        """Whether so many micro-batches of the shape came before this one, which is counted."""
         self._seen[shape] = self._seen.get(shape, 0) + 1
-        if self._seen[shape] <= WARM_UP or len(self._captured) >= MAX_GRAPHS or self.refused:
-            return self._eager(batch)
+        return self._seen[shape] > times
+
+    def _captured_as(self, shape: GraphShape, batch: Batch) -> GraphShape | None:
+        """The shape, with its graph; None if it cannot be captured, and that was not asked for."""
         try:
-            self._captured[shape] = self._capture(batch)
+            self._captured[shape] = self._capture(batch, shape)
         except torch.OutOfMemoryError:
             raise  # a smaller micro-batch is what helps
         except RuntimeError as error:
             if not self._falls_back:
                 raise
             self._refuse(error)
-            return self._eager(batch)
-        return self._replay(self._captured[shape], batch)
+            return None
+        return shape
 
     def _refuse(self, error: RuntimeError) -> None:
         """Captures nothing from now on. What was being captured has not run: no gradient was added to."""
@@ -171,26 +222,45 @@ class MicroBatchGraphs:
         (result.loss_sum * self._factor).backward()
         return result
 
-    def _capture(self, batch: Batch) -> _Captured:
+    def _boundaries(self, batch: Batch, shape: GraphShape) -> Tensor:
+        """Where the batch's documents begin, with room for as many as the shape has, on the device: int32."""
+        ends = torch.tensor(ends_of(batch.document_lengths, shape.documents), dtype=torch.int32)
+        # Copied from ordinary memory, they would have the host wait for all that the GPU still has to do.
+        return ends.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else ends
+
+    def _capture(self, batch: Batch, shape: GraphShape) -> _Captured:
         held = replace(batch, input_ids=batch.input_ids.clone(), targets=batch.targets.clone())
+        ends = self._boundaries(batch, shape) if shape.documents else None
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()  # what eager steps left cached, the pool of graphs cannot use
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream), self._task.capturing():
+        capturing = self._task.capturing(ends, shape.longest)
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream), capturing:
             result = self._forward_backward(held)
             if self._gather is not None:
                 self._gradient = self._gather(self._gradient)
         loss_sum, metrics = result.loss_sum.detach(), dict(result.metrics)
-        return _Captured(graph, held.input_ids, held.targets, loss_sum, metrics, self._gradient)
+        return _Captured(graph, held.input_ids, held.targets, ends, loss_sum, metrics, self._gradient)
 
-    @staticmethod
-    def _replay(captured: _Captured, batch: Batch) -> Ran:
+    def _replay(self, shape: GraphShape, batch: Batch) -> Ran:
+        captured = self._captured[shape]
         captured.input_ids.copy_(batch.input_ids)
         captured.targets.copy_(batch.targets)
+        if captured.ends is not None:
+            captured.ends.copy_(self._boundaries(batch, shape))
         captured.graph.replay()
         metrics = {name: value.clone() for name, value in captured.metrics.items()}
         result = Replayed(captured.loss_sum.clone(), batch.num_trained_tokens, metrics)
         return Ran(result, captured.gradient, is_reused=True)
+
+
+def _shape(batch: Batch) -> GraphShape:
+    return shape_of(batch.input_ids.shape[0], batch.input_ids.shape[1], batch.document_lengths)
+
+
+def _unpacked(shape: GraphShape) -> GraphShape:
+    """The shape without how many documents there are and how long: one document of one position, if it is packed."""
+    return shape._replace(documents=min(1, shape.documents), longest=min(1, shape.longest))
 
 
 def _in_bucket(batch: Batch) -> Batch:

@@ -147,6 +147,16 @@ class SingleDevice:
             self._flat.add(self._flat.gather(), is_last=is_last)
         return detached(result)
 
+    def capture(self, batches: Sequence[Batch]) -> int:
+        """Captures the graphs that packed micro-batches like these will need, of shapes that have run before.
+
+        Returns how many that takes; nothing is computed.
+        """
+        if self._graphs is None:
+            return 0
+        self._task.train()
+        return self._graphs.capture(cast("Any", batch.to(self.device)) for batch in batches)
+
     def _rehearse(self, batch: Batch) -> None:
         """Runs forward and backward of a short `batch` and forgets all about it, random numbers drawn included."""
         on_device = batch.shortened().to(self.device)

@@ -14,7 +14,6 @@ sinks have their own way (`kernels/scored_attention.py`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -25,12 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from stoker.kernels.ahead import is_compiling_ahead
-from stoker.kernels.documents import boundaries
+from stoker.kernels.documents import Boundaries, DocumentLengths, boundaries_of
 from stoker.kernels.head_exchange import HeadExchange
 from stoker.kernels.scored_attention import FLEX_CHANNELS, Scores, capped, flex, last_positions, normalized
 from stoker.kernels.triton_support import check_implementation
-
-DocumentLengths = Sequence[Sequence[int]]
 
 _MAX_QUERY_BLOCK = 512
 
@@ -51,6 +48,8 @@ def attention_reference(
     k, v = (x.repeat_interleave(num_heads // k.shape[2], dim=2) for x in (k, v))
     scores = torch.einsum("bthe,bshe->bhts", q, k) * (scale or head_dim**-0.5)
     rows = document_lengths or [[length]] * batch
+    if isinstance(rows, Boundaries):
+        rows = rows.lengths(batch, length)
     document = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows]).to(q.device)
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
     seen = (distance >= 0) & (distance < (window or length))
@@ -75,11 +74,11 @@ def attention(
     """Returns the attended values [B, T, H, E].
 
     q: [B, T, H, E]; k, v: [B, T, K, E] with H a multiple of K. `document_lengths`: for each row the lengths of its
-    documents, which sum to T; None: a row is one document. `window`: a position sees itself and the `window - 1` before
-    it. `scale`: of the scores, by default E^-½. `softcap` c: scores become c tanh(scores / c). `sinks` [H]: a logit
-    that joins each head's softmax and has no value. `exchange`: q, k and v are this rank's part of rows that its ranks
-    share, and so is the result; `document_lengths` are still those of whole rows. `implementation`: "reference" or
-    "triton". Raises ValueError for an unknown implementation, and for lengths that do not sum to T.
+    documents, which sum to T, or `Boundaries`; None: a row is one document. `window`: a position sees itself and the
+    `window - 1` before it. `scale`: of the scores, by default E^-½. `softcap` c: scores become c tanh(scores / c).
+    `sinks` [H]: a logit that joins each head's softmax and has no value. `exchange`: q, k and v are this rank's part of
+    rows that its ranks share, and so is the result; `document_lengths` are still those of whole rows. `implementation`:
+    "reference" or "triton". Raises ValueError for an unknown implementation, and for lengths that do not sum to T.
     """
     if exchange is not None:
         mine = None if sinks is None else exchange.mine(sinks)
@@ -110,6 +109,8 @@ def attention(
 def _checked(document_lengths: DocumentLengths | None, q: Tensor) -> DocumentLengths:
     batch, length = q.shape[:2]
     rows = document_lengths or ((length,),) * batch
+    if isinstance(rows, Boundaries):
+        return rows
     if len(rows) != batch or any(sum(row) != length for row in rows):
         raise ValueError(f"document_lengths must hold {batch} rows that sum to {length}")
     return rows
@@ -132,15 +133,20 @@ def _fastest_kernels(q: Tensor) -> AbstractContextManager[Any]:
     return sdpa_kernel(order, set_priority=True)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, rows: DocumentLengths, scores: Scores) -> Tensor:
-    lengths = [size for row in rows for size in row]
-    is_packed = len(lengths) > q.shape[0]
-    is_windowed = scores.window is not None and scores.window < max(lengths, default=0)
+def _attention(q: Tensor, k: Tensor, v: Tensor, documents: DocumentLengths, scores: Scores) -> Tensor:
     # The kernel has one size for queries, keys and values.
     fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1]
-    fits = fits and _has_flash(q.device)
-    if scores.are_plain and (is_packed or is_windowed) and fits:
-        return _variable_length(q, k, v, lengths, window=scores.window, scale=scores.scale)
+    fits = fits and _has_flash(q.device) and scores.are_plain
+    if isinstance(documents, Boundaries):
+        if fits:
+            return _variable_length(q, k, v, documents, window=scores.window, scale=scores.scale)
+        documents = documents.lengths(*q.shape[:2])
+    lengths = [size for row in documents for size in row]
+    is_packed = len(lengths) > q.shape[0]
+    is_windowed = scores.window is not None and scores.window < max(lengths, default=0)
+    if (is_packed or is_windowed) and fits:
+        ends = boundaries_of(documents, q.device)
+        return _variable_length(q, k, v, ends, window=scores.window, scale=scores.scale)
     if not is_packed:
         return _one_document(q, k, v, scores)
     # One split and one cat in each direction; slicing instead would pad every document's gradient to the whole row.
@@ -222,17 +228,20 @@ def _asks_for_shared_heads() -> bool:
 
 
 def _variable_length(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, window: int | None, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, documents: Boundaries, *, window: int | None, scale: float | None
 ) -> Tensor:
-    """Documents through CUDA's variable-length flash attention, which knows sliding windows too."""
+    """Documents through CUDA's variable-length flash attention, which knows sliding windows too.
+
+    It launches blocks for `longest` queries of every document; those past a document's end, and all of an empty one,
+    end at once (PyTorch's flash_fwd_kernel.h and flash_bwd_kernel.h compare with the document's own length first).
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     # Flash attention counts the positions before the query, the window counts the query itself too.
     options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0), "scale": scale}
     if _asks_for_shared_heads():
         options["enable_gqa"] = q.shape[2] != k.shape[2]
-    ends = boundaries(tuple(lengths), q.device)
-    longest = max(lengths)
+    ends, longest = documents.ends, documents.longest
     flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
     out: Any = varlen_attn(flat_q, flat_k, flat_v, ends, ends, longest, longest, **options)
     return out.view(q.shape)

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stoker.kernels.attention import DocumentLengths
 from stoker.kernels.block_backward import Backward, Kept
 from stoker.kernels.block_parts import Fixed, Layout, Turn, attend_by, norm, projections_of, to_heads, to_rows
+from stoker.kernels.documents import DocumentLengths
 from stoker.kernels.feed_forward import KEEP, BlockOptions, feed_forward
 from stoker.kernels.kept_attention import KeptAttention
 from stoker.kernels.offload import HostOffload

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from stoker.kernels import head_norm, rms_norm, rope
-from stoker.kernels.attention import DocumentLengths, attention
+from stoker.kernels.attention import attention
+from stoker.kernels.documents import DocumentLengths
 from stoker.kernels.feed_forward import BlockOptions
 from stoker.kernels.fp8 import Rounded
 from stoker.kernels.kept_attention import Attend

@@ -10,14 +10,15 @@ documents' lengths, and the sink enters through the log-sum of the scores: o = o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from stoker.kernels.documents import Boundaries, DocumentLengths, positions_in_documents
 
 _QUERY_BLOCK = 512
 _FLEX_BLOCK = 128
@@ -78,18 +79,16 @@ def _block(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
     return torch.einsum("bhts,bshe->bthe", weights.to(v.dtype), v)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, rows: Sequence[Sequence[int]], scores: Scores) -> Tensor:
-    """Attention of whole rows on CUDA: q [B, T, H, E], k, v [B, T, K, E]; `rows`: each row's document lengths."""
+def flex(q: Tensor, k: Tensor, v: Tensor, documents: DocumentLengths, scores: Scores) -> Tensor:
+    """Attention of whole rows on CUDA: q [B, T, H, E], k, v [B, T, K, E]."""
     from torch.nn.attention.flex_attention import AuxRequest
 
-    # Made on the device where nothing has to be copied there, which cannot be captured in a CUDA graph.
-    first = first_seen(rows, scores.window, q.device if all(len(row) == 1 for row in rows) else None)
     out, kept = _compiled()(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         score_mod=None if scores.softcap is None else _softcap(scores.softcap),
-        block_mask=block_mask(first, q.device),
+        block_mask=_mask(documents, scores.window, q.shape[0], q.shape[1], q.device),
         scale=scores.scale,
         enable_gqa=q.shape[2] != k.shape[2],
         return_aux=AuxRequest(lse=scores.sinks is not None),
@@ -119,22 +118,26 @@ def _softcap(softcap: float) -> Callable[..., Tensor]:
     return cap
 
 
-def first_seen(rows: Sequence[Sequence[int]], window: int | None, device: torch.device | str | None = None) -> Tensor:
-    """int32 [B, T]: the first position that each position sees, by its document and the window.
+def _mask(documents: DocumentLengths, window: int | None, num_rows: int, length: int, device: torch.device) -> Any:
+    """The mask of a micro-batch's layers with this window. Kept for packed lengths, which no CUDA graph reads."""
+    if isinstance(documents, Boundaries) or all(len(row) == 1 for row in documents):
+        return block_mask(first_seen(documents, window, num_rows, length, device), device)
+    return _kept_mask(tuple(tuple(row) for row in documents), window, length, device)
 
-    `device`: for rows of one document each; None: the CPU.
-    """
-    if device is not None:
-        first = torch.zeros((len(rows), rows[0][0]), dtype=torch.int64, device=device)
-    else:
-        starts = []
-        for row in rows:
-            begins = [end - length for end, length in zip(accumulate(row), row, strict=True)]
-            starts.append(torch.tensor(begins).repeat_interleave(torch.tensor(list(row))))
-        first = torch.stack(starts)
-    if window is not None:
-        first = torch.maximum(first, torch.arange(first.shape[1], device=first.device) - window + 1)
-    return first.to(torch.int32)
+
+@lru_cache(maxsize=4)
+def _kept_mask(rows: tuple[tuple[int, ...], ...], window: int | None, length: int, device: torch.device) -> Any:
+    with torch.inference_mode(mode=False):
+        return block_mask(first_seen(rows, window, len(rows), length, device), device)
+
+
+def first_seen(
+    documents: DocumentLengths, window: int | None, num_rows: int, length: int, device: torch.device
+) -> Tensor:
+    """int32 [B, T], on the device: the first position that each position sees, by its document and the window."""
+    position = torch.arange(length, dtype=torch.int32, device=device)
+    first = position - positions_in_documents(documents, num_rows, length, device)
+    return first if window is None else torch.maximum(first, position - window + 1)
 
 
 def block_mask(first: Tensor, device: torch.device, size: int = _FLEX_BLOCK) -> Any:

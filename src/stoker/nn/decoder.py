@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from stoker.kernels.documents import positions_in_documents
 from stoker.kernels.head_exchange import HeadExchange
 from stoker.nn.block import Block
 from stoker.nn.cache import KVCache
@@ -79,8 +80,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Returns the hidden states after the final norm, [B, T, D], of `input_ids` [B, T].
 
-        `document_lengths`: per row the lengths of its documents, which sum to T; attention and positions stay within
-        them. None: every row is one document. `positions` [B, T]: instead of 0, 1, ... in every document. `cache`: the
+        `document_lengths`: per row the lengths of its documents, which sum to T, or `Boundaries`; attention and
+        positions stay within them. None: every row is one document. `positions` [B, T]: instead of 0, 1, ... in every
+        document. `cache`: the
         ids continue the positions it holds, and it is extended in place. Raises ValueError when they do not fit it.
         With an `exchange`, ids and hidden states are this rank's part, and all else is said of whole rows.
         """
@@ -149,8 +151,7 @@ class Decoder(nn.Module):
         if self.position_embedding is None:
             return x
         if positions is None and document_lengths is not None:
-            rows = [torch.cat([torch.arange(length) for length in row]) for row in document_lengths]
-            positions = torch.stack(rows).to(input_ids.device)
+            positions = positions_in_documents(document_lengths, input_ids.shape[0], length, input_ids.device)
         if positions is None:
             positions = torch.arange(start, start + length, device=input_ids.device)[None]
         return x + self.position_embedding(self._part(positions, input_ids) + self.position_offset)
@@ -172,7 +173,7 @@ class Decoder(nn.Module):
             if positions is not None:
                 table = rotary.at(positions)
             elif document_lengths is not None:
-                table = rotary.packed(document_lengths, device)
+                table = rotary.packed(document_lengths, input_ids.shape[0], length, device)
             else:
                 table = rotary.span(start, start + length, device)
             tables[rotary] = (self._part(table[0], input_ids), self._part(table[1], input_ids))

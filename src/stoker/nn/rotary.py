@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stoker.kernels.documents import Boundaries, positions_in_documents
 from stoker.kernels.rope import frequencies
 
-Documents = tuple[tuple[int, ...], ...]
+Documents = tuple[tuple[int, ...], ...] | Boundaries
+"""For each row the lengths of its documents, or the same as a tensor, which is what a CUDA graph can read anew."""
 
 _BY_LENGTH = ("dynamic", "longrope")
 
@@ -24,7 +26,9 @@ class Rotary:
         self.theta = theta
         self.kind = kind
         self.scaling = scaling
-        self._table: tuple[Tensor, Tensor] | None = None
+        # All that were made, the longest last: a CUDA graph goes on reading the one that it was captured with. Each is
+        # twice as long as the one before, so that together they are no more than twice the last.
+        self._tables: list[tuple[Tensor, Tensor]] = []
 
     @property
     def renewed_past(self) -> int | None:
@@ -42,12 +46,29 @@ class Rotary:
         cos, sin = self._grown_table(end, device)
         return cos[:, start:end], sin[:, start:end]
 
-    def packed(self, documents: Documents, device: torch.device) -> tuple[Tensor, Tensor]:
+    def packed(self, documents: Documents, num_rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines where positions restart in every document: each [B, T, dim/2], fp32."""
-        tables = {length: self.span(0, length, device) for row in documents for length in row}
+        if self._turns_by_length(documents):
+            return self._by_document(documents, num_rows, length, device)
+        cos, sin = self._grown_table(length, device)
+        positions = positions_in_documents(documents, num_rows, length, device)
+        return cos[0][positions], sin[0][positions]
+
+    def _turns_by_length(self, documents: Documents) -> bool:
+        """Whether a document may be so long that its length decides the angles of all its positions."""
+        if self.kind not in _BY_LENGTH:
+            return False
+        is_tensor = isinstance(documents, Boundaries)
+        longest = documents.longest if is_tensor else max(size for row in documents for size in row)
+        return longest > self.scaling["original_max_positions"]
+
+    def _by_document(
+        self, documents: Documents, num_rows: int, length: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        rows = documents.lengths(num_rows, length) if isinstance(documents, Boundaries) else documents
+        tables = {size: self.span(0, size, device) for row in rows for size in row}
         cos, sin = (
-            torch.stack([torch.cat([tables[length][part][0] for length in row]) for row in documents])
-            for part in (0, 1)
+            torch.stack([torch.cat([tables[size][part][0] for size in row]) for row in rows]) for part in (0, 1)
         )
         return cos, sin
 
@@ -70,7 +91,9 @@ class Rotary:
 
     def _grown_table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Tables of at least `length` positions, kept for the next call."""
-        if self._table is None or self._table[0].shape[1] < length or self._table[0].device != device:
+        if not self._tables or self._tables[-1][0].device != device:
+            self._tables = []
+        if not self._tables or self._tables[-1][0].shape[1] < length:
             size = max(256, 1 << (length - 1).bit_length())
-            self._table = self._compute(torch.arange(size, device=device)[None], 0)
-        return self._table
+            self._tables.append(self._compute(torch.arange(size, device=device)[None], 0))
+        return self._tables[-1]

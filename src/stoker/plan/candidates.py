@@ -99,6 +99,12 @@ class Job:
         )
         return self.flops + again
 
+    def why_no_graphs(self, *, offload: bool) -> str:
+        """What keeps micro-batches from being captured, or ""; `offload`: kept activations wait on the host."""
+        machine = self.machine
+        options = {"precision": machine.precision, "uses_triton": machine.uses_triton, "offload": offload}
+        return execution.why_no_graphs(self.config, self.spec, machine.device, **options)
+
     @property
     def _attended_tokens(self) -> int:
         """Tokens of a whole row, of which devices that share it have parts."""
@@ -196,7 +202,7 @@ class Size:
 
     def _may_be_captured(self) -> bool:
         job = self.job
-        if execution.why_no_graphs(job.config, job.spec, job.machine.device, offload=False):
+        if job.why_no_graphs(offload=False):
             return False
         is_fused = job.machine.uses_triton and not execution.why_op_by_op(job.spec)
         flops = self.flops_of_a_layer(job.flops)
@@ -327,7 +333,7 @@ class Candidate:
         job = self.size.job
         if job.spread.num_processes > 1:
             return "graphs are for one process"
-        hindrance = execution.why_no_graphs(job.config, job.spec, job.machine.device, offload=self.ladder.offload)
+        hindrance = job.why_no_graphs(offload=self.ladder.offload)
         if hindrance:
             return hindrance
         flops = self.size.flops_of_a_layer(job.flops_with(self.ladder))

@@ -360,7 +360,7 @@ def _cuda_graphs(best: Candidate) -> tuple[bool, str]:
     job = best.size.job
     asked, hindrance = job.config.engine.cuda_graphs, best.why_no_graphs
     if asked is True:
-        impossible = execution.why_no_graphs(job.config, job.spec, job.machine.device, offload=best.ladder.offload)
+        impossible = job.why_no_graphs(offload=best.ladder.offload)
         if impossible:
             raise PlanError(f"engine.cuda_graphs = true: {impossible}.", fix="Use false or auto, or change that.")
     if asked != "auto":

@@ -5,15 +5,25 @@ from typing import Literal
 from stoker.arch import activations
 from stoker.arch.borrowed import AnySpec, BorrowedSpec
 from stoker.arch.shape import why_not_llama
+from stoker.arch.spec import (
+    AttentionSpec,
+    DynamicScaling,
+    LatentAttentionSpec,
+    LongRopeScaling,
+    MixerSpec,
+    SideBySideSpec,
+)
 from stoker.config.schema import RunConfig
 from stoker.errors import PlanError
 from stoker.plan.hardware import Device
 from stoker.plan.remember import remember
 
 Kernels = Literal["reference", "triton"]
-# Triton compiles for GPUs from Volta on; PyTorch's fp8 products need Ada's or Hopper's tensor cores.
+# Triton compiles for GPUs from Volta on, flash attention for Ampere; PyTorch's fp8 products need Ada's or Hopper's
+# tensor cores.
 _TRITON_CAPABILITY = (7, 0)
 _FP8_CAPABILITY = (8, 9)
+_FLASH_CAPABILITY = (8, 0)
 LAUNCH_BOUND_FLOPS = {"fused": 4e11, "op by op": 5e12}
 """FLOPs of a layer's forward and backward below which launching its kernels takes longer than running them.
 
@@ -79,20 +89,48 @@ def quantization(config: RunConfig, device: Device) -> tuple[str, str]:
     return kind, f"{_FORMATS[kind]}, and products in fp8, which {device.name} has"
 
 
-def why_no_graphs(config: RunConfig, spec: AnySpec, device: Device, *, offload: bool) -> str:
+def why_no_graphs(
+    config: RunConfig, spec: AnySpec, device: Device, *, precision: str, uses_triton: bool, offload: bool
+) -> str:
     """Returns what keeps micro-batches from being captured as CUDA graphs, or ""."""
     if device.kind != "cuda":
         return "only a CUDA GPU captures launches"
     if isinstance(spec, BorrowedSpec):
         return "what a borrowed model runs is not known to be the same each time"
     hindrances = {
-        "packed rows differ in their documents (data.packing: false has none)": config.data.packing,
         "dropout draws a seed for each micro-batch": config.adapter is not None and config.adapter.dropout > 0.0,
         "noise is drawn for each micro-batch": config.train.embedding_noise is not None,
         "a mixture's balancing loss counts each micro-batch's tokens": _balances(spec),
         "kept activations wait on the host": offload,
     }
-    return next((what for what, there in hindrances.items() if there), "")
+    hindrance = next((what for what, there in hindrances.items() if there), "")
+    if hindrance or not config.data.packing:
+        return hindrance
+    found = (_why_by_document(config, layer.mixer, device, precision, uses_triton=uses_triton) for layer in spec.layers)
+    return next(
+        (f"packed rows run document by document: {why} (data.packing: false has none)" for why in found if why), ""
+    )
+
+
+def _why_by_document(
+    config: RunConfig, mixer: MixerSpec | None, device: Device, precision: str, *, uses_triton: bool
+) -> str:
+    """Returns why a mixer's documents run one after the other, so that how many there are decides what runs; or ""."""
+    attention = mixer.attention if isinstance(mixer, SideBySideSpec) else mixer
+    if not isinstance(attention, AttentionSpec | LatentAttentionSpec):
+        return ""
+    scaling = None if attention.rope is None else attention.rope.scaling
+    follows_length = isinstance(scaling, DynamicScaling | LongRopeScaling)
+    if follows_length and config.data.sequence_length > scaling.original_max_positions:
+        return "angles follow a document's length"
+    if isinstance(attention, AttentionSpec) and (attention.softcap is not None or attention.sinks):
+        return "" if uses_triton else "so does plain PyTorch with soft-capped scores or sinks"
+    if precision not in ("bf16", "fp16"):
+        return f"variable-length attention has no {precision}"
+    capability = device.compute_capability
+    if capability is not None and capability < _FLASH_CAPABILITY:
+        return f"variable-length attention needs compute capability 8.0, and {device.name} has {_dotted(capability)}"
+    return ""
 
 
 def _balances(spec: AnySpec) -> bool:

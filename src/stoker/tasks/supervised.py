@@ -7,6 +7,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from stoker.kernels.documents import Boundaries
 from stoker.kernels.linear_cross_entropy import LossOptions, linear_cross_entropy
 from stoker.kernels.load_balance import load_balancing_loss
 from stoker.tasks.task import Batch, TaskResult
@@ -23,7 +24,9 @@ class CausalModel(Protocol):
     logit_scale: float
     logit_softcap: float | None
 
-    def __call__(self, input_ids: Tensor, *, document_lengths: tuple[tuple[int, ...], ...] | None) -> Tensor:
+    def __call__(
+        self, input_ids: Tensor, *, document_lengths: tuple[tuple[int, ...], ...] | Boundaries | None
+    ) -> Tensor:
         """Returns the last hidden states `[B, T, D]`, after the final norm, or logits `[B, T, V]`."""
 
 
@@ -47,20 +50,26 @@ class SupervisedTask(nn.Module):
         self.model = model
         self.kernels = kernels
         self._select_rows = True
+        self._documents: Boundaries | None = None
 
     @contextmanager
-    def capturing(self) -> Generator[None]:
-        """Within it no size of the work depends on which tokens are trained, as a CUDA graph demands."""
+    def capturing(self, ends: Tensor | None = None, longest: int = 0) -> Generator[None]:
+        """Within it no size of the work depends on what a batch holds, as a CUDA graph demands.
+
+        `ends` int32: where documents of packed rows begin and the last one ends, which is read instead of the batch's
+        lengths; none has more than `longest` positions (see `kernels.documents.Boundaries`). None: not packed.
+        """
         self._select_rows = False
+        self._documents = None if ends is None else Boundaries(ends, longest)
         try:
             yield
         finally:
-            self._select_rows = True
+            self._select_rows, self._documents = True, None
 
     def forward(self, batch: Batch) -> TaskResult:
         """Returns the loss sum over targets that are not -100 (fp32 scalar)."""
         model = cast("CausalModel", self.model)
-        hidden = model(batch.input_ids, document_lengths=batch.document_lengths)
+        hidden = model(batch.input_ids, document_lengths=self._documents or batch.document_lengths)
         targets = batch.targets.flatten()
         if model.head_weight is None:
             loss_sum = nn.functional.cross_entropy(hidden.flatten(0, 1).float(), targets, reduction="sum")

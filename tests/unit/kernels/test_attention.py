@@ -1,7 +1,10 @@
+from functools import partial
+
 import pytest
 import torch
 
 from stoker.kernels.attention import attend_cached, attention, attention_reference
+from stoker.kernels.documents import Boundaries
 
 # fp32 on both sides, values of order 1, sums of at most 40 terms in another order.
 TOLERANCE = 2e-6
@@ -81,3 +84,17 @@ def test_last_positions_of_a_cache_equal_the_whole(new, window):
 def test_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="cuda-magic"):
         attention(*draw(), implementation="cuda-magic")
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("attend", [attention, attention_reference])
+def test_boundaries_with_empty_documents_mean_the_same_as_lengths(attend, window):
+    inputs = draw()
+    ends = torch.tensor([0, 0, 10, 24, 24, 48, 48, 48], dtype=torch.int32)
+    results = []
+    for documents in (Boundaries(ends, 24), ((10, 14), (24,))):
+        op = partial(attend, document_lengths=documents, window=window)
+        out, grads = gradients(op, inputs)
+        results.append([out, *grads])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)

@@ -3,10 +3,12 @@ import torch
 
 from stoker.kernels import scored_attention
 from stoker.kernels.attention import attend_cached, attention, attention_reference
+from stoker.kernels.documents import Boundaries
 from stoker.kernels.scored_attention import Scores, block_mask, first_seen, flex
 
 # fp32; blocks of queries sum in another order.
 TOLERANCE = 2e-6
+CPU = torch.device("cpu")
 DOCUMENTS = ((300, 5, 335), (640,))
 
 
@@ -45,18 +47,23 @@ def test_the_last_positions_see_what_was_cached(inputs, sinks, new):
 
 
 @pytest.mark.parametrize("window", [None, 9])
-def test_rows_of_one_document_need_no_copy_to_a_device(window):
-    rows = ((20,), (20,))
-    made = first_seen(rows, window, "meta")
-    assert made.device.type == "meta"
-    assert torch.equal(first_seen(rows, window, "cpu"), first_seen(rows, window))
+def test_what_a_position_sees_first_is_its_documents_begin_or_the_windows(window):
+    rows = ((3, 17), (20,))
+    begins = torch.tensor([[0] * 3 + [3] * 17, [0] * 20])
+    expected = begins if window is None else torch.maximum(begins, torch.arange(20) - window + 1)
+    first = first_seen(rows, window, 2, 20, CPU)
+    assert first.dtype == torch.int32
+    assert torch.equal(first.long(), expected)
+    # As a tensor, with empty documents before and after.
+    ends = torch.tensor([0, 0, 3, 20, 20, 40, 40], dtype=torch.int32)
+    assert torch.equal(first_seen(Boundaries(ends, 32), window, 2, 20, CPU), first)
 
 
 @pytest.mark.parametrize("window", [None, 40, 200])
 def test_the_block_mask_shows_every_block_that_a_position_sees_and_masks_none_of_the_whole_ones(window):
     size, length = 64, 640
-    first = first_seen(DOCUMENTS, window)
-    mask = block_mask(first, torch.device("cpu"), size)
+    first = first_seen(DOCUMENTS, window, 2, length, CPU)
+    mask = block_mask(first, CPU, size)
     position = torch.arange(length)
     seen = (position[None, None] <= position[None, :, None]) & (position[None, None] >= first[:, :, None])
     blocks = seen.unflatten(1, (-1, size)).unflatten(3, (-1, size))

@@ -23,7 +23,7 @@ def test_tables_grow_without_changing():
 
 def test_positions_restart_in_every_document():
     for rotary in (Rotary(4, theta=1e4), Rotary(4, theta=1e4, **DYNAMIC)):
-        cos, sin = rotary.packed(((3, 12), (15,)), CPU)
+        cos, sin = rotary.packed(((3, 12), (15,)), 2, 15, CPU)
         assert cos.shape == sin.shape == (2, 15, 2)
         assert torch.equal(cos[0, :3], rotary.span(0, 3, CPU)[0][0])
         assert torch.equal(sin[0, 3:], rotary.span(0, 12, CPU)[1][0])

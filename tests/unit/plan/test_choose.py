@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from stoker.arch import families
 from stoker.arch.activations import LADDER
 from stoker.errors import PlanError
 from stoker.plan.choose import MemoryPlanError, Statistics, choose
@@ -344,7 +345,7 @@ def test_planning_imports_no_framework():
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (["data.packing=true"], "packed rows differ"),
+        (["data.packing=true", "engine.precision=fp32"], "document by document: variable-length attention has no fp32"),
         (["data.packing=false", "adapter.dropout=0.1"], "dropout draws a seed"),
         (["data.packing=false", "train.embedding_noise=5.0"], "noise is drawn"),
         (["data.packing=false", "engine.offload_activations=true"], "wait on the host"),
@@ -383,6 +384,48 @@ def test_graphs_are_also_for_where_gaps_between_kernels_show_and_memory_is_free(
     assert not choose(run(*asked, "data.sequence_length=4096"), llama_1b, machine(140)).cuda_graphs
     # Gradients of all weights would be held from step to step.
     assert not choose(run(*asked, "adapter=null"), llama_1b, machine(140)).cuda_graphs
+
+
+def test_packed_rows_are_captured_where_their_attention_is_one_kernel(run, llama_1b, machine):
+    asked = ("data.sequence_length=4096", "engine.micro_batch_size=2", "train.batch_size=2")
+    plan = choose(run(*asked), llama_1b, machine(140))
+    assert plan.cuda_graphs
+    assert "wait for launches" in plan.reasons["cuda_graphs"]
+    old = choose(run(*asked), llama_1b, machine(140, capability=(7, 5)))
+    assert not old.cuda_graphs
+    assert "needs compute capability 8.0, and GPU has 7.5" in old.reasons["cuda_graphs"]
+    assert not choose(run(*asked, "engine.cuda_graphs=false"), llama_1b, machine(140)).cuda_graphs
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernels", "why"),
+    [
+        ({"model_type": "mamba2", "num_heads": 64, "head_dim": 64, "n_groups": 1}, "reference", ""),
+        ({"model_type": "gemma2", "head_dim": 64, "sliding_window": 512}, "triton", ""),
+        ({"model_type": "gemma2", "head_dim": 64, "sliding_window": 512}, "reference", "soft-capped scores or sinks"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "triton", ""),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 1024},
+            "triton",
+            "angles follow a document's length",
+        ),
+    ],
+)
+def test_what_runs_packed_rows_document_by_document_is_not_captured(run, machine, changes, kernels, why):
+    config = {
+        "model_type": "llama",
+        "vocab_size": 1000,
+        "hidden_size": 2048,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 4096,
+        "max_position_embeddings": 8192,
+    }
+    spec = families.read(config | changes, "config.json")
+    plan = choose(run("train.batch_size=1", f"engine.kernels={kernels}"), spec, machine(80))
+    assert plan.cuda_graphs == (not why)
+    assert why in plan.reasons["cuda_graphs"]
 
 
 def test_bf16_weights_run_in_bf16_and_are_refused_without_it(run, llama_8b, machine):

@@ -15,6 +15,7 @@ from stoker.compose.model import Base, load_decoder
 from stoker.compose.trainer import Engine, add_adapter, make_engine, weight_dtype
 from stoker.config.schema import RunConfig
 from stoker.data.batch import Batch
+from stoker.distributed.single import SingleDevice
 from stoker.errors import TrainingError
 from stoker.plan.plan import Plan
 from stoker.train.guard import MemoryGuard
@@ -123,6 +124,8 @@ def timed(
 
     seconds, losses, norms, tokens = [], [], [], []
     for number, micro_batches in enumerate(batches.batches, start=1):
+        if number == warmup_steps + 1:
+            notices += _captured_ahead(engine, batches.batches[warmup_steps:])
         wait(device)
         start = time.perf_counter()
         outcome = take(number, micro_batches)
@@ -150,6 +153,17 @@ def timed(
         notices=tuple(notices),
     )
     return measured, batches, found
+
+
+def _captured_ahead(engine: Engine, steps: Sequence[Sequence[Batch]]) -> list[str]:
+    """Captures the CUDA graphs that packed rows of the timed steps need, and says so.
+
+    A run captures them within its first dozens of micro-batches; a few timed steps would measure little else.
+    """
+    if not isinstance(engine.strategy, SingleDevice):
+        return []
+    count = engine.strategy.capture([batch for step in steps for batch in step])
+    return [f"CUDA graphs captured before the timed steps, for packed rows: {count}."] if count else []
 
 
 def wait(device: torch.device) -> None:

@@ -78,7 +78,7 @@ class Engine(Section):
     bf16 and fp16 are not affected."""
     cuda_graphs: Literal["auto"] | bool = "auto"
     """Replay micro-batches of one shape as one launch (CUDA only); `auto` where launching is what steps would wait for.
-    Needs rows that are not packed, and no dropout."""
+    Needs no dropout and, of packed rows, attention in bf16 or fp16."""
     num_threads: Literal["auto"] | Count = "auto"
     """CPU threads of PyTorch."""
     hang_timeout: Positive = 1800.0
