@@ -5,6 +5,7 @@ import torch
 
 from stoker.arch.families import read
 from stoker.kernels.attention import attention, attention_reference
+from stoker.kernels.documents import Boundaries
 from stoker.kernels.linear_cross_entropy import linear_cross_entropy
 from stoker.models import native
 
@@ -62,3 +63,24 @@ def test_attention_in_half_precision_on_a_gpu(document_lengths, kv_heads, channe
     ):
         error = (result.double() - truth.double()).norm() / truth.double().norm()
         assert error < 1e-2
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_attention_on_a_gpu_with_room_for_more_and_longer_documents(window, draw, device):
+    if device.type != "cuda":
+        pytest.skip("needs variable-length attention")
+    q, k, v = (draw(2, 100, heads, 64).bfloat16().requires_grad_() for heads in (4, 2, 2))
+    grad = draw(2, 100, 4, 64).bfloat16()
+    lengths = ((40, 1, 59), (100,))
+    ends = torch.tensor([0, 0, 40, 41, 100, 100, 200, 200, 200, 200], dtype=torch.int32, device=device)
+    results = []
+    for documents in (lengths, Boundaries(ends, 640)):
+        out = attention(q, k, v, document_lengths=documents, window=window, implementation="triton")
+        results.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
+    for index, (exact, roomy) in enumerate(zip(*results, strict=True)):
+        # The same blocks in the same order; only the queries' gradients are added up in any order, in fp32.
+        tolerance = 1e-2 if index == 1 else 0.0
+        assert roomy.isfinite().all()
+        assert (roomy.double() - exact.double()).norm() <= tolerance * exact.double().norm()
+    expected = attention_reference(q.double(), k.double(), v.double(), document_lengths=lengths, window=window)
+    torch.testing.assert_close(results[1][0].double(), expected, rtol=0, atol=2e-2)

@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 
-from stoker.kernels.attention import attend_cached, attention, attention_reference
+from stoker.kernels.attention import _variable_length, attend_cached, attention, attention_reference
 from stoker.kernels.documents import Boundaries
 
 # fp32 on both sides, values of order 1, sums of at most 40 terms in another order.
@@ -98,3 +98,15 @@ def test_boundaries_with_empty_documents_mean_the_same_as_lengths(attend, window
         results.append([out, *grads])
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_variable_length_attention_is_called_as_this_version_of_pytorch_has_it(window):
+    """Without a GPU, so without values; those are compared in tests/kernels."""
+    q, k, v = (x.detach().to("meta", torch.bfloat16).requires_grad_() for x in draw())
+    ends = Boundaries(torch.zeros(5, dtype=torch.int32, device="meta"), 24)
+    out = _variable_length(q, k, v, ends, window=window, scale=None)
+    assert out.shape == q.shape
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert [grad.shape for grad in grads] == [x.shape for x in (q, k, v)]
+    assert "Flash" in type(torch.autograd.graph.get_gradient_edge(out).node.next_functions[0][0]).__name__
