@@ -147,3 +147,12 @@ def test_results_are_appended_and_the_last_of_a_cell_is_shown(runner, tmp_path):
 
 def test_without_results_there_is_no_table(tmp_path):
     assert single_gpu_table(tmp_path / "none.json") == ""
+
+
+def test_attention_of_packed_rows_is_measured_with_each_room(tmp_path):
+    from benchmarks import packed_attention
+
+    packed_attention.main([str(tmp_path / "packed.json"), "--tiny"])
+    found = json.loads((tmp_path / "packed.json").read_text())["results"][0]
+    assert set(found["milliseconds"]) == {"exact", "rounded", "roomy"}
+    assert found["blocks"]["exact"] <= found["blocks"]["rounded"] <= found["blocks"]["roomy"]
