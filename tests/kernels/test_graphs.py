@@ -239,7 +239,7 @@ def test_packed_rows_of_any_documents_train_as_in_eager_steps(precision, optimiz
 def test_gradients_of_packed_rows_are_those_of_eager_steps(adapter):
     """Each micro-batch by itself: nothing of the one before is left in a replay."""
     eager, replayed = (strategy("bf16", graphs=graphs, adapter=adapter) for graphs in (False, True))
-    for number in range(8):
+    for number in range(16):
         one = packed_batch(number)
         found = []
         for run in (eager, replayed):
