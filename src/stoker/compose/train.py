@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from stoker.plan.choose import MemoryPlanError, Statistics
 from stoker.plan.hardware import Hardware
 from stoker.plan.many import choose_over
 from stoker.plan.plan import Plan, size
+from stoker.train.loop import TrainingResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,6 +98,40 @@ class _Notes:
             self.folder.write_json("run.json", self.facts)
 
 
+@dataclass
+class _Warnings:
+    """What the user should know before training: shown as it comes, and kept for the report."""
+
+    console: Console
+    sentences: list[str] = field(default_factory=list)
+
+    def add(self, sentences: Iterable[str]) -> None:
+        for sentence in sentences:
+            self.sentences.append(sentence)
+            _say(self.console, sentence, style="yellow")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that is ready to begin: what was asked for, what became of it, and where it is written down."""
+
+    config: RunConfig
+    plan: Plan
+    model: Model
+    engine: Engine
+    ranks: "Ranks"
+    data: Data
+    folder: RunFolder
+    notes: _Notes
+    console: Console
+
+    @property
+    def decoder(self) -> "LoadedModel":
+        """The live model."""
+        assert self.model.decoder is not None
+        return self.model.decoder
+
+
 def train(
     loaded: Loaded,
     *,
@@ -137,55 +172,31 @@ def _train(
     console = console or Console(quiet=not ranks.is_first)
     config, folder = loaded.config, RunFolder.of(loaded.config.output.folder)
     parallel.require_same(ranks, config)
-
-    def resumes() -> bool:
-        goes_on = resume_run or launch.is_restarted(_read_notes(folder))
-        goes_on = goes_on or (config.output.resume and folder.config.exists() and not overwrite)
-        folder.check(resume=goes_on, overwrite=overwrite)
-        return goes_on
-
-    resume_run = ranks.share(resumes)
-    overwrite = overwrite and not resume_run
+    resumes = ranks.share(lambda: _goes_on(config, folder, asked=resume_run, overwrite=overwrite))
+    overwrite = overwrite and not resumes
     _say(console, f"stoker {stoker.__version__}  {describe(config)}", style="bold")
     model = model or _open(config)
     config = fitted(config, model.base)
     loaded = Loaded(config, loaded.origins)
-    changed = resume.changes(config, folder) if resume_run else []
+    changed = resume.changes(config, folder) if resumes else []
     data = prepare_data(config, model.tokenizer, console=console)
     agree.require_same_data(ranks, data, model.tokenizer)
     refuse_rows_of_other_tasks(config, data.audits)
     for split, text in summary(config, data):
         _say(console, f"{split:<10}  {text}")
     hardware = probe() if model.decoder is None else with_loaded(probe(), model.decoder)
-    warnings = [*data.notices, *refuse_faults(data.audits), *changed, *agree.device_warnings(ranks, hardware)]
-    for sentence in warnings:
-        _say(console, sentence, style="yellow")
+    warnings = _Warnings(console)
+    warnings.add([*data.notices, *refuse_faults(data.audits), *changed, *agree.device_warnings(ranks, hardware)])
     hardware = agree.smallest(ranks, hardware)
-    base, before = model.base, folder if resume_run else None
-    asked = {"world_size": ranks.world_size, "force": force}
-    try:
-        plan = ranks.share(lambda: _choose(config, base, data, hardware, before, **asked))
-    except MemoryPlanError as error:
-        raise MemoryPlanError(
-            [replace(one, fix=f"{one.fix} --force tries it as it is.") for one in error.problems]
-        ) from None
+    plan = _agreed_plan(config, model.base, data, hardware, ranks, resumed=folder if resumes else None, force=force)
     _say(console, "\n".join([plan.table(), *predicted.known_here(plan)]))
     if plan.memory.total > plan.available_bytes:
-        forced = f"By the plan this needs {size(plan.memory.total)} of {size(plan.available_bytes)}; --force tries it."
-        warnings.append(forced)
-        _say(console, forced, style="yellow")
-    engine = _make_engine(config, plan, model, data, console, ranks=ranks)
+        needs = f"{size(plan.memory.total)} of {size(plan.available_bytes)}"
+        warnings.add([f"By the plan this needs {needs}; --force tries it."])
+    engine = load_engine(config, plan, model, data, console, ranks=ranks)
     assert model.decoder is not None
-    not_in_fp8 = layers_not_in_fp8(model.decoder, plan)
-    for sentence in borrowed_notices(model.decoder, packing=config.data.packing):
-        warnings.append(sentence)
-        _say(console, sentence, style="yellow")
-    adapter_notice = loading_notice(model.base.spec, config.adapter.targets) if config.adapter else ""
-    left_out = limits.left_out_notice(model.base.spec)
-    for sentence in filter(None, (fp8_notice(model.decoder, plan), adapter_notice, left_out)):
-        warnings.append(sentence)
-        _say(console, sentence, style="yellow")
-    facts = ranks.share(lambda: _read_notes(folder) if resume_run else {})
+    warnings.add(_notices(config, plan, model.base, model.decoder))
+    facts = ranks.share(lambda: _read_notes(folder) if resumes else {})
     if ranks.is_first:
         folder.claim(overwrite=overwrite)  # Last, so that a mistake found so far leaves the folder as it was.
         _write_inputs(folder, loaded, plan, data)
@@ -196,22 +207,46 @@ def _train(
         title=describe(config),
         versions=versions(),
         device=plan.device_name,
-        notices=[{"level": "warning", "message": sentence} for sentence in warnings],
-        layers_not_in_fp8=not_in_fp8,
+        notices=[{"level": "warning", "message": sentence} for sentence in warnings.sentences],
+        layers_not_in_fp8=layers_not_in_fp8(model.decoder, plan),
     )
     with closing(engine):
-        return _run(
-            config,
-            plan,
-            model,
-            engine,
-            ranks,
-            data=data,
-            folder=folder,
-            notes=notes,
-            resume_run=resume_run,
-            console=console,
-        )
+        return _run(_Run(config, plan, model, engine, ranks, data, folder, notes, console), resumes=resumes)
+
+
+def _goes_on(config: RunConfig, folder: RunFolder, *, asked: bool, overwrite: bool) -> bool:
+    """Whether the run in `folder` goes on; raises OutputError where the folder does not allow what is to be done."""
+    goes_on = asked or launch.is_restarted(_read_notes(folder))
+    goes_on = goes_on or (config.output.resume and folder.config.exists() and not overwrite)
+    folder.check(resume=goes_on, overwrite=overwrite)
+    return goes_on
+
+
+def _agreed_plan(
+    config: RunConfig,
+    base: Base,
+    data: Data,
+    hardware: Hardware,
+    ranks: "Ranks",
+    *,
+    resumed: RunFolder | None,
+    force: bool,
+) -> Plan:
+    """Returns the plan, which the first process makes for all."""
+    asked = {"world_size": ranks.world_size, "force": force}
+    try:
+        return ranks.share(lambda: choose_plan(config, base, data, hardware, resumed, **asked))
+    except MemoryPlanError as error:
+        raise MemoryPlanError(
+            [replace(one, fix=f"{one.fix} --force tries it as it is.") for one in error.problems]
+        ) from None
+
+
+def _notices(config: RunConfig, plan: Plan, base: Base, decoder: "LoadedModel") -> list[str]:
+    """What to know of the loaded model: what a borrowed class does not bear, and what stays out of fp8 or training."""
+    of_adapter = loading_notice(base.spec, config.adapter.targets) if config.adapter else ""
+    others = (fp8_notice(decoder, plan), of_adapter, limits.left_out_notice(base.spec))
+    return [*borrowed_notices(decoder, packing=config.data.packing), *filter(None, others)]
 
 
 def _open(config: RunConfig) -> Model:
@@ -219,7 +254,7 @@ def _open(config: RunConfig) -> Model:
     return Model(base, load_tokenizer_of(config, base))
 
 
-def _choose(
+def choose_plan(
     config: RunConfig,
     base: Base,
     data: Data,
@@ -268,48 +303,51 @@ def _write_inputs(folder: RunFolder, loaded: Loaded, plan: Plan, data: Data) -> 
     folder.write_json("audit.json", {split: audit.to_dict() for split, audit in data.audits.items()})
 
 
-def _run(
-    config: RunConfig,
-    plan: Plan,
-    model: Model,
-    engine: Engine,
-    ranks: "Ranks",
-    *,
-    data: Data,
-    folder: RunFolder,
-    notes: _Notes,
-    resume_run: bool,
-    console: Console,
-) -> RunResult:
+def _run(run: _Run, *, resumes: bool) -> RunResult:
     journal = Journal()
-    with _observers(config, folder, journal, console, speaks=ranks.is_first) as observers:
-        if "before" not in notes.facts:
-            notes.add(before={split: asdict(one) for split, one in losses.measure(engine, console).items()})
-        before = {split: losses.Measured(**one) for split, one in notes.facts["before"].items()}
-        assert model.decoder is not None
-        with (
-            agree.watched(ranks, folder, config.engine.hang_timeout) as at,
-            embedding_noise(model.decoder, config.train.embedding_noise),
-        ):
-            trainer = make_trainer(
-                config,
-                engine,
-                folder,
-                observers=observers,
-                description={"title": describe(config)},
-                warm_up_reason=warm_up_reason(plan),
-                at=at,
-            )
-            result = trainer.run(resume=resume_run)
-    memory = predicted.memory(plan, model.decoder, engine)
-    documents = data.train.lengths if data.windows is None else ()
-    mine = parallel.share_of_one(config, ranks.world_size)
+    with _observers(run, journal) as observers:
+        before = _losses_before(run)
+        result = _learn(run, observers, resumes=resumes)
+    _account(run, result, journal)
+    return _interrupted(run, result) if result.reason == "interrupted" else _conclude(run, result, before)
+
+
+def _losses_before(run: _Run) -> dict[str, losses.Measured]:
+    """Returns the losses of the untrained model: measured now, or when the run began."""
+    if "before" not in run.notes.facts:
+        measured = losses.measure(run.engine, run.console)
+        run.notes.add(before={split: asdict(one) for split, one in measured.items()})
+    return {split: losses.Measured(**one) for split, one in run.notes.facts["before"].items()}
+
+
+def _learn(run: _Run, observers: Sequence[Observer], *, resumes: bool) -> TrainingResult:
+    config = run.config
+    with (
+        agree.watched(run.ranks, run.folder, config.engine.hang_timeout) as at,
+        embedding_noise(run.decoder, config.train.embedding_noise),
+    ):
+        trainer = make_trainer(
+            config,
+            run.engine,
+            run.folder,
+            observers=observers,
+            description={"title": describe(config)},
+            warm_up_reason=warm_up_reason(run.plan),
+            at=at,
+        )
+        return trainer.run(resume=resumes)
+
+
+def _account(run: _Run, result: TrainingResult, journal: Journal) -> None:
+    """Writes down how training ended and what it took, beside what the plan said."""
+    config, plan, notes = run.config, run.plan, run.notes
+    memory = predicted.memory(plan, run.decoder, run.engine)
     seconds = predicted.step_seconds(
-        mine,
-        model.base.spec,
+        parallel.share_of_one(config, run.ranks.world_size),
+        run.model.base.spec,
         plan,
-        read_metrics(folder.metrics),
-        documents,
+        read_metrics(run.folder.metrics),
+        run.data.train.lengths if run.data.windows is None else (),
         rows_a_step=config.train.batch_size,
     )
     notes.add(
@@ -320,42 +358,44 @@ def _run(
         memory=memory,
         step_seconds=seconds,
     )
-    if ranks.is_first and (sentence := predicted.remember(config, plan, memory, seconds)):
-        _say(console, sentence)
-    if result.reason == "interrupted":
-        if not ranks.is_first:
-            return RunResult(folder.path, result.reason, result.step, result.seconds, {}, (), None, None)
-        finish.say_interrupted(console, folder, result)
-        by = result.interrupted_by
-        return RunResult(folder.path, result.reason, result.step, result.seconds, {}, (), None, result.checkpoint, by)
+    if run.ranks.is_first and (sentence := predicted.remember(config, plan, memory, seconds)):
+        _say(run.console, sentence)
+
+
+def _interrupted(run: _Run, result: TrainingResult) -> RunResult:
+    ended = RunResult(run.folder.path, result.reason, result.step, result.seconds, {}, (), None, None)
+    if not run.ranks.is_first:
+        return ended
+    finish.say_interrupted(run.console, run.folder, result)
+    return replace(ended, checkpoint=result.checkpoint, interrupted_by=result.interrupted_by)
+
+
+def _conclude(run: _Run, result: TrainingResult, before: dict[str, losses.Measured]) -> RunResult:
+    """Saves the tuned weights, measures and asks the model again, writes the report and uploads what is asked for."""
+    config, model, engine, folder, console = run.config, run.model, run.engine, run.folder, run.console
     if result.reason == "early stopping" and result.best_checkpoint is not None:
         engine.strategy.load_weights(read(result.best_checkpoint).tensors["weights"])
         _say(console, f"The weights kept are the best ones: those of step {result.best_step}.")
-    assert model.decoder is not None
     is_adapter = config.adapter is not None
-    target = folder.adapter if is_adapter else folder.model
+    weights = folder.adapter if is_adapter else folder.model
     with engine.strategy.gathered(trained_only=is_adapter):
-        if ranks.is_first:
-            finish.save_weights(model.base, model.decoder, model.tokenizer, target, is_adapter=is_adapter)
-    weights = target
+        if run.ranks.is_first:
+            finish.save_weights(model.base, run.decoder, model.tokenizer, weights, is_adapter=is_adapter)
     after = losses.measure_again(engine, before, console)
     pairs = {split: {"before": before[split].loss, "after": loss} for split, loss in after.items()}
-    answers = finish.answer(model.session(plan, describe(config)), config.output.questions, console)
-    if not ranks.is_first:
-        return RunResult(folder.path, result.reason, result.step, result.seconds, pairs, answers, weights, None)
-    notes.add(losses=pairs, answers=[{"question": question, "answer": text} for question, text in answers])
+    answers = finish.answer(model.session(run.plan, describe(config)), config.output.questions, console)
+    ended = RunResult(folder.path, result.reason, result.step, result.seconds, pairs, answers, weights, None)
+    if not run.ranks.is_first:
+        return ended
+    run.notes.add(losses=pairs, answers=[{"question": question, "answer": text} for question, text in answers])
     finish.conclude(console, folder, losses=pairs, answers=answers, weights=weights, result=result)
     if config.output.hub_model_id is not None:
         uploaded = upload(weights, config.output.hub_model_id, revision=config.output.hub_revision, console=console)
         _say(console, f"Uploaded to {uploaded}.")
-    return RunResult(
-        folder.path, result.reason, result.step, result.seconds, pairs, answers, weights, result.checkpoint
-    )
+    return replace(ended, checkpoint=result.checkpoint)
 
 
-def _make_engine(
-    config: RunConfig, plan: Plan, model: Model, data: Data, console: Console, *, ranks: "Ranks"
-) -> Engine:
+def load_engine(config: RunConfig, plan: Plan, model: Model, data: Data, console: Console, *, ranks: "Ranks") -> Engine:
     """Loads the weights unless they are loaded, adds a new adapter, and makes everything that takes a step."""
     import torch
 
@@ -403,11 +443,10 @@ def _load(config: RunConfig, plan: Plan, model: Model, console: Console, ranks: 
 
 
 @contextmanager
-def _observers(
-    config: RunConfig, folder: RunFolder, journal: Journal, console: Console, *, speaks: bool
-) -> Iterator[list[Observer]]:
-    """Opens everything that watches the run, and closes it whatever happens; one of many processes `speaks`."""
-    if not speaks:
+def _observers(run: _Run, journal: Journal) -> Iterator[list[Observer]]:
+    """Opens everything that watches the run, and closes it whatever happens; one of many processes speaks."""
+    config, folder = run.config, run.folder
+    if not run.ranks.is_first:
         yield [journal]
         return
     names = config.output.trackers
@@ -420,7 +459,7 @@ def _observers(
         config=config.model_dump(),
         wandb=config.output.wandb.model_dump(),
     )
-    observers: list[Observer] = [journal, MetricsFile(folder.metrics), *watching, progress.build(console)]
+    observers: list[Observer] = [journal, MetricsFile(folder.metrics), *watching, progress.build(run.console)]
     try:
         yield observers
     finally:

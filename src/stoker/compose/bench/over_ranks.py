@@ -50,12 +50,12 @@ def measure(
     config = fitted(config, base)
     data = rows.random_data(config, base.spec.vocab_size, steps=WARMUP_STEPS + steps)
     plan = ranks.share(
-        lambda: train._choose(config, base, data, probe(), None, world_size=ranks.world_size, force=True)
+        lambda: train.choose_plan(config, base, data, probe(), None, world_size=ranks.world_size, force=True)
     )
     console.print(plan.table(), highlight=False, markup=False, soft_wrap=True)
     start = time.perf_counter()
     model = train.Model(base, load_tokenizer(base))
-    engine = train._make_engine(config, plan, model, data, console, ranks=ranks)
+    engine = train.load_engine(config, plan, model, data, console, ranks=ranks)
     device = engine.strategy.device
     wait(device)
     load_seconds = time.perf_counter() - start
