@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +17,12 @@ from stoker.compose.vocabulary import Tokens
 from stoker.config.schema import RunConfig
 from stoker.plan import limits
 from stoker.plan.choose import Statistics, choose
+from stoker.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stoker.distributed.single import SingleDevice
 
 
 def evaluate(
@@ -27,11 +33,6 @@ def evaluate(
     `model` is what to evaluate (a run's, adapter's or model's folder, Hub id or builtin); None: what the run in
     output.folder trained.
     """
-    import torch
-
-    from stoker.distributed.single import SingleDevice
-    from stoker.export import adapter
-    from stoker.tasks.supervised import SupervisedTask
     from stoker.train.evaluate import evaluate as run
 
     console = console or Console()
@@ -40,30 +41,14 @@ def evaluate(
     trusted = config.model.trust_remote_code or found.trust_remote_code
     base = open_base(found.base, revision=found.revision, trust_remote_code=trusted, overrides=found.overrides)
     config = limits.fitted(_with_base_of(config, found, base), base.spec)
-    template = None if found.tokenizer else config.model.chat_template
-    # A tokenizer that was saved with a run has its tokens already.
-    tokens = None if found.tokenizer else Tokens.of(config.model, may_grow=False)
-    tokenizer = load_tokenizer(
-        base, override=found.tokenizer or config.model.tokenizer, chat_template=template, tokens=tokens
-    )
+    tokenizer = _tokenizer(config, found, base)
     data = prepare_data(config, tokenizer, console=quiet)
     refuse_rows_of_other_tasks(config, data.audits)
     refuse_faults(data.audits)
     split = "train" if data.validation is None else "validation"
     documents = data.train if data.validation is None else data.validation
     plan = choose(config, base.spec, probe(), statistics=Statistics(data.longest))
-    torch.set_num_threads(plan.num_threads)
-    decoder = load_decoder(
-        base,
-        device=plan.device,
-        dtype=compute_dtype(plan),
-        kernels=plan.kernels,
-        quantization=plan.quantization,
-    )
-    if found.adapter is not None:
-        adapter.load(decoder, found.adapter)
-    strategy = SingleDevice(plan.device, precision=plan.precision)
-    strategy.prepare(SupervisedTask(decoder, kernels=plan.kernels))
+    strategy = _ready(base, found, plan)
     batches = loader(config, documents, micro_batch_size=plan.micro_batch_size, pad_id=pad_id(tokenizer))
     result = run(strategy, batches.all())
     facts = {
@@ -85,6 +70,37 @@ def evaluate(
             soft_wrap=True,
         )
     return facts
+
+
+def _tokenizer(config: RunConfig, found: artifact.Artifact, base: Base) -> "PreTrainedTokenizerBase":
+    """Returns the tokenizer that was saved with what is evaluated, which has its tokens already, or the YAML's."""
+    if found.tokenizer:
+        return load_tokenizer(base, override=found.tokenizer)
+    chosen, tokens = config.model, Tokens.of(config.model, may_grow=False)
+    return load_tokenizer(base, override=chosen.tokenizer, chat_template=chosen.chat_template, tokens=tokens)
+
+
+def _ready(base: Base, found: artifact.Artifact, plan: Plan) -> "SingleDevice":
+    """Returns a strategy with the model, its adapter on it, loaded as the plan says."""
+    import torch
+
+    from stoker.distributed.single import SingleDevice
+    from stoker.export import adapter
+    from stoker.tasks.supervised import SupervisedTask
+
+    torch.set_num_threads(plan.num_threads)
+    decoder = load_decoder(
+        base,
+        device=plan.device,
+        dtype=compute_dtype(plan),
+        kernels=plan.kernels,
+        quantization=plan.quantization,
+    )
+    if found.adapter is not None:
+        adapter.load(decoder, found.adapter)
+    strategy = SingleDevice(plan.device, precision=plan.precision)
+    strategy.prepare(SupervisedTask(decoder, kernels=plan.kernels))
+    return strategy
 
 
 def _with_base_of(config: RunConfig, found: artifact.Artifact, base: Base) -> RunConfig:

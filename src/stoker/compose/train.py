@@ -12,7 +12,7 @@ from rich.console import Console
 
 import stoker
 from stoker.checkpoint.read import load as read
-from stoker.compose import agree, finish, launch, losses, parallel, predicted, resume
+from stoker.compose import agree, finish, launch, losses, parallel, planned, predicted, resume
 from stoker.compose.data import Data, prepare_data, refuse_faults, refuse_rows_of_other_tasks, summary
 from stoker.compose.execution import borrowed_notices, fp8_notice, layers_not_in_fp8, let_segments_grow, warm_up_reason
 from stoker.compose.hardware import probe, with_loaded
@@ -23,19 +23,15 @@ from stoker.compose.trained import embedding_noise, keep_only
 from stoker.compose.trainer import Engine, add_adapter, compute_dtype, describe, make_engine, make_trainer, weight_dtype
 from stoker.compose.upload import upload
 from stoker.compose.vocabulary import grow
-from stoker.config import deepspeed, show
+from stoker.config import show
 from stoker.config.load import Loaded
 from stoker.config.schema import RunConfig
-from stoker.errors import PlanError
 from stoker.observe import progress, trackers
 from stoker.observe.metrics import MetricsFile
 from stoker.observe.metrics import read as read_metrics
 from stoker.observe.observer import Observer
 from stoker.plan import limits
 from stoker.plan.adapter import loading_notice
-from stoker.plan.choose import MemoryPlanError, Statistics
-from stoker.plan.hardware import Hardware
-from stoker.plan.many import choose_over
 from stoker.plan.plan import Plan, size
 from stoker.train.loop import TrainingResult
 
@@ -45,9 +41,6 @@ if TYPE_CHECKING:
     from stoker.distributed.ranks import Ranks
     from stoker.models.open import Model as LoadedModel
     from stoker.models.streamed import StreamedDecoder
-
-# What of a plan is its ladder.
-_LADDER = ("layers", "recompute", "tile_tokens", "offload_activations")
 
 
 @dataclass(frozen=True)
@@ -188,7 +181,7 @@ def _train(
     warnings = _Warnings(console)
     warnings.add([*data.notices, *refuse_faults(data.audits), *changed, *agree.device_warnings(ranks, hardware)])
     hardware = agree.smallest(ranks, hardware)
-    plan = _agreed_plan(config, model.base, data, hardware, ranks, resumed=folder if resumes else None, force=force)
+    plan = planned.agreed(config, model.base, data, hardware, ranks, resumed=folder if resumes else None, force=force)
     _say(console, "\n".join([plan.table(), *predicted.known_here(plan)]))
     if plan.memory.total > plan.available_bytes:
         needs = f"{size(plan.memory.total)} of {size(plan.available_bytes)}"
@@ -222,26 +215,6 @@ def _goes_on(config: RunConfig, folder: RunFolder, *, asked: bool, overwrite: bo
     return goes_on
 
 
-def _agreed_plan(
-    config: RunConfig,
-    base: Base,
-    data: Data,
-    hardware: Hardware,
-    ranks: "Ranks",
-    *,
-    resumed: RunFolder | None,
-    force: bool,
-) -> Plan:
-    """Returns the plan, which the first process makes for all."""
-    asked = {"world_size": ranks.world_size, "force": force}
-    try:
-        return ranks.share(lambda: choose_plan(config, base, data, hardware, resumed, **asked))
-    except MemoryPlanError as error:
-        raise MemoryPlanError(
-            [replace(one, fix=f"{one.fix} --force tries it as it is.") for one in error.problems]
-        ) from None
-
-
 def _notices(config: RunConfig, plan: Plan, base: Base, decoder: "LoadedModel") -> list[str]:
     """What to know of the loaded model: what a borrowed class does not bear, and what stays out of fp8 or training."""
     of_adapter = loading_notice(base.spec, config.adapter.targets) if config.adapter else ""
@@ -252,49 +225,6 @@ def _notices(config: RunConfig, plan: Plan, base: Base, decoder: "LoadedModel") 
 def _open(config: RunConfig) -> Model:
     base = open_base_of(config)
     return Model(base, load_tokenizer_of(config, base))
-
-
-def choose_plan(
-    config: RunConfig,
-    base: Base,
-    data: Data,
-    hardware: Hardware,
-    resumed: RunFolder | None,
-    *,
-    world_size: int,
-    force: bool,
-) -> Plan:
-    """Returns the plan; that of a resumed run keeps the choices that its results depend on in their last bits."""
-    if problems := limits.problems(config, base.spec):
-        raise PlanError([problem for _, problem in problems])
-    config = parallel.share_of_one(config, world_size)
-    spread: dict[str, Any] = {"num_processes": world_size, "per_node": parallel.processes_here(world_size)}
-    if config.engine.strategy == "deepspeed":
-        spread["stages"] = (deepspeed.stage(config.engine.deepspeed),)
-    plan = _choose_for_one(config, base, data, hardware, resumed=resumed, asked={**spread, "force": force})
-    return parallel.spread(plan, config, world_size)
-
-
-def _choose_for_one(
-    config: RunConfig,
-    base: Base,
-    data: Data,
-    hardware: Hardware,
-    *,
-    resumed: RunFolder | None,
-    asked: Mapping[str, Any],
-) -> Plan:
-    statistics = Statistics(-(-data.longest // config.engine.context_parallel))
-    plan = choose_over(config, base.spec, hardware, statistics=statistics, **asked)
-    if resumed is None:
-        return plan
-    before = resume.engine_before(config, resumed, plan.device_name)
-    ladder = resume.ladder_before(config, resumed, plan.device_name)
-    engine = config.engine.model_copy(update=before)
-    fixed = config.model_copy(update={"engine": engine})
-    plan = choose_over(fixed, base.spec, hardware, statistics=statistics, ladder=ladder, **asked)
-    same = [*before, *(_LADDER if ladder is not None and plan.ladder == ladder else ())]
-    return replace(plan, reasons={**plan.reasons, **dict.fromkeys(same, "as when the run began")})
 
 
 def _write_inputs(folder: RunFolder, loaded: Loaded, plan: Plan, data: Data) -> None:

@@ -16,16 +16,21 @@ CATEGORIES = (
 
 def explain(request: Request, one: Offer, category: str) -> str:
     """Returns the formula of a category with its numbers, for an offer that fits."""
-    plan, step = one.plan, one.step
+    others = {"host": _host, "disk": _disk, "time": _time, "cost": _cost}
+    if category in others:
+        return others[category](request, one)
+    return f"{category} on {one.name}: {size(one.memory()[category])} = {_formulas(request, one)[category]}"
+
+
+def _formulas(request: Request, one: Offer) -> dict[str, str]:
+    """Returns how each category of the device's memory comes about."""
+    plan, config, spec = one.plan, one.config, request.spec
     assert plan is not None
-    assert step is not None
-    config, spec, memory = one.config, request.spec, one.memory()
     trained, value = plan.num_trained_parameters, VALUE_BYTES[plan.precision]
     tokens = plan.micro_batch_size * plan.row_tokens
     held = plan.ladder.held(spec, one.micro)
     kept, passing = sum(layer.kept for layer in held), max((layer.passing for layer in held), default=0)
-    head = head_bytes(spec, tokens, value)
-    formulas = {
+    return {
         "weights": f"{plan.num_parameters - (trained if config.adapter else 0):,} values, {plan.quantization}: linear "
         f"layers in that format, the rest {value} bytes each"
         + ("" if config.adapter else "; trained ones in their own type with copies to compute with"),
@@ -40,9 +45,9 @@ def explain(request: Request, one: Offer, category: str) -> str:
         f"through {len(spec.layers)} layers that {plan.recompute}: {size(kept)} kept in all, {size(passing)} at most "
         "while a layer's backward runs; the highest moment of the backward, less attention's own",
         "attention": f"{tokens:,} tokens x 4 bytes x the queries' channels: its backward's gradient of q in fp32"
-        if memory["attention"]
+        if one.memory()["attention"]
         else f"nothing of its own: the feed-forward's backward holds more of the {tokens:,} tokens than attention's",
-        "logits": _logits(one, head, tokens, value, kept),
+        "logits": _logits(one, head_bytes(spec, tokens, value), tokens, value, kept),
         "dequantisation": f"the largest weight once in {value} bytes a value"
         if plan.quantization != "none"
         else "none",
@@ -53,45 +58,61 @@ def explain(request: Request, one: Offer, category: str) -> str:
         "context": "CUDA's context and cuBLAS' workspaces, or PyTorch's libraries on a CPU (rule of thumb)",
         "fragmentation": "5% of all else: freed blocks of odd sizes (rule of thumb)",
     }
-    if category in formulas:
-        return f"{category} on {one.name}: {size(memory[category])} = {formulas[category]}"
-    if category == "host":
-        here = min(one.spread.per_node, one.num_devices)
-        return (
-            f"host on {one.name}: {size(one.host_bytes)} = {here} x (a process with PyTorch and a shard being read, "
-            f"4 GiB by rule of thumb, {size(plan.host_bytes)} in which kept tensors wait, and "
-            f"{size(plan.memory.states_on_host)} of weights and optimiser states)"
-        )
-    if category == "time":
-        parts = step.parts().items()
-        lines = [f"time on {one.name}: {step.seconds:.4g} s a step"]
-        lines += [
-            f"  {name:<12} {seconds:10.4g} s  {seconds / step.seconds:6.1%}" for name, seconds in parts if seconds
-        ]
-        lines += [f"  hidden behind it: {name} {seconds:.4g} s" for name, seconds in step.hidden.items() if seconds]
-        rate = one.device.rates.get(plan.precision, one.device.rates["fp32"])
-        found = request.figures_of(one.device)
-        lines.append(
-            f"  products at {found.matmul:.2f} x {rate / 1e12:,.0f} TFLOP/s, memory at {found.bandwidth:.2f} x "
-            f"{one.device.bandwidth / 1e9:,.0f} GB/s; efficiencies: {found.source}"
-        )
-        return "\n".join(lines)
-    if category == "cost":
-        price = one.device.price
-        if price is None or one.hours is None:
-            return f"cost on {one.name}: not known ({'no price' if price is None else 'no number of steps'})"
-        start = speed.start_seconds(spec, request.figures_of(one.device))
-        count = f"{one.num_devices} x " if one.num_devices > 1 else ""
-        return (
-            f"cost on {one.name}: ({one.work.steps:,} steps x {step.seconds:.4g} s + {start:.0f} s to start) / 3600 x "
-            f"{count}${price.usd_per_hour:.2f} an hour ({price.kind}, {price.date}) = ${one.usd:,.2f}"
-        )
+
+
+def _host(request: Request, one: Offer) -> str:
+    del request
+    assert one.plan is not None
+    here = min(one.spread.per_node, one.num_devices)
+    return (
+        f"host on {one.name}: {size(one.host_bytes)} = {here} x (a process with PyTorch and a shard being read, "
+        f"4 GiB by rule of thumb, {size(one.plan.host_bytes)} in which kept tensors wait, and "
+        f"{size(one.plan.memory.states_on_host)} of weights and optimiser states)"
+    )
+
+
+def _disk(request: Request, one: Offer) -> str:
+    del request
+    assert one.plan is not None
+    config = one.config
     has_best = config.data.validation is not None and config.output.keep_best
     return (
-        f"disk on {one.name}: {size(one.disk_bytes)} = {trained:,} trained values x (4 + "
+        f"disk on {one.name}: {size(one.disk_bytes)} = {one.plan.num_trained_parameters:,} trained values x (4 + "
         f"{bytes_each(config.train.optimizer, config.adapter):.3g} bytes of optimiser state) x "
         f"({config.output.keep_last} = keep_last{' + the best' if has_best else ''}) + 4 bytes each that are saved at "
         "the end"
+    )
+
+
+def _time(request: Request, one: Offer) -> str:
+    plan, step, device = one.plan, one.step, one.device
+    assert plan is not None
+    assert step is not None
+    lines = [f"time on {one.name}: {step.seconds:.4g} s a step"]
+    lines += [
+        f"  {name:<12} {seconds:10.4g} s  {seconds / step.seconds:6.1%}"
+        for name, seconds in step.parts().items()
+        if seconds
+    ]
+    lines += [f"  hidden behind it: {name} {seconds:.4g} s" for name, seconds in step.hidden.items() if seconds]
+    rate, found = device.rates.get(plan.precision, device.rates["fp32"]), request.figures_of(device)
+    lines.append(
+        f"  products at {found.matmul:.2f} x {rate / 1e12:,.0f} TFLOP/s, memory at {found.bandwidth:.2f} x "
+        f"{device.bandwidth / 1e9:,.0f} GB/s; efficiencies: {found.source}"
+    )
+    return "\n".join(lines)
+
+
+def _cost(request: Request, one: Offer) -> str:
+    step, price = one.step, one.device.price
+    assert step is not None
+    if price is None or one.hours is None:
+        return f"cost on {one.name}: not known ({'no price' if price is None else 'no number of steps'})"
+    start = speed.start_seconds(request.spec, request.figures_of(one.device))
+    count = f"{one.num_devices} x " if one.num_devices > 1 else ""
+    return (
+        f"cost on {one.name}: ({one.work.steps:,} steps x {step.seconds:.4g} s + {start:.0f} s to start) / 3600 x "
+        f"{count}${price.usd_per_hour:.2f} an hour ({price.kind}, {price.date}) = ${one.usd:,.2f}"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from rich.console import Console
 
-from stoker.compose import train
+from stoker.compose import planned, train
 from stoker.compose.bench import rows
 from stoker.compose.bench.measure import WARMUP_STEPS, timed, wait
 from stoker.compose.bench.result import Measured
@@ -50,7 +50,7 @@ def measure(
     config = fitted(config, base)
     data = rows.random_data(config, base.spec.vocab_size, steps=WARMUP_STEPS + steps)
     plan = ranks.share(
-        lambda: train.choose_plan(config, base, data, probe(), None, world_size=ranks.world_size, force=True)
+        lambda: planned.choose(config, base, data, probe(), None, world_size=ranks.world_size, force=True)
     )
     console.print(plan.table(), highlight=False, markup=False, soft_wrap=True)
     start = time.perf_counter()
