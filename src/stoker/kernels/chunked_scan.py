@@ -42,8 +42,7 @@ from torch.nn import functional as F
 from stoker.kernels.chunked_scan_backward import launch_backward
 from stoker.kernels.chunked_scan_forward import MAX_CHANNELS, Limits, inputs_of, launch_forward
 from stoker.kernels.documents import DocumentLengths, document_ids, same_as_before
-from stoker.kernels.recurrent import contiguous_channels
-from stoker.kernels.triton_support import check_implementation
+from stoker.kernels.triton_support import check_implementation, contiguous_channels
 
 NO_LIMITS: Limits = (0.0, math.inf)
 

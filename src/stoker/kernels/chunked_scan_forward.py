@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stoker.kernels.recurrent import contiguous_channels, or_empty, softplus
-from stoker.kernels.triton_support import dot, jit, jit_unspecialized, next_power_of_2, tl
+from stoker.kernels.recurrent import or_empty, softplus
+from stoker.kernels.triton_support import contiguous_channels, dot, jit, jit_unspecialized, next_power_of_2, tl
 
 Limits = tuple[float, float]
 

@@ -20,7 +20,14 @@ from torch.autograd.function import once_differentiable
 
 from stoker.kernels.rms_norm import rms_norm
 from stoker.kernels.rope import rotate_reference
-from stoker.kernels.triton_support import check_implementation, jit, next_power_of_2, num_programs, tl
+from stoker.kernels.triton_support import (
+    check_implementation,
+    contiguous_channels,
+    jit,
+    next_power_of_2,
+    num_programs,
+    tl,
+)
 
 
 def norm_split_and_rotate(
@@ -294,7 +301,7 @@ def launch_backward(  # noqa: PLR0917 - as the autograd function has them
     sizes = tuple(grad.shape[2] for grad in grads)
     batch, length, width = qkv.shape
     half = width // sum(sizes) // 2
-    grads = [grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads]
+    grads = [contiguous_channels(grad) for grad in grads]
     out = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     programs = min(batch * length, num_programs(qkv, per_multiprocessor=8)) if needs_weights else batch * length
     partial = torch.zeros((programs if needs_weights else 1, 2, 2 * half), dtype=torch.float32, device=qkv.device)

@@ -1,4 +1,4 @@
-"""What the kernels of recurrences share: step sizes, gates, and the strides that they read."""
+"""What the kernels of recurrences share: step sizes and gates, and tensors that may be missing."""
 
 from __future__ import annotations
 
@@ -23,11 +23,6 @@ def softplus(value: tl.tensor) -> tl.tensor:
 def sigmoid(value: tl.tensor) -> tl.tensor:
     """Returns 1 / (1 + exp(-value))."""
     return 1.0 / (1.0 + tl.exp(-value))
-
-
-def contiguous_channels(x: Tensor) -> Tensor:
-    """Returns `x` with its last dimension contiguous: itself wherever that is so already."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:

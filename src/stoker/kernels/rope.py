@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stoker.kernels.triton_support import check_implementation, jit, next_power_of_2, tl
+from stoker.kernels.triton_support import check_implementation, contiguous_channels, jit, next_power_of_2, tl
 
 
 def frequencies(
@@ -174,7 +174,7 @@ def split_and_rotate_backward(
     grad_qkv = grads[0].new_empty(batch, length, sum(sizes) * head_dim)
     q, k, v = _heads_of(grad_qkv, sizes)
     if check_implementation(implementation):
-        sources = _contiguous_channels(tuple(grads))
+        sources = tuple(map(contiguous_channels, grads))
         _rotate_triton(sources, (q, k, v), cos, sin, interleaved=interleaved, backward=True)
         return grad_qkv
     _turn(grads[0], cos, -sin, q, to_pairs=interleaved)
@@ -400,10 +400,6 @@ def _heads_of(qkv: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return qkv.unflatten(-1, (sum(sizes), -1)).split(sizes, dim=2)
 
 
-def _contiguous_channels(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-
-
 class _SplitAndRotateTriton(torch.autograd.Function):
     """q, k and v are views of one new buffer, the gradient of qkv another: each direction one launch."""
 
@@ -416,7 +412,7 @@ class _SplitAndRotateTriton(torch.autograd.Function):
         ctx.interleaved = interleaved
         ctx.sizes = (num_heads, num_kv_heads, num_kv_heads)
         targets = _heads_of(torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), ctx.sizes)
-        sources = _contiguous_channels(_heads_of(qkv, ctx.sizes))
+        sources = tuple(map(contiguous_channels, _heads_of(qkv, ctx.sizes)))
         _rotate_triton(sources, targets, cos, sin, interleaved=interleaved, backward=False)
         return targets
 
@@ -441,7 +437,8 @@ class _RotateTriton(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
         turned = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-        _rotate_triton(_contiguous_channels((q, k)), turned, cos, sin, interleaved=interleaved, backward=False)
+        sources = contiguous_channels(q), contiguous_channels(k)
+        _rotate_triton(sources, turned, cos, sin, interleaved=interleaved, backward=False)
         return turned
 
     @staticmethod
@@ -450,6 +447,6 @@ class _RotateTriton(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Gradients of q and k."""
         turned = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in grads)
-        sources = _contiguous_channels(grads)
+        sources = tuple(map(contiguous_channels, grads))
         _rotate_triton(sources, turned, *ctx.saved_tensors, interleaved=ctx.interleaved, backward=True)
         return (*turned, None, None, None)

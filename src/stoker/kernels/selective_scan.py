@@ -31,10 +31,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stoker.kernels.documents import DocumentLengths, document_ids, starts
-from stoker.kernels.recurrent import contiguous_channels
 from stoker.kernels.selective_scan_backward import launch_backward
 from stoker.kernels.selective_scan_forward import Inputs, inputs_of, launch_forward
-from stoker.kernels.triton_support import check_implementation
+from stoker.kernels.triton_support import check_implementation, contiguous_channels
 
 
 def selective_scan_reference(

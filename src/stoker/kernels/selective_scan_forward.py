@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stoker.kernels.recurrent import contiguous_channels, or_empty, sigmoid, softplus
-from stoker.kernels.triton_support import jit, jit_unspecialized, next_power_of_2, tl
+from stoker.kernels.recurrent import or_empty, sigmoid, softplus
+from stoker.kernels.triton_support import contiguous_channels, jit, jit_unspecialized, next_power_of_2, tl
 
 # Positions a chunk and channels a program, two neighbours a thread: then the 32 threads of a warp lie side by side over
 # channels, and all positions of a channel are in one thread. (One channel a thread would leave Triton the choice, and

@@ -87,6 +87,11 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
+def contiguous_channels(x: Tensor) -> Tensor:
+    """Returns `x` with its last dimension contiguous: itself wherever that is so already."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def num_programs(x: Tensor, *, per_multiprocessor: int = 4) -> int:
     """Returns how many programs fill the device of `x`: a few for each multiprocessor, one or two on a CPU."""
     if not x.is_cuda:
