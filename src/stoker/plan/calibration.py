@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from stoker.errors import OutputError
 from stoker.plan.cpu import CpuRates
-from stoker.plan.efficiencies import Efficiencies
 from stoker.plan.links import LINK_SHARE
 
 if TYPE_CHECKING:
@@ -165,8 +164,3 @@ def measured_here(device: str, known: "Rates") -> "Rates":
     """Returns the figures of the device of this name as measured on this host, or `known` where they were not."""
     one = load(device)
     return known if one is None else one.rates(known)
-
-
-def is_measured(efficiencies: Efficiencies) -> bool:
-    """Whether these come from a calibration."""
-    return efficiencies.source.startswith("rates measured here")

@@ -85,11 +85,6 @@ class Workload:
     fill: float
     source: str
 
-    @property
-    def total_tokens(self) -> float | None:
-        """Tokens that go through the model in the run, a sequence at a time; None where steps are not known."""
-        return None if self.steps is None else self.steps * self.rows.tokens
-
 
 def workload(config: RunConfig, documents: Documents | None, *, micro_rows: int = 1) -> Workload:
     """Returns the work of a run on these documents, or on full rows where nothing is known of them.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stoker.config import row_formats
-from stoker.config.axolotl.entries import at, custom, honoured, in_source
+from stoker.config.axolotl.entries import at, custom, honoured
 from stoker.config.axolotl.outcome import Entry, Outcome, Reading, UnreadableError
 from stoker.config.axolotl.values import Convert, advice, flag, is_off, number, positive, text, texts, whole
 from stoker.config.document import Path
@@ -338,8 +338,3 @@ def in_order(reading: Reading) -> Outcome:
 def streaming(reading: Reading) -> Outcome:
     """`streaming`."""
     return honoured({at("data.streaming"): flag(reading.value)})
-
-
-def source_text(name: str, note: str = "") -> Entry:
-    """Returns the entry of a dataset's key that is a text of ours."""
-    return in_source(name, text, note=note)

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from stoker.config.axolotl.outcome import Entry, Kind, Outcome, Reading, Rule, UnreadableError
-from stoker.config.axolotl.values import Convert, advice, is_off
+from stoker.config.axolotl.outcome import Entry, Kind, Outcome, Reading, Rule
+from stoker.config.axolotl.values import Convert, is_off
 from stoker.config.document import Path
 from stoker.config.show import inline
 
@@ -97,17 +97,6 @@ def unless_off(kind: Kind, means: str, read: Rule) -> Entry:
         return Outcome("no effect", "off, as it is here") if is_off(reading.value) else read(reading)
 
     return Entry(kind, means, checked)
-
-
-def one_of(**words: Any) -> Convert:
-    """Returns a conversion of words into ours."""
-
-    def convert(value: Any) -> Any:
-        if value not in words:
-            raise UnreadableError("it is not one of the words that Axolotl knows.", advice(str(value), words))
-        return words[value]
-
-    return convert
 
 
 def each(names: str, entry: Entry, prefix: str = "") -> dict[str, Entry]:
