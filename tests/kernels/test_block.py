@@ -1,5 +1,7 @@
 """The layer with its own backward against the same layer written op by op under autograd."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -83,26 +85,39 @@ def angles(draw):
     return values.cos().float(), values.sin().float()
 
 
-@pytest.mark.parametrize("implementation", ["reference", "triton"])
-@pytest.mark.parametrize("keep", KEEP)
+# (adapted, train_base, bias, rate, head_norms, document_lengths, window, dora)
+LAYERS = {
+    "adapters": (True, False, False, 0.0, False, None, None, False),
+    "weights, packed": (False, True, True, 0.0, False, ((1, 2), (3,)), None, False),
+    "both, window": (True, True, True, 0.0, False, None, 2, False),
+    "dropout": (True, False, True, 0.25, False, None, None, False),
+    "head norms": (True, False, False, 0.0, True, None, None, False),
+    "weights, head norms, packed": (False, True, True, 0.0, True, ((1, 2), (3,)), None, False),
+    "DoRA": (True, True, True, 0.0, False, None, None, True),
+    "DoRA, dropout and all": (True, False, True, 0.25, True, ((1, 2), (3,)), 2, True),
+}
+# The interpreter draws masks slowly: with dropout each rung has Triton's kernels once, in one layer or the other.
+DRAWN_BY_TRITON = {
+    ("dropout", "all"),
+    ("dropout", "input"),
+    ("DoRA, dropout and all", "mixer"),
+    ("DoRA, dropout and all", "attention"),
+}
+
+
 @pytest.mark.parametrize(
-    ("adapted", "train_base", "bias", "rate", "head_norms", "document_lengths", "window", "dora"),
+    ("how", "keep", "implementation"),
     [
-        (True, False, False, 0.0, False, None, None, False),
-        (False, True, True, 0.0, False, ((2, 3), (5,)), None, False),
-        (True, True, True, 0.0, False, None, 2, False),
-        (True, False, True, 0.25, False, None, None, False),
-        (True, False, False, 0.0, True, None, None, False),
-        (False, True, True, 0.0, True, ((2, 3), (5,)), None, False),
-        (True, True, True, 0.0, False, None, None, True),
-        (True, False, True, 0.25, True, ((2, 3), (5,)), 2, True),
+        (how, keep, implementation)
+        for how, keep, implementation in product(LAYERS, KEEP, ("reference", "triton"))
+        if implementation == "reference" or "dropout" not in how or (how, keep) in DRAWN_BY_TRITON
     ],
 )
-def test_output_and_every_gradient_are_those_of_autograd(
-    adapted, train_base, bias, rate, head_norms, document_lengths, window, dora, keep, implementation, draw, angles
-):
+def test_output_and_every_gradient_are_those_of_autograd(how, keep, implementation, draw, angles):
+    adapted, train_base, bias, rate, head_norms, document_lengths, window, dora = LAYERS[how]
     weights = layer(draw, adapted=adapted, bias=bias, rate=rate, head_norms=head_norms, dora=dora)
-    x, grad = draw(2, 5, WIDTH).float().requires_grad_(), draw(2, 5, WIDTH).float()
+    angles = [table[:, :3] for table in angles]
+    x, grad = draw(2, 3, WIDTH).float().requires_grad_(), draw(2, 3, WIDTH).float()
     inputs = [x, *leaves(weights, train_base=train_base)]
     expected = op_by_op(x, *angles, weights, document_lengths, window, implementation)
     options = BlockOptions(HEADS, KV_HEADS, EPSILONS, window, implementation, keep, head_epsilon=1e-4)
@@ -146,10 +161,10 @@ def test_every_rung_gives_the_same_bits(dtype, head_norms, dora, draw, angles, d
 )
 def test_feed_forward_in_tiles_changes_nothing(keep, train_base, rate, draw, angles):
     weights = layer(draw, bias=True, rate=rate)
-    x, grad = draw(2, 5, WIDTH).float().requires_grad_(), draw(2, 5, WIDTH).float()
+    x, grad = draw(1, 5, WIDTH).float().requires_grad_(), draw(1, 5, WIDTH).float()
     inputs = [x, *leaves(weights, train_base=train_base)]
     runs = []
-    for tile_tokens in (None, 4):  # ten rows: two full tiles and a shorter one
+    for tile_tokens in (None, 2):  # five rows: two full tiles and a shorter one
         options = BlockOptions(HEADS, KV_HEADS, EPSILONS, implementation="triton", keep=keep, tile_tokens=tile_tokens)
         y = block(x, *angles, weights=weights, options=options)
         runs.append([y.detach(), *torch.autograd.grad(y, inputs, grad)])
