@@ -333,12 +333,16 @@ def _last_product(layer: LayerSpec) -> str:
 def _always_again(layer: LayerSpec, keep: Keep) -> tuple[str, ...]:
     """What a layer's own operations run again by themselves, on every rung: experts' first product, and what lies
     between the projections of a state space, which a whole layer that is run again runs once more."""
-    mixture = ("feed_forward.experts.gate_up",) if isinstance(layer.feed_forward, ExpertsSpec) else ()
     if isinstance(layer.mixer, Mamba2Spec):
-        return "mixer", *mixture
+        return "mixer", *by_mixture(layer)
     if isinstance(layer.mixer, Mamba1Spec) and keep == "input":
-        return "mixer", "mixer.x_proj", *mixture
-    return mixture
+        return "mixer", "mixer.x_proj", *by_mixture(layer)
+    return by_mixture(layer)
+
+
+def by_mixture(layer: LayerSpec) -> tuple[str, ...]:
+    """Returns what the backward of a mixture of experts makes again, on every rung: its first product."""
+    return ("feed_forward.experts.gate_up",) if isinstance(layer.feed_forward, ExpertsSpec) else ()
 
 
 def run_again(

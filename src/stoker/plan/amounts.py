@@ -194,6 +194,7 @@ class _Counted:
         hidden_size, way = self.spec.hidden_size, self.way
         is_fused = way.layers == "fused" and not why_not_llama(layer)
         again = activations.run_again(layer, hidden_size, rung, is_fused=is_fused, adapter=way.adapter)
+        again += activations.by_mixture(layer)
         passes = 2 if way.is_frozen else 3
         linears = arithmetic.linears(layer, hidden_size)
         self._add_calls(rung, count, len(linears), is_fused=is_fused)

@@ -17,7 +17,7 @@ class Efficiencies:
     """Of the dense rate, by bf16 products inside a step: 655 to 685 of 989 TFLOP/s. Measured in cell A."""
     matmul_fp8: float = 0.64
     """The same of the fp8 rate. From 8B's and 1B's shapes (plan_proof); alone, products reach 0.72."""
-    matmul_grouped: float = 0.47
+    matmul_grouped: float = 0.627
     """Of the dense rate, by experts' products over routed rows. From Mixtral's shape (plan_proof)."""
     attention: float = 0.454
     """Of the dense rate, by attention over long rows with heads of 128 channels, forward and backward. Measured in cell
@@ -51,6 +51,9 @@ class Efficiencies:
     """Launching a fused layer's forward and backward. Measured in cell G: 9.5 ms for 16 layers."""
     op_by_op_launch_seconds: float = 1.5e-3
     """The same of a layer that runs op by op. Rule of thumb: two to three times as many kernels."""
+    packed_launches: float = 1.1
+    """Of a layer's launches, what one on packed rows takes: variable-length attention's two operators are registered in
+    Python. By a processor's time of fused layers whose kernels launch nothing: 2.2 to 2.4 ms, and 0.16 to 0.26 more."""
     call_seconds: float = 5e-6
     """Launching one small operation. Rule of thumb: a fused layer's 0.6 ms are some 120 of them."""
     host_link: float = 0.80

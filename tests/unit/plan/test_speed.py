@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from stoker.arch import families
+from stoker.arch import families, shapes
 from stoker.compose.bench.shapes import SHAPES
 from stoker.config.load import load
 from stoker.plan import speed
+from stoker.plan.amounts import Way, amounts
 from stoker.plan.catalogue import shipped
 from stoker.plan.choose import choose
 from stoker.plan.efficiencies import MEASURED
@@ -56,6 +57,27 @@ def test_a_small_batch_waits_for_its_launches_and_a_graph_has_none():
     graph = predicted("G")
     assert graph.waiting == 0.0
     assert graph.seconds == pytest.approx(4.5e-3, rel=0.25)
+
+
+def test_packed_rows_take_longer_to_launch():
+    whole, packed = (predicted("G", "engine.cuda_graphs=false", f"data.packing={on}") for on in ("false", "true"))
+    more = packed.hidden["launches"] / whole.hidden["launches"]
+    assert more == pytest.approx(MEASURED.packed_launches)
+    assert packed.seconds > whole.seconds
+
+
+def test_a_mixtures_first_product_is_made_again_on_every_rung():
+    spec = shapes.spec("mixtral-8x7b")
+    one = families.read(SHAPES["mixtral-8x7b-4-layers"], "shape")
+    assert one.layers[0] == spec.layers[0]
+    way = Way("op by op", ("all",) * 4, "nf4", None, True, uses_triton=True)
+    work = amounts(one, way, 1024, 1024, 1.0)
+    again = {(each.into, each.out): each.again / 4 for each in work.products if each.is_grouped}
+    assert again == {(4096, 2 * 14336): 1, (14336, 4096): 0}
+    experts = 8 * 4096 * 14336
+    attention = 4096 * (4096 + 2 * 1024 + 4096)
+    # Each weight is made dense forward and backward, gate and up a third time.
+    assert work.dequantised_bytes == pytest.approx(4 * 2.52 * (2 * attention + (3 * 2 + 2) * experts))
 
 
 def test_parts_add_up_and_what_is_hidden_is_not_among_them():
