@@ -18,7 +18,7 @@ from stoker.config.schema import RunConfig
 from stoker.plan.workload import Documents
 
 if TYPE_CHECKING:
-    from stoker.compose.data import Data
+    from stoker.data.loader import Documents as DocumentsToTrainOn
 
 _VERSION = 1
 _FILES = 1000
@@ -26,16 +26,14 @@ _FILES = 1000
 _NO_MATTER = ("cache_folder", "num_workers", "shuffle", "window_sequences", "prepare")
 
 
-def remember(config: RunConfig, data: "Data") -> None:
-    """Keeps the lengths of the documents to train on, their trained share and how many rows they fill.
+def remember(config: RunConfig, documents: "DocumentsToTrainOn") -> None:
+    """Keeps the lengths of `documents`, those to train on, their trained share and how many rows they fill.
 
     A cache that cannot be written to keeps nothing.
     """
     from stoker.data.pack import Layout
 
-    if data.windows is not None:
-        return
-    lengths, trained = data.train.lengths, data.train.trained_counts
+    lengths, trained = documents.lengths, documents.trained_counts
     used = trained > 0
     kept = lengths[used]
     counts: dict[str, Any] = {

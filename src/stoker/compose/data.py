@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from stoker.compose.counted import remember
-from stoker.compose.prepare import prepare_sources
+from stoker.compose.sources import prepare_sources
 from stoker.compose.streams import is_windowed, preparation_of, sample
 from stoker.config.schema import RunConfig
 from stoker.data.audit import Audit, problems, warnings
@@ -48,7 +48,8 @@ def prepare_data(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", *, con
         DataError: a source or a row is wrong; faults that the audit finds are for `refuse_faults`.
     """
     data = _prepared(config, tokenizer, console=console)
-    remember(config, data)
+    if data.windows is None:
+        remember(config, data.train)
     return data
 
 

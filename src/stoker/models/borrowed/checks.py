@@ -1,26 +1,19 @@
 """What a loaded model is asked before anything of it is replaced for good: the answers must stay the same."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stoker.errors import ModelError
+from stoker.models.borrowed.answers import CUT, NUM_TOKENS, REFUSALS, agrees, probe_ids
 from stoker.models.borrowed.attention import NAME, Call, register
 from stoker.models.borrowed.find import takes_attention
 from stoker.models.borrowed.head import fit
 from stoker.models.borrowed.model import BorrowedModel
 from stoker.models.borrowed.swaps import put_plain
 from stoker.nn.linear import FusedLinear
-
-_NUM_TOKENS = 12
-_CUT = 5
-# Largest allowed difference as a share of the largest value. fp32: sums in another order. Half precision: two
-# implementations of attention round differently in every layer.
-_TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
-# What classes raise for arguments or shapes that they do not know; UnsupportedError and NotImplementedError among them.
-REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
 
 
 @torch.no_grad()
@@ -29,7 +22,7 @@ def check(model: BorrowedModel) -> None:
 
     Raises ModelError for a model whose predictions depend on later tokens.
     """
-    ids = probe_ids(model)
+    ids = probe_ids(model.vocab_size, model.device)
     if names := _leave_what_is_not_called(model, ids):
         listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         model.notices.append(f"{listed} cannot have an adapter, because the class reads their weights past the layer")
@@ -38,19 +31,6 @@ def check(model: BorrowedModel) -> None:
     _set_up_head(model, ids)
     why = _why_not_our_attention(model, ids, expected)
     model.why_not_packed = why or _why_not_packed(model, ids)
-
-
-def probe_ids(model: BorrowedModel) -> Tensor:
-    """A row of random tokens, the same every time."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.vocab_size, (1, _NUM_TOKENS), generator=generator).to(model.device)
-
-
-def agrees(one: Tensor, other: Tensor) -> bool:
-    """Whether two results are equal within the rounding of their dtype."""
-    tolerance = max(_TOLERANCES.get(tensor.dtype, 1e-4) for tensor in (one, other))
-    one, other = one.float(), other.float()
-    return one.shape == other.shape and bool((one - other).abs().max() <= tolerance * other.abs().max())
 
 
 def _leave_what_is_not_called(model: BorrowedModel, ids: Tensor) -> list[str]:
@@ -160,7 +140,7 @@ def _why_not_packed(model: BorrowedModel, ids: Tensor) -> str:
     """Lets packed rows run at once if documents stay apart, and else says why not."""
     if kind := _rope_by_length(model.config):
         return f"its {kind} rope depends on the length of the whole row"
-    documents = ((_CUT, _NUM_TOKENS - _CUT),)
+    documents = ((CUT, NUM_TOKENS - CUT),)
     apart = torch.cat([model.run(part) for part in ids.split(list(documents[0]), dim=1)], dim=1)
     try:
         together = model.run(ids, call=Call(documents, model.kernels))
@@ -176,31 +156,3 @@ def _rope_by_length(config: Any) -> str:
     found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kinds = (found.get("rope_type"), found.get("type")) if isinstance(found, dict) else ()
     return next((kind for kind in kinds if kind in ("dynamic", "longrope")), "")
-
-
-@torch.no_grad()
-def decodes_from_its_state(model: BorrowedModel) -> bool:
-    """Whether decoding step by step from the class's own state gives what one forward gives."""
-    was_training = model.training
-    model.eval()
-    ids = probe_ids(model)
-    try:
-        return _same(lambda: _in_steps(model, ids), model.run(ids))
-    finally:
-        model.caches = None
-        model.train(was_training)
-
-
-def _same(make: Callable[[], Tensor], expected: Tensor) -> bool:
-    try:
-        return agrees(make(), expected)
-    except REFUSALS:
-        return False
-
-
-def _in_steps(model: BorrowedModel, ids: Tensor) -> Tensor:
-    from stoker.models.borrowed.model import BorrowedCache
-
-    model.caches, cache = True, BorrowedCache()
-    steps = ids.split([_CUT, *[1] * (_NUM_TOKENS - _CUT)], dim=1)
-    return torch.cat([model(step, cache=cache) for step in steps], dim=1)

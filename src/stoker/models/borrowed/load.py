@@ -12,6 +12,7 @@ from stoker.arch.borrowed import BorrowedMixer, BorrowedSpec
 from stoker.arch.spec import LayerSpec, NormSpec
 from stoker.errors import ModelError, Problem
 from stoker.models.borrowed import checks, find, swaps
+from stoker.models.borrowed.answers import REFUSALS
 from stoker.models.borrowed.model import BorrowedModel
 from stoker.models.folder import weight_files
 from stoker.nn.frozen_linear import FrozenLinear
@@ -94,13 +95,13 @@ def load(
         return _load(folder, spec, swap=True, **options)
     except torch.OutOfMemoryError:
         raise
-    except checks.REFUSALS:  # the class looks into a norm or a feed-forward, and found one of ours
+    except REFUSALS:  # the class looks into a norm or a feed-forward, and found one of ours
         pass
     try:
         return _load(folder, spec, swap=False, **options)
     except torch.OutOfMemoryError:
         raise
-    except checks.REFUSALS as error:
+    except REFUSALS as error:
         what = f"{spec.class_name} does not run with its linear layers replaced: {error}"
         raise ModelError(what, where=str(folder), fix="Train it with Transformers itself.") from error
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stoker.models.borrowed.answers import CUT, NUM_TOKENS, REFUSALS, agrees, probe_ids
 from stoker.models.borrowed.attention import Call, Documents, calling, current_call
 from stoker.models.borrowed.find import find_blocks, find_head
 from stoker.models.borrowed.head import HeadFit, HeadTap
@@ -185,10 +186,25 @@ class BorrowedModel(nn.Module):
         """An empty cache; whether the class's own state can be used is found out at the first."""
         del capacity, batch_size  # the class's state grows as it needs
         if self.caches is None:
-            from stoker.models.borrowed.checks import decodes_from_its_state
-
-            self.caches = decodes_from_its_state(self)
+            self.caches = self._decodes_from_its_state()
         return BorrowedCache()
+
+    @torch.no_grad()
+    def _decodes_from_its_state(self) -> bool:
+        """Whether decoding step by step from the class's own state gives what one forward gives."""
+        was_training = self.training
+        self.eval()
+        ids = probe_ids(self.vocab_size, self.device)
+        expected = self.run(ids)
+        try:
+            self.caches, cache = True, BorrowedCache()
+            steps = ids.split([CUT, *[1] * (NUM_TOKENS - CUT)], dim=1)
+            return agrees(torch.cat([self(step, cache=cache) for step in steps], dim=1), expected)
+        except REFUSALS:
+            return False
+        finally:
+            self.caches = None
+            self.train(was_training)
 
     def _decode(self, input_ids: Tensor, cache: BorrowedCache) -> Tensor:
         cache.length += input_ids.shape[1]
