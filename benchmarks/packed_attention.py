@@ -71,7 +71,7 @@ def documents(shape: Shape, count: int) -> list[tuple[tuple[int, ...], ...]]:
 
 def ways(shape: Shape, lengths: Sequence[Sequence[int]], device: torch.device) -> dict[str, Callable[..., Tensor]]:
     """Returns attention of q, k and v by each way."""
-    wanted = shape_of(shape.rows, shape.length, lengths)
+    wanted = shape_of(shape.rows, shape.length, 0, lengths)
 
     def with_room(room: GraphShape) -> Boundaries:
         return Boundaries(
@@ -126,7 +126,7 @@ def measure(shape: Shape, device: torch.device, count: int, times: int) -> dict[
     blocks: dict[str, list[int]] = {"exact": [], "rounded": [], "roomy": []}
     for lengths in documents(shape, count):
         expected: list[Tensor] = []
-        wanted = shape_of(shape.rows, shape.length, lengths)
+        wanted = shape_of(shape.rows, shape.length, 0, lengths)
         for name, room in zip(blocks, (wanted, wanted.rounded(), wanted.roomy()), strict=True):
             blocks[name].append(room.blocks)
         for name, attend in ways(shape, lengths, device).items():

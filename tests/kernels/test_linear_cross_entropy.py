@@ -80,21 +80,24 @@ def test_the_incoming_gradient_scales_all_gradients(implementation, draw, device
 @pytest.mark.parametrize("options", [LossOptions(), OPTIONS[-1]])
 def test_running_untrained_rows_along_changes_nothing(options, implementation, draw, device):
     targets = some_targets(7, 20, device)
+    num_trained = int((targets != -100).sum())
+    assert 0 < num_trained < 6
     inputs = [draw(*shape).float().requires_grad_() for shape in ((7, 8), (20, 8), (20,))]
     results = []
-    for select_rows in (True, False):
+    for num_rows in (None, 7, num_trained, 6):
         loss = linear_cross_entropy(
             *inputs[:2],
             targets,
             bias=inputs[2],
             chunk_tokens=3,
             options=options,
-            select_rows=select_rows,
+            num_rows=num_rows,
             implementation=implementation,
         )
         results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
-    for selected, all_rows in zip(*results, strict=True):
-        torch.testing.assert_close(all_rows, selected, rtol=1e-5, atol=1e-6)  # the same float32 terms in another order
+    for selected, *others in zip(*results, strict=True):
+        for one in others:
+            torch.testing.assert_close(one, selected, rtol=1e-5, atol=1e-6)  # the same float32 terms in another order
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -24,11 +24,12 @@ WARM_UP = 2
 """Micro-batches of a shape that run launch by launch before it is captured; packed rows are of one, whatever their
 documents, since those do not choose a kernel."""
 
-COMES_AGAIN = 2
-"""Packed micro-batches of a rounded shape after which it is worth a graph with less room than those that hold it."""
+MAX_GRAPHS = 16
+"""Shapes of rows that are captured, with room for what those hold; further ones run as they always do. All graphs share
+one pool of memory."""
 
-MAX_GRAPHS = 24
-"""Shapes that are captured; further ones run as they always do. All graphs share one pool of memory."""
+MAX_CLOSER = 24
+"""Graphs beside those with less room, each for what comes a second time."""
 
 
 class Batch(Protocol):
@@ -47,11 +48,12 @@ class Batch(Protocol):
 class Task(Protocol):
     """A task whose forward can be captured."""
 
-    def capturing(self, ends: Tensor | None = None, longest: int = 0) -> AbstractContextManager[None]:
+    def capturing(self, num_trained: int, ends: Tensor | None = None, longest: int = 0) -> AbstractContextManager[None]:
         """Within it, no size of the task's work depends on the values in a batch.
 
-        `ends` [n + 1] int32: where documents of packed rows begin, and where the last one ends; they are read there,
-        and none has more than `longest` positions. None: rows are not packed.
+        `num_trained`: how many positions run through the head, no fewer than a batch trains. `ends` [n + 1] int32:
+        where documents of packed rows begin, and where the last one ends; they are read there, and none has more than
+        `longest` positions. None: rows are not packed.
         """
 
     def __call__(self, batch: Any) -> Any:
@@ -122,48 +124,52 @@ class MicroBatchGraphs:
             batch = _in_bucket(batch)
         wanted = _shape(batch)
         found = closest(wanted, self._captured)
-        if not self._is_full:
-            found = self._closer(wanted, found, batch)
+        if found is None and not self._is_full and self._comes_again(_rows(wanted), times=WARM_UP):
+            found = self._captured_as(wanted.roomy(), batch)
+        elif found is not None and self._has_too_much_room(found, wanted) and self._comes_again(wanted.rounded()):
+            found = self._captured_as(wanted.rounded(), batch) or found
         if found is not None:
             return self._replay(found, batch)
         if batch.document_lengths is None or self._is_full:
             return self._eager(batch)
         # With the kernels, and in the memory, that its graph is going to take.
         shape = wanted.roomy()
-        with self._task.capturing(self._boundaries(batch, shape), shape.longest):
+        with self._task.capturing(shape.trained, self._boundaries(batch, shape), shape.longest):
             return self._eager(batch)
 
-    def _closer(self, wanted: GraphShape, found: GraphShape | None, batch: Batch) -> GraphShape | None:
-        """What is to replay the batch: `found`, or what is captured now since that is None or has too much room."""
-        if found is None:
-            return (
-                self._captured_as(wanted.roomy(), batch) if self._comes_more_than(WARM_UP, _unpacked(wanted)) else None
-            )
-        if is_close(found, wanted) or not self._comes_more_than(COMES_AGAIN - 1, wanted.rounded()):
-            return found
-        return self._captured_as(wanted.rounded(), batch) or found
-
     def capture(self, batches: Iterable[Batch]) -> int:
-        """Captures what packed batches will need that come again, and returns how many graphs that takes.
+        """Captures at once the graphs that batches would get if they came again, and returns how many those are.
 
-        Of rows that have not run launch by launch yet nothing is captured. Nothing else happens.
+        None are of rows that have not run launch by launch yet.
         """
         before = len(self._captured)
-        for batch in batches:
-            wanted = None if batch.document_lengths is None else _shape(batch)
-            if wanted is None or self._seen.get(_unpacked(wanted), 0) < WARM_UP:
-                continue
+        for given in batches:
+            batch = _in_bucket(given) if given.document_lengths is None else given
+            wanted = _shape(batch)
             found = closest(wanted, self._captured)
-            if not self._is_full and (found is None or not is_close(found, wanted)):
+            is_warm = self._seen.get(_rows(wanted), 0) >= WARM_UP
+            if found is None and is_warm and not self._is_full:
+                self._captured_as(wanted.roomy(), batch)
+            elif found is not None and self._has_too_much_room(found, wanted):
                 self._captured_as(wanted.rounded(), batch)
         return len(self._captured) - before
 
     @property
     def _is_full(self) -> bool:
-        """Whether nothing more is captured."""
-        return bool(self.refused) or len(self._captured) >= MAX_GRAPHS
+        """Whether no more rows are captured."""
+        num_rows = len(self._captured) - self._num_closer
+        return bool(self.refused) or num_rows >= MAX_GRAPHS or len(self._captured) >= MAX_GRAPHS + MAX_CLOSER
 
-    def _comes_more_than(self, times: int, shape: GraphShape) -> bool:
+    @property
+    def _num_closer(self) -> int:
+        """Graphs with less room than the first of their rows."""
+        return len(self._captured) - len({_rows(shape) for shape in self._captured})
+
+    def _has_too_much_room(self, found: GraphShape, wanted: GraphShape) -> bool:
+        """Whether a graph with less room is worth while, and may be there."""
+        return not (self.refused or self._num_closer >= MAX_CLOSER or is_close(found, wanted))
+
+    def _comes_again(self, shape: GraphShape, *, times: int = 1) -> bool:
         """Whether so many micro-batches of the shape came before this one, which is counted."""
         self._seen[shape] = self._seen.get(shape, 0) + 1
         return self._seen[shape] > times
@@ -234,7 +240,7 @@ class MicroBatchGraphs:
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()  # what eager steps left cached, the pool of graphs cannot use
         graph = torch.cuda.CUDAGraph()
-        capturing = self._task.capturing(ends, shape.longest)
+        capturing = self._task.capturing(shape.trained, ends, shape.longest)
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream), capturing:
             result = self._forward_backward(held)
             if self._gather is not None:
@@ -255,12 +261,13 @@ class MicroBatchGraphs:
 
 
 def _shape(batch: Batch) -> GraphShape:
-    return shape_of(batch.input_ids.shape[0], batch.input_ids.shape[1], batch.document_lengths)
+    rows, length = batch.input_ids.shape
+    return shape_of(rows, length, batch.num_trained_tokens, batch.document_lengths)
 
 
-def _unpacked(shape: GraphShape) -> GraphShape:
-    """The shape without how many documents there are and how long: one document of one position, if it is packed."""
-    return shape._replace(documents=min(1, shape.documents), longest=min(1, shape.longest))
+def _rows(shape: GraphShape) -> GraphShape:
+    """The shape without what its rows hold: nothing trained, and one document of one position if they are packed."""
+    return shape._replace(trained=0, documents=min(1, shape.documents), longest=min(1, shape.longest))
 
 
 def _in_bucket(batch: Batch) -> Batch:

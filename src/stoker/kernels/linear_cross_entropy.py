@@ -50,14 +50,14 @@ class LossOptions:
 class _Setting(NamedTuple):
     """How chunks run: rows held at once, the target that trains nothing, the loss's variations, the implementation.
 
-    `select_rows`: whether untrained rows are left out.
+    `num_rows`: as `linear_cross_entropy` takes it.
     """
 
     chunk_tokens: int
     ignore_index: int
     options: LossOptions
     triton: bool
-    select_rows: bool = True
+    num_rows: int | None = None
 
 
 def linear_cross_entropy_reference(
@@ -90,20 +90,21 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     ignore_index: int = -100,
     options: LossOptions | None = None,
-    select_rows: bool = True,
+    num_rows: int | None = None,
     implementation: str = "reference",
 ) -> Tensor:
     """Returns the cross-entropy summed over the trained rows: an fp32 scalar, 0 when there are none.
 
     hidden: [N, D]; weight: [V, D]; targets: [N] int64, `ignore_index` where nothing is trained; bias: [V] or None.
     `chunk_tokens`: rows of logits held at once, by default as many as fit `DEFAULT_CHUNK_BYTES` (with Triton
-    `TRITON_CHUNK_BYTES`, or half the bytes of a trained head's fp32 gradient if those are more). Without
-    `select_rows`, untrained rows run along and their results are dropped: no size then depends on the targets, which a
-    CUDA graph needs (the selection also waits for the GPU). Under autocast the matmuls run in its dtype.
-    `implementation`: "reference" or "triton"; ValueError for an unknown one.
+    `TRITON_CHUNK_BYTES`, or half the bytes of a trained head's fp32 gradient if those are more). `num_rows`: rows that
+    run through the head, which may be no fewer than are trained; others run along and their results are dropped. No
+    size then depends on the targets, as a CUDA graph needs. None: as many as are trained, for which the host waits.
+    Under autocast the matmuls run in its dtype. `implementation`: "reference" or "triton"; ValueError for an unknown
+    one.
     """
     setting = make_setting(hidden, weight, chunk_tokens, ignore_index, options, check_implementation(implementation))
-    setting = setting._replace(select_rows=select_rows)
+    setting = setting._replace(num_rows=num_rows)
     return LinearCrossEntropy.apply(hidden, weight, bias, targets, setting, torch.is_grad_enabled())
 
 
@@ -171,12 +172,19 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype = _working_dtype(hidden)
         wants = [needs_gradients and need for need in ctx.needs_input_grad[:3]]
         trained = is_trained = None
-        if setting.select_rows:
+        if setting.num_rows is None:
             trained = (targets != setting.ignore_index).nonzero().squeeze(1)
             hidden_rows, targets = hidden.index_select(0, trained), targets[trained]
         else:
             is_trained = (targets != setting.ignore_index).float()
             hidden_rows, targets = hidden, targets.clamp(min=0)
+            if setting.num_rows < hidden.shape[0]:
+                trained = is_trained.argsort(descending=True, stable=True)[: setting.num_rows]
+                hidden_rows, targets, is_trained = (
+                    hidden.index_select(0, trained),
+                    targets[trained],
+                    is_trained[trained],
+                )
         with torch.autocast(hidden.device.type, enabled=False):
             rows = hidden_rows.to(dtype)
             gradients = _Gradients(rows, weight, bias, wants)

@@ -49,22 +49,23 @@ class SupervisedTask(nn.Module):
         super().__init__()
         self.model = model
         self.kernels = kernels
-        self._select_rows = True
+        self._num_trained_rows: int | None = None
         self._documents: Boundaries | None = None
 
     @contextmanager
-    def capturing(self, ends: Tensor | None = None, longest: int = 0) -> Generator[None]:
+    def capturing(self, num_trained: int, ends: Tensor | None = None, longest: int = 0) -> Generator[None]:
         """Within it no size of the work depends on what a batch holds, as a CUDA graph demands.
 
-        `ends` int32: where documents of packed rows begin and the last one ends, which is read instead of the batch's
-        lengths; none has more than `longest` positions (see `kernels.documents.Boundaries`). None: not packed.
+        `num_trained`: positions that run through the head, no fewer than a batch trains. `ends` int32: where documents
+        of packed rows begin and the last one ends, which is read instead of the batch's lengths; none has more than
+        `longest` positions (see `kernels.documents.Boundaries`). None: not packed.
         """
-        self._select_rows = False
+        self._num_trained_rows = num_trained
         self._documents = None if ends is None else Boundaries(ends, longest)
         try:
             yield
         finally:
-            self._select_rows, self._documents = True, None
+            self._num_trained_rows = self._documents = None
 
     def forward(self, batch: Batch) -> TaskResult:
         """Returns the loss sum over targets that are not -100 (fp32 scalar)."""
@@ -80,7 +81,7 @@ class SupervisedTask(nn.Module):
             targets,
             bias=model.head_bias,
             options=LossOptions(logit_scale=model.logit_scale, soft_cap=model.logit_softcap),
-            select_rows=self._select_rows,
+            num_rows=self._num_trained_rows,
             implementation=self.kernels,
         )
         balancing = self._balancing(batch)

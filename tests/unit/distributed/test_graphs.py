@@ -84,10 +84,11 @@ class Summing:
     def __init__(self):
         self.weights = torch.arange(1.0, 51.0, requires_grad=True)
         self.ends, self.longest, self.read = None, 0, []
-        self.reads_lengths = False
+        self.reads_lengths, self.trained = False, []
 
     @contextmanager
-    def capturing(self, ends=None, longest=0):
+    def capturing(self, num_trained, ends=None, longest=0):
+        self.trained.append(num_trained)
         self.ends, self.longest = ends, longest
         yield
         self.ends, self.longest = None, 0
@@ -108,7 +109,7 @@ class Rerun(MicroBatchGraphs):
         return Ran(self._forward_backward(batch))
 
     def _capture(self, batch, shape):
-        self.ran.append(shape[2:])
+        self.ran.append(shape[3:])
         held = replace(batch, input_ids=batch.input_ids.clone(), targets=batch.targets.clone())
         ends = self._boundaries(batch, shape) if shape.documents else None
         task, again = self._task, self._forward_backward
@@ -117,7 +118,7 @@ class Rerun(MicroBatchGraphs):
         class Graph:
             @staticmethod
             def replay():
-                with task.capturing(ends, shape.longest):
+                with task.capturing(shape.trained, ends, shape.longest):
                     result = again(held)
                 captured.loss_sum, captured.metrics = result.loss_sum.detach(), result.metrics
 
@@ -186,11 +187,21 @@ def test_what_comes_again_and_needs_far_less_gets_a_graph_of_its_own(rerun):
     many, few = packed((1,) * 8 + (120,)), packed((128,))
     for _ in range(graphs.WARM_UP + 1):
         rerun.run(many, torch.ones(()))
-    for _ in range(graphs.COMES_AGAIN + 1):
+    for _ in range(3):
         rerun.run(few, torch.ones(()))
     assert rerun.ran == ["eager"] * graphs.WARM_UP + [(16, 128), (4, 128)]
     read = [len(begins) for begins, _ in rerun._task.read[graphs.WARM_UP + 1 :]]
-    assert read == [16] * (graphs.COMES_AGAIN - 1) + [4, 4]
+    assert read == [16, 4, 4]
+
+
+def test_rows_of_which_little_is_trained_get_a_graph_that_runs_less_through_the_head(rerun):
+    few = replace(Rows(), num_trained_tokens=30)
+    for _ in range(graphs.WARM_UP + 3):
+        rerun.run(few, torch.ones(()))
+    rerun.run(Rows(), torch.ones(()))
+    assert rerun.ran == ["eager"] * graphs.WARM_UP + [(0, 0), (0, 0)]
+    # The first time with room for all 128 positions, and again where more are trained.
+    assert rerun._task.trained == [128, 128, 32, 128]
 
 
 def test_without_room_for_more_graphs_a_batch_takes_any_that_holds_it_or_runs_as_always(rerun, monkeypatch):
@@ -213,6 +224,6 @@ def test_graphs_are_captured_ahead_for_what_ran_before_alone(rerun):
     read = len(rerun._task.read)
     assert rerun.capture([few, more, padded, few]) == 2
     assert len(rerun._task.read) == read  # nothing ran
-    assert set(rerun._captured) == {GraphShape(1, 128, 4, 128), GraphShape(1, 128, 8, 128)}
+    assert set(rerun._captured) == {GraphShape(1, 128, 128, 4, 128), GraphShape(1, 128, 128, 8, 128)}
     rerun.run(more, torch.ones(()))
     assert rerun.ran == ["eager"] * graphs.WARM_UP + [(4, 128), (8, 128)]

@@ -1,5 +1,7 @@
 """Documents as a tensor of a fixed size: models of every kind compute what they do with documents' lengths."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -55,7 +57,7 @@ def loss_and_gradients(task, batch):
 def test_loss_and_gradients_are_those_of_lengths_and_of_each_document_alone(name):
     task, batch = task_of(MODELS[name]), batch_of(DOCUMENTS)
     expected = loss_and_gradients(task, batch)
-    with task.capturing(torch.tensor(ends_of(DOCUMENTS, 9), dtype=torch.int32), 24):
+    with task.capturing(66, torch.tensor(ends_of(DOCUMENTS, 9), dtype=torch.int32), 24):
         found = loss_and_gradients(task, batch)
     alone = None
     for row, sizes in enumerate(DOCUMENTS):
@@ -70,10 +72,15 @@ def test_loss_and_gradients_are_those_of_lengths_and_of_each_document_alone(name
 def test_the_layer_kernel_takes_boundaries_too():
     task, batch = task_of(LLAMA, fused=True), batch_of(DOCUMENTS)
     expected = loss_and_gradients(task, batch)
-    with task.capturing(torch.tensor(ends_of(DOCUMENTS, 8), dtype=torch.int32), 24):
+    with task.capturing(66, torch.tensor(ends_of(DOCUMENTS, 8), dtype=torch.int32), 24):
         found = loss_and_gradients(task, batch)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert batch.num_trained_tokens < 66  # of 72 positions; so many may be trained
+    with task.capturing(66):
+        one = loss_and_gradients(task, replace(batch, document_lengths=None))
+    for found, wanted in zip(one, loss_and_gradients(task, replace(batch, document_lengths=None)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     # Other boundaries are other documents: they are what counts within.
-    with task.capturing(torch.tensor(ends_of(((24,),) * 3, 8), dtype=torch.int32), 24):
+    with task.capturing(66, torch.tensor(ends_of(((24,),) * 3, 8), dtype=torch.int32), 24):
         assert (task(batch).loss_sum - expected[0]).abs() > 1e-3
