@@ -76,6 +76,36 @@ class FrozenBuffers(nn.Module):
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
 
+class DequantizedProducts(FrozenBuffers):
+    """A stored weight that is dequantised before each product, in `scratch` where it has one."""
+
+    shape: torch.Size
+    scratch: Scratch | None
+
+    accumulates = True
+
+    def dequantize(self, out: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
+        """Returns W in `dtype` `[out, in]`, in `out` when given."""
+        raise NotImplementedError
+
+    def _as(self, factor: Tensor) -> Tensor:
+        """Returns W in the dtype of what it is multiplied with."""
+        if self.scratch is None:
+            return self.dequantize(dtype=factor.dtype)
+        out = self.scratch.take(self.shape, dtype=factor.dtype, device=factor.device)
+        return self.dequantize(out, dtype=factor.dtype)
+
+    def matmul(self, x: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """Returns `x @ W.T`, `[..., in]` to `[..., out]`; added to `onto` [N, out] in place if given."""
+        weight = self._as(x).T
+        return x @ weight if onto is None else onto.addmm_(x, weight)
+
+    def matmul_transposed(self, grad: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """Returns `grad @ W`, `[..., out]` to `[..., in]`; added to `onto` [N, in] in place if given."""
+        weight = self._as(grad)
+        return grad @ weight if onto is None else onto.addmm_(grad, weight)
+
+
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:

@@ -3,18 +3,16 @@
 import torch
 from torch import Tensor
 
-from stoker.quant.frozen import FrozenBuffers, Scratch
+from stoker.quant.frozen import DequantizedProducts, Scratch
 
 INT8_MAX = 127.0
 
 
-class Int8Weight(FrozenBuffers):
+class Int8Weight(DequantizedProducts):
     """A frozen weight W = diag(scale) Q `[out, in]`, Q int8 in [-127, 127], `scale = max |row| / 127`, float32."""
 
     quantized: Tensor
     scale: Tensor
-
-    accumulates = True
 
     def __init__(self, quantized: Tensor, scale: Tensor, *, scratch: Scratch | None = None) -> None:
         super().__init__()
@@ -35,18 +33,3 @@ class Int8Weight(FrozenBuffers):
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.quantized.device)
         return torch.mul(self.quantized, self.scale, out=out)
-
-    def _in_scratch(self, dtype: torch.dtype) -> Tensor:
-        if self.scratch is None:
-            return self.dequantize(dtype=dtype)
-        return self.dequantize(self.scratch.take(self.shape, dtype=dtype, device=self.scale.device), dtype=dtype)
-
-    def matmul(self, x: Tensor, *, onto: Tensor | None = None) -> Tensor:
-        """Returns `x @ W.T`, `[..., in]` to `[..., out]`; added to `onto` [N, out] in place if given."""
-        weight = self._in_scratch(x.dtype).T
-        return x @ weight if onto is None else onto.addmm_(x, weight)
-
-    def matmul_transposed(self, grad: Tensor, *, onto: Tensor | None = None) -> Tensor:
-        """Returns `grad @ W`, `[..., out]` to `[..., in]`; added to `onto` [N, in] in place if given."""
-        weight = self._in_scratch(grad.dtype)
-        return grad @ weight if onto is None else onto.addmm_(grad, weight)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stoker.errors import ModelError
 from stoker.kernels import nf4 as kernel
-from stoker.quant.frozen import FrozenBuffers, Scratch
+from stoker.quant.frozen import DequantizedProducts, Scratch
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
@@ -102,7 +102,7 @@ def _quantize_part(weight: Tensor, *, double: bool) -> _Part:
     return _Part(weight.shape[0], packed, index, nested_absmax, offset.item())
 
 
-class NF4Weight(FrozenBuffers):
+class NF4Weight(DequantizedProducts):
     """A frozen weight `[out, in]` in NF4: 4.13 bits a value with double quantisation, 4.5 without.
 
     The rows may belong to several Hugging Face weights (`part_rows`), each quantised as if alone, so that a fused group
@@ -116,8 +116,6 @@ class NF4Weight(FrozenBuffers):
     nested_code: Tensor | None
     nested_absmax: Tensor | None
     nested_offset: Tensor | None
-
-    accumulates = True
 
     def __init__(
         self,
@@ -234,21 +232,6 @@ class NF4Weight(FrozenBuffers):
                 implementation=self.implementation,
             )
         return out
-
-    def _in_scratch(self, dtype: torch.dtype) -> Tensor:
-        if self.scratch is None:
-            return self.dequantize(dtype=dtype)
-        return self.dequantize(self.scratch.take(self.shape, dtype=dtype, device=self.packed.device), dtype=dtype)
-
-    def matmul(self, x: Tensor, *, onto: Tensor | None = None) -> Tensor:
-        """Returns `x @ W.T`, `[..., in]` to `[..., out]`; added to `onto` [N, out] in place if given."""
-        weight = self._in_scratch(x.dtype).T
-        return x @ weight if onto is None else onto.addmm_(x, weight)
-
-    def matmul_transposed(self, grad: Tensor, *, onto: Tensor | None = None) -> Tensor:
-        """Returns `grad @ W`, `[..., out]` to `[..., in]`; added to `onto` [N, in] in place if given."""
-        weight = self._in_scratch(grad.dtype)
-        return grad @ weight if onto is None else onto.addmm_(grad, weight)
 
     def extra_repr(self) -> str:
         """Shows shape, parts and kernel."""
