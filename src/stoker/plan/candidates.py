@@ -184,10 +184,16 @@ class Size:
         }
 
     def _gradient_bytes(self) -> int:
-        """See `Micro.gradient_bytes`: each step's gradients are new, unless graphs of micro-batches add to old ones."""
+        """See `Micro.gradient_bytes`: each step's gradients are new, unless graphs of micro-batches add to old ones.
+
+        AdamW's of adapters beside graphs do not: they are laid side by side at a backward's end, in memory that
+        activations had (`distributed.graphs`).
+        """
         config, job = self.job.config, self.job
         if job.spread.num_processes > 1 or self.rows < config.train.batch_size:
             return 0
+        if config.adapter is not None and config.train.optimizer.kind == "adamw":
+            return 4
         if config.engine.cuda_graphs is True or (config.engine.cuda_graphs == "auto" and self._may_be_captured()):
             return 0
         return 2 if config.train.weight_dtype == "bf16" and config.adapter is None else 4
