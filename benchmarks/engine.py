@@ -356,11 +356,11 @@ def build(setting: Setting, *, kernels: str = "triton", fuse: bool = True) -> De
     return model
 
 
-def loss_of(model: Decoder, ids: Tensor, *, kernels: str = "triton", select_rows: bool = True) -> Tensor:
+def loss_of(model: Decoder, ids: Tensor, *, kernels: str = "triton", num_rows: int | None = None) -> Tensor:
     hidden = model(ids).flatten(0, 1)
     targets = ids.roll(-1, dims=1).flatten()
     loss = linear_cross_entropy.linear_cross_entropy(
-        hidden, model.head_weight, targets, select_rows=select_rows, implementation=kernels
+        hidden, model.head_weight, targets, num_rows=num_rows, implementation=kernels
     )
     return loss / targets.numel()
 
@@ -397,7 +397,7 @@ def training_step(model: Decoder, ids: Tensor, *, graph: bool) -> Callable[[], t
 
     def eager() -> tuple[Tensor, Tensor]:
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(model, ids, select_rows=not graph)
+        loss = loss_of(model, ids, num_rows=ids.numel() if graph else None)
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         optimizer.step()

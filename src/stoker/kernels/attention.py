@@ -7,7 +7,7 @@ Heads are grouped: query heads h of one group share one key and value head (arXi
 On a CPU, and wherever no variable-length kernel fits, documents run one after the other through PyTorch's
 `scaled_dot_product_attention`, whose memory is linear in their length. A sliding window shorter than the document runs
 in blocks of queries, each against the keys within reach: the only masks are [block, block + window]. On CUDA in half
-precision, from Ampere on, packed rows and sliding windows take `torch.nn.attention.varlen`. Soft-capped scores and
+precision, from Ampere on, packed rows and sliding windows take variable-length flash attention. Soft-capped scores and
 sinks have their own way (`kernels/scored_attention.py`).
 """
 

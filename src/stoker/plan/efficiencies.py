@@ -51,9 +51,6 @@ class Efficiencies:
     """Launching a fused layer's forward and backward. Measured in cell G: 9.5 ms for 16 layers."""
     op_by_op_launch_seconds: float = 1.5e-3
     """The same of a layer that runs op by op. Rule of thumb: two to three times as many kernels."""
-    packed_launches: float = 1.1
-    """Of a layer's launches, what one on packed rows takes: variable-length attention's two operators are registered in
-    Python. By a processor's time of fused layers whose kernels launch nothing: 2.2 to 2.4 ms, and 0.16 to 0.26 more."""
     call_seconds: float = 5e-6
     """Launching one small operation. Rule of thumb: a fused layer's 0.6 ms are some 120 of them."""
     host_link: float = 0.80

@@ -309,8 +309,6 @@ class _Clock:
         work = self.amounts
         fused = work.fused_layers * self.found.layer_launch_seconds
         layers = fused + work.op_by_op_layers * self.found.op_by_op_launch_seconds
-        if self.config.data.packing:
-            layers *= self.found.packed_launches
         return layers + work.dora_calls * self.found.call_seconds
 
     def _optimizer(self) -> float:

@@ -59,13 +59,6 @@ def test_a_small_batch_waits_for_its_launches_and_a_graph_has_none():
     assert graph.seconds == pytest.approx(4.5e-3, rel=0.25)
 
 
-def test_packed_rows_take_longer_to_launch():
-    whole, packed = (predicted("G", "engine.cuda_graphs=false", f"data.packing={on}") for on in ("false", "true"))
-    more = packed.hidden["launches"] / whole.hidden["launches"]
-    assert more == pytest.approx(MEASURED.packed_launches)
-    assert packed.seconds > whole.seconds
-
-
 def test_a_mixtures_first_product_is_made_again_on_every_rung():
     spec = shapes.spec("mixtral-8x7b")
     one = families.read(SHAPES["mixtral-8x7b-4-layers"], "shape")
