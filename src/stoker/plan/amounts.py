@@ -111,7 +111,8 @@ class Mixing:
 
 @dataclass(frozen=True)
 class Amounts:
-    """Of one micro-batch. `adapter_values`: what goes into and comes out of linear layers, once each.
+    """Of one micro-batch. `adapter_values`: what goes into and comes out of linear layers, once each; of experts'
+    `routed_adapter_values`.
 
     `fused_values` and `op_by_op_values`: what elementwise work moves in layers that run through the layer kernel in
     Triton, and in others. `dequantised_bytes`: what turning weights into the compute type, or fp8's rows, moves.
@@ -133,6 +134,7 @@ class Amounts:
     document_tokens: float
     calls: float
     adapter_calls: float
+    routed_adapter_values: float = 0.0
     measured_weights: float = 0.0
     factor_values: float = 0.0
     dora_calls: float = 0.0
@@ -162,6 +164,7 @@ def amounts(spec: AnySpec, way: Way, tokens: float, document_tokens: float, trai
         document_tokens=counted.document_tokens,
         calls=counted.totals["calls"],
         adapter_calls=counted.totals["adapter calls"],
+        routed_adapter_values=counted.totals["routed adapter"],
         measured_weights=counted.totals["measured"],
         factor_values=counted.totals["factors"],
         dora_calls=counted.totals["dora calls"],
@@ -204,7 +207,7 @@ class _Counted:
             times, repeated = count * passes, count * again.count(name)
             in_fp8, is_grouped = way.quantization == "fp8" and not linear.experts, bool(linear.experts)
             self.products.append(Product(rows, into, out, weights, times, repeated, in_fp8, is_grouped))
-            self.totals["adapter"] += count * rows * (into + out)
+            self.totals["routed adapter" if is_grouped else "adapter"] += count * rows * (into + out)
             moved = self._dequantised(weights, 2 + again.count(name), rows * (into + out))
             self.totals["dequantised"] += count * moved
             if way.adapter is not None and way.adapter.dora and name in way.adapter.names and not linear.experts:
@@ -216,6 +219,9 @@ class _Counted:
         moved = (1.0 + _AGAIN[rung]) * self.tokens * _elementwise_values(layer, hidden_size)
         # On plain PyTorch a fused layer has the kernels of one that runs op by op.
         self.totals["fused" if is_fused and way.uses_triton else "op by op"] += count * moved
+        # A mixture is one operation wherever it is.
+        routed = self.tokens * _routed_values(layer, hidden_size)
+        self.totals["fused" if way.uses_triton else "op by op"] += count * routed
 
     def _add_calls(self, rung: Keep, count: int, num_linears: int, *, is_fused: bool) -> None:
         calls = _CALLS_FUSED[rung] if is_fused else _CALLS_OP_BY_OP * (1.0 + _CALLS_AGAIN * (rung != "all"))
@@ -288,7 +294,16 @@ def _elementwise_values(layer: LayerSpec, hidden_size: int) -> float:
     elif isinstance(feed_forward, PlainSpec):
         total += _PLAIN * feed_forward.intermediate_size
     elif isinstance(feed_forward, ExpertsSpec):
-        # Rows are gathered for their experts and scattered back, forward and backward.
-        total += feed_forward.top_k * (_GATED * feed_forward.intermediate_size + 8 * hidden_size)
         total += _GATED * feed_forward.shared_size
     return total
+
+
+def _routed_values(layer: LayerSpec, hidden_size: int) -> float:
+    """The same that a mixture's gates move, and the sums of each token's rows, of outputs and of inputs' gradients.
+
+    Products read rows where they lie.
+    """
+    mixture = layer.feed_forward
+    if not isinstance(mixture, ExpertsSpec):
+        return 0.0
+    return mixture.top_k * (_GATED * mixture.intermediate_size + 2 * hidden_size) + 2 * hidden_size

@@ -101,7 +101,9 @@ def micro_batch_seconds(
     times["dequantise"] = work.dequantised_bytes / found.in_memory
     if rank is not None:
         passes = _ADAPTER_PASSES * value_bytes / bandwidth
-        times["adapters"] = adapted * work.adapter_values * (6 * rank / (_NARROW * rate) + passes)
+        times["adapters"] = (
+            adapted * (work.adapter_values + work.routed_adapter_values) * (6 * rank / (_NARROW * rate) + passes)
+        )
         times["adapters"] += work.factor_values * value_bytes / bandwidth
         # Pieces of a weight are read where they lie; their squares are made anew, and read again.
         lengths = 3 * value_bytes / found.bandwidth(LENGTH_BYTES) + 2 * rank / (_NARROW * rate)

@@ -17,7 +17,7 @@ class Efficiencies:
     """Of the dense rate, by bf16 products inside a step: 655 to 685 of 989 TFLOP/s. Measured in cell A."""
     matmul_fp8: float = 0.64
     """The same of the fp8 rate. From 8B's and 1B's shapes (plan_proof); alone, products reach 0.72."""
-    matmul_grouped: float = 0.627
+    matmul_grouped: float = 0.58
     """Of the dense rate, by experts' products over routed rows. From Mixtral's shape (plan_proof)."""
     attention: float = 0.454
     """Of the dense rate, by attention over long rows with heads of 128 channels, forward and backward. Measured in cell
@@ -40,6 +40,9 @@ class Efficiencies:
     """Of the dense rate, by Mamba-2's products within chunks. From Mamba-2 780M at 4 x 2048."""
     adapter_passes: float = 5.5
     """Reads or writes of each value that goes into and comes out of an adapted layer. Measured in A, checked in E."""
+    adapter_passes_grouped: float = 2.0
+    """The same of an expert's layers, whose updates are inside of their products: x and dy are read for P and dP, and
+    for the gradients of A and B. By counting (kernels/mixture.py)."""
     update_bytes: float = 72.0
     """Of a step, for each weight that is trained in fp32 under bf16, besides the optimiser's state: gradient read,
     scaled and updated, casts of the weight for forward and backward and of its gradient. From 1B, 3B (plan_proof)."""

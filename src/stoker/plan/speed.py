@@ -192,8 +192,10 @@ class _Clock:
             forward = mixing.flops / self._mixing_rate(mixing)
             times["attention"] += mixing.times * forward
             times["recompute"] += mixing.again * forward
-        adapted = self.found.adapter_passes * _adapted_share(self.config, self.spec)
-        times["adapters"] = adapted * work.adapter_values * self.value_bytes / self.bandwidth + self._dora(work)
+        passes = self.found.adapter_passes * work.adapter_values
+        passes += self.found.adapter_passes_grouped * work.routed_adapter_values
+        adapted = _adapted_share(self.config, self.spec)
+        times["adapters"] = adapted * passes * self.value_bytes / self.bandwidth + self._dora(work)
         moved = work.fused_values + self.found.op_by_op * work.op_by_op_values
         times["elementwise"] = moved * self.value_bytes / self.bandwidth
         times["dequantise"] = work.dequantised_bytes / self.bandwidth

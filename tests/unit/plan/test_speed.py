@@ -1,5 +1,6 @@
 """Seconds of a step against those measured on one H200 (benchmarks/results/single_gpu.json, docs/engine_log.md)."""
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from stoker.plan.catalogue import shipped
 from stoker.plan.choose import choose
 from stoker.plan.efficiencies import MEASURED
 from stoker.plan.hardware import Device, Hardware
+from stoker.plan.memory import workspace_bytes
 
 ROOT = Path(__file__).parents[3]
 H200 = shipped()["h200"]
@@ -71,6 +73,20 @@ def test_a_mixtures_first_product_is_made_again_on_every_rung():
     attention = 4096 * (4096 + 2 * 1024 + 4096)
     # Each weight is made dense forward and backward, gate and up a third time.
     assert work.dequantised_bytes == pytest.approx(4 * 2.52 * (2 * attention + (3 * 2 + 2) * experts))
+
+
+@pytest.mark.parametrize("cell", ["qwen3_moe", "mixtral", "mixtral_nf4"])
+def test_mixtures_that_no_constant_comes_from_are_predicted(cell):
+    folder = ROOT / "benchmarks"
+    with (folder / "results" / "architectures.csv").open(newline="") as file:
+        run = [one for one in csv.DictReader(file) if one["cell"] == cell and one["name"] == "stoker"][-1]
+    config = load(folder / "architectures" / f"{cell}.yaml", ())
+    spec = families.read(SHAPES[config.model.base.removeprefix("shape:")], "shape")
+    plan = choose(config, spec, Hardware((H200.device(), Device("cpu", "CPU", 120 * 2**30))))
+    step = speed.step(config, spec, plan, H200, rows=speed.Rows(4096, 4096))
+    allocated = plan.memory.total - plan.memory.reserve + workspace_bytes((9, 0))
+    assert allocated == pytest.approx(float(run["peak_bytes"]), rel=0.02)
+    assert step.seconds == pytest.approx(float(run["step_seconds"]), rel=0.07)
 
 
 def test_parts_add_up_and_what_is_hidden_is_not_among_them():
