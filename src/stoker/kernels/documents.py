@@ -11,14 +11,16 @@ size stays the same (`Boundaries`), and all that follows from it is made on the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Lengths = Sequence[Sequence[int]]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +28,20 @@ class Boundaries:
     """Documents of whole rows laid end to end, none of which crosses from one row into the next.
 
     `ends` [n + 1] int32: where each begins, and where the last one ends. Documents may be empty: those fill a tensor of
-    a fixed size. `longest`: no document has more positions; kernels launch blocks for so many of each.
+    a fixed size. `longest`: no document has more positions; kernels launch blocks for so many of each. What is made of
+    them once for all layers is kept here, so that what `ends` holds must not change while layers are given this object;
+    a CUDA graph makes it anew at every replay.
     """
 
     ends: Tensor
     longest: int
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """Returns what `make` makes, from the first call with `key` on."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def lengths(self, num_rows: int, length: int) -> tuple[tuple[int, ...], ...]:
         """Returns each row's lengths, without those of empty documents. It waits for the device.
@@ -86,7 +97,9 @@ def _boundaries(lengths: tuple[int, ...], device: torch.device) -> Boundaries:
 def positions_in_documents(documents: DocumentLengths, num_rows: int, length: int, device: torch.device) -> Tensor:
     """Returns how far each position is into its document: [B, T] int32, from 0; made on the device."""
     if isinstance(documents, Boundaries):
-        return _positions(documents.ends, num_rows * length).view(num_rows, length)
+        count = num_rows * length
+        positions = documents.once(("positions", count), lambda: _positions(documents.ends, count))
+        return positions.view(num_rows, length)
     if _only_length(documents) is not None:
         return torch.arange(length, dtype=torch.int32, device=device).expand(num_rows, length)
     return _kept_positions(_flat(documents), device).view(num_rows, length)
@@ -109,6 +122,11 @@ def _numbers(ends: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(ends, positions, right=True, out_int32=True) - 1, positions
 
 
+def _row_numbers(documents: Boundaries, num_rows: int, length: int) -> Tensor:
+    numbers = _numbers(documents.ends, num_rows * length)[0].view(num_rows, length)
+    return numbers - numbers[:, :1]
+
+
 def _flat(lengths: Lengths) -> tuple[int, ...]:
     return tuple(itertools.chain.from_iterable(lengths))
 
@@ -125,8 +143,7 @@ def document_ids(
     if document_lengths is None:
         return None
     if isinstance(document_lengths, Boundaries):
-        numbers = _numbers(document_lengths.ends, batch * length)[0].view(batch, length)
-        return numbers - numbers[:, :1]
+        return document_lengths.once(("numbers", batch, length), lambda: _row_numbers(document_lengths, batch, length))
     rows = tuple(tuple(row) for row in document_lengths)
     if len(rows) != batch or any(sum(row) != length for row in rows):
         raise ValueError(f"document_lengths must hold {batch} rows that sum to {length}")
@@ -136,8 +153,7 @@ def document_ids(
 @lru_cache(maxsize=16)
 def _ids(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     with torch.inference_mode(mode=False):
-        ids = [torch.arange(len(row), dtype=torch.int32).repeat_interleave(torch.tensor(row)) for row in rows]
-        return torch.stack(ids).to(device)
+        return _row_numbers(_boundaries(_flat(rows), device), len(rows), sum(rows[0]))
 
 
 def starts(ids: Tensor) -> Tensor:

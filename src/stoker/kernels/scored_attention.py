@@ -119,9 +119,18 @@ def _softcap(softcap: float) -> Callable[..., Tensor]:
 
 
 def _mask(documents: DocumentLengths, window: int | None, num_rows: int, length: int, device: torch.device) -> Any:
-    """The mask of a micro-batch's layers with this window. Kept for packed lengths, which no CUDA graph reads."""
-    if isinstance(documents, Boundaries) or all(len(row) == 1 for row in documents):
+    """The mask of a micro-batch's layers with this window, made once where rows are packed.
+
+    Not where each is one document: a CUDA graph may read it, and what is kept here does not live as long.
+    """
+
+    def make() -> Any:
         return block_mask(first_seen(documents, window, num_rows, length, device), device)
+
+    if isinstance(documents, Boundaries):
+        return documents.once(("mask", window, num_rows, length), make)
+    if all(len(row) == 1 for row in documents):
+        return make()
     return _kept_mask(tuple(tuple(row) for row in documents), window, length, device)
 
 

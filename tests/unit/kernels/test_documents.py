@@ -11,7 +11,7 @@ ENDS = torch.tensor([0, 0, 3, 4, 10, 20, 20, 24, 30, 30, 30], dtype=torch.int32)
 
 @pytest.fixture
 def boundaries():
-    return Boundaries(ENDS, 16)
+    return Boundaries(ENDS.clone(), 16)
 
 
 def test_lengths_become_where_documents_begin_and_end():
@@ -55,3 +55,13 @@ def test_numbers_change_exactly_where_a_document_begins(boundaries):
     assert torch.equal(found[:, 1:] != found[:, :-1], expected[:, 1:] != expected[:, :-1])
     assert found[:, 0].tolist() == [0, 0, 0]
     assert (found.diff(dim=1) >= 0).all()
+
+
+def test_what_all_layers_ask_of_boundaries_is_made_once(boundaries):
+    one, other = (positions_in_documents(boundaries, 3, 10, CPU) for _ in range(2))
+    assert one.data_ptr() == other.data_ptr()
+    assert document_ids(boundaries, 3, 10, CPU) is document_ids(boundaries, 3, 10, CPU)
+    # Not from one object to the next: a graph's boundaries change in place.
+    boundaries.ends[3] = 5
+    again = Boundaries(boundaries.ends, 16)
+    assert not torch.equal(positions_in_documents(again, 3, 10, CPU), one)
