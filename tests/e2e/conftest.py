@@ -1,16 +1,22 @@
 """A tiny model, a few rows and a YAML on disk, and the command line as a real process."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from preloaded import Command, Server
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -22,51 +28,74 @@ ENVIRONMENT = {
 
 
 @dataclass
+class Running:
+    """A command that was started, and the folder of its input, output and errors."""
+
+    process: subprocess.Popen | Command
+    streams: Path
+
+    def finish(self, timeout=240):
+        """Waits for its end; returns its exit code, output and errors."""
+        code = self.process.wait(timeout)
+        output, errors = ((self.streams / name).read_text() for name in ("output", "errors"))
+        return subprocess.CompletedProcess(["stoker"], code, output, errors)
+
+
+@dataclass
 class Stoker:
     """Runs `stoker` in `folder` as a user would, in a process of its own."""
 
     folder: Path
-
-    def command(self, *arguments):
-        return [sys.executable, "-m", "stoker.cli.main", *map(str, arguments)]
+    streams: Path
+    """Where a folder for each command's input and output goes."""
+    server: Server
+    _count: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def environment(self):
         return {**os.environ, **ENVIRONMENT, "HOME": str(self.folder)}
 
-    def __call__(self, *arguments, code=0, stdin=""):
-        done = subprocess.run(
-            self.command(*arguments),
-            cwd=self.folder,
-            env=self.environment,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+    def start(self, *arguments, stdin="", fresh=False):
+        """Starts the command; `fresh`: in a Python that has nothing loaded, which takes seconds longer."""
+        arguments = [str(one) for one in arguments]
+        folder = self.streams / str(next(self._count))
+        folder.mkdir()
+        paths = [folder / name for name in ("input", "output", "errors")]
+        for path, text in zip(paths, (stdin, "", ""), strict=True):
+            path.write_text(text)
+        if not fresh:
+            return Running(self.server.start(arguments, self.folder, self.environment, paths), folder)
+        command = [sys.executable, "-m", "stoker.cli.main", *arguments]
+        with paths[0].open() as read, paths[1].open("w") as output, paths[2].open("w") as errors:
+            streams = {"stdin": read, "stdout": output, "stderr": errors}
+            return Running(subprocess.Popen(command, cwd=self.folder, env=self.environment, **streams), folder)
+
+    def __call__(self, *arguments, code=0, **how):
+        done = self.start(*arguments, **how).finish()
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert code == 1 or "Traceback" not in done.stderr
         return done
 
     def killed_at(self, *arguments, metrics, lines, number=signal.SIGKILL):
         """Starts the command and sends it a signal once its metrics hold `lines` lines; returns (exit code, stdout)."""
-        process = subprocess.Popen(
-            self.command(*arguments),
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        running = self.start(*arguments)
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
+        while running.process.poll() is None and time.monotonic() < deadline:
             if metrics.is_file() and metrics.read_text().count("\n") >= lines:
-                process.send_signal(number)
+                running.process.send_signal(number)
                 break
             time.sleep(0.005)
-        output, _ = process.communicate(timeout=60)
-        return process.returncode, output
+        done = running.finish(timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    # As `stoker` sets it before it loads them.
+    one = Server({**os.environ, **ENVIRONMENT, "HOME": str(home), "TRANSFORMERS_VERBOSITY": "error"})
+    yield one
+    one.close()
 
 
 @pytest.fixture(scope="session")
@@ -129,8 +158,8 @@ def rows():
 
 
 @pytest.fixture
-def stoker(tmp_path):
-    return Stoker(tmp_path)
+def stoker(tmp_path, tmp_path_factory, server):
+    return Stoker(tmp_path, tmp_path_factory.mktemp("streams"), server)
 
 
 @pytest.fixture

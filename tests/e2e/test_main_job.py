@@ -17,7 +17,7 @@ def test_lora_run_trains_answers_evaluates_merges_and_chats(stoker, run_values, 
     yaml = write_yaml(run_values)
     assert "is fine" in stoker("check", yaml).stdout
 
-    said = stoker("train", yaml).stdout
+    said = stoker("train", yaml, fresh=True).stdout
     run = tmp_path / "run"
     assert (run / "adapter/adapter_model.safetensors").is_file()
     for name in ("config.yaml", "plan.json", "audit.json", "run.json", "metrics.jsonl", "report.html"):

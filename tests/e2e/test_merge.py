@@ -1,7 +1,6 @@
 """`stoker merge` and `stoker export` as a user meets them: on a run, and stopped half-way."""
 
 import signal
-import subprocess
 import time
 
 import pytest
@@ -45,20 +44,14 @@ def trained(tmp_path):
 def test_stopped_by_any_signal_it_leaves_no_folder_and_the_next_one_clears_what_is_left(stoker, trained, tmp_path):
     left = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        process = subprocess.Popen(
-            stoker.command("merge", trained, "-o", "out"),
-            cwd=tmp_path,
-            env=stoker.environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        deadline = time.monotonic() + 120
+        running = stoker.start("merge", trained, "-o", "out")
+        process, deadline = running.process, time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline and not list(tmp_path.glob(".out.part/*")):
             time.sleep(0.002)
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode in (130, 143, -signal.SIGKILL), said
-        assert "Traceback" not in said
+        done = running.finish(timeout=60)
+        assert done.returncode in (130, 143, -signal.SIGKILL), done.stderr
+        assert "Traceback" not in done.stderr
         assert not (tmp_path / "out").exists()
         left.append({path.name for path in tmp_path.glob(".out*")})
     assert left == [set(), set(), {".out.part", ".out.lock"}]
