@@ -33,6 +33,7 @@ from stoker.plan import speed
 from stoker.plan.calibration import Calibration
 from stoker.plan.choose import choose
 from stoker.plan.hardware import Device
+from stoker.plan.memory import BASE_BYTES
 from stoker.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -378,7 +379,8 @@ def frontier(one: Frontier, decoder: "Decoder") -> dict[str, Any]:
     spec = cell.spec()
     plan = choose(cell.config(rows), spec, hardware(capped))
     more = choose(cell.config(rows + 1), spec, hardware(whole), ladder=plan.ladder)
-    limit = one.cap_gib - outside / GIB
+    # The run leaves the context's room by itself (`limit_memory`): the allocator is to get all but what is held here.
+    limit = one.cap_gib + (BASE_BYTES["cuda"] - outside) / GIB
     data = random_data(cell.config(rows + 1), spec.vocab_size, steps=_WARM_UP)
     facts: dict[str, Any] = {"rows_that_fit": rows, "cap_gib": one.cap_gib, "outside_bytes": outside}
     facts["predicted_bytes"] = plan.memory.total

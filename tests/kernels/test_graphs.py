@@ -1,5 +1,7 @@
 """Micro-batches replayed as CUDA graphs train as they do launch by launch. Needs a GPU."""
 
+import gc
+
 import pytest
 import torch
 
@@ -333,3 +335,21 @@ def test_longer_rows_leave_the_rotation_of_captured_ones_as_it_was():
         losses.append(one.forward_backward(batch(1, 64), divisor=1.0, is_last=True).loss_sum.item())
     assert run._graphs.num_captured == 1
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+def test_graphs_of_an_earlier_run_do_not_end_while_others_are_captured():
+    earlier = op_by_op(MIXTURE, graphs=True, optimizer=flat)
+    train(earlier, steps=3)
+    assert earlier._graphs.num_captured
+    earlier.itself = earlier  # only the collector lets go of it
+    replayed = op_by_op(MIXTURE, graphs=True, optimizer=flat)
+    gc.disable()
+    del earlier
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1)
+    gc.enable()
+    try:
+        train(replayed, steps=3)
+    finally:
+        gc.set_threshold(*thresholds)
+    assert replayed._graphs.num_captured == 2
