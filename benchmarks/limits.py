@@ -10,7 +10,7 @@ the run what the driver counts beside the allocator is added to the allocator's 
 result. A case with several sizes goes through them from the largest to the first that trains.
 
 Cases named "t4" run as on a Turing card: fp16, because it has no bf16, and the attention that is left to it.
-Writes benchmarks/results/limits.{json,csv}. Exit code 1 if a case has no result.
+Adds to benchmarks/results/limits.{json,csv}. Exit code 1 if a case has no result.
 """
 
 import argparse
@@ -255,15 +255,19 @@ def said(result: Result) -> str:
 
 
 def write(found: Sequence[Result], options: argparse.Namespace) -> None:
-    """Writes JSON and CSV of what was found so far."""
+    """Adds what was found so far to the JSON, in place of that of the same case and size; writes all as CSV."""
     from stoker.compose.bench.report import commit
     from stoker.compose.run_folder import now, versions
 
     options.results.mkdir(parents=True, exist_ok=True)
-    facts = {"commit": options.commit or commit(), "date": now(), "versions": versions()}
     path = options.results / "limits.json"
-    path.write_text(json.dumps({**facts, "results": [vars(result) for result in found]}, indent=1) + "\n")
-    lines = [{key: value for key, value in vars(one).items() if not isinstance(value, list | dict)} for one in found]
+    facts = {"commit": options.commit or commit(), "date": now(), "versions": versions()}
+    kept = json.loads(path.read_text())["results"] if path.is_file() else []
+    made = {(one.case, one.tokens) for one in found}
+    kept = [one for one in kept if (one["case"], one["tokens"]) not in made] + [vars(one) | facts for one in found]
+    kept.sort(key=lambda one: (list(CASES).index(one["case"]), -one["tokens"]))
+    path.write_text(json.dumps({"results": kept}, indent=1) + "\n")
+    lines = [{key: value for key, value in one.items() if not isinstance(value, list | dict)} for one in kept]
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(lines[0]))
         writer.writeheader()
