@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from stoker.plan.catalogue import CatalogueDevice
 from stoker.plan.spread import Spread
 
-# Of a link's figure, by collectives of tens of megabytes: NCCL's on NVLink, and over PCIe through the host where
-# devices have no link of their own; of a network by RDMA or sockets. Rules of thumb.
-LINK_SHARE, _PCIE_SHARE, _NETWORK_SHARE = 0.75, 0.4, 0.8
-# Before the first byte of a collective moves, in a node and between nodes, seconds. Rules of thumb.
+# Of a link's figure one way: NCCL's collectives of 268 MB on NVLink, 450 GB/s on two H200: sums 302 GB/s, gathers
+# 246, scattered sums 231, multicast off (benchmarks/results/scaling.json). Rules of thumb: over PCIe through the host
+# where devices have no link of their own; of a network by RDMA or sockets.
+LINK_SHARE, _PCIE_SHARE, _NETWORK_SHARE = 0.58, 0.4, 0.8
+# Before the first byte of a collective moves, in a node and between nodes, seconds: 21 to 27 us there; a rule of thumb.
 _LATENCY, _NETWORK_LATENCY = 25e-6, 60e-6
 
 

@@ -129,7 +129,7 @@ def test_every_micro_batch_gathers_weights_that_are_shared():
 def test_links_are_the_devices_own_in_a_node_and_the_network_between():
     links = Links.of(H100)
     inside = links.seconds(8e9, Spread("fsdp2", 8, 8))
-    assert inside == pytest.approx(8e9 * 7 / 8 / (0.75 * 450e9) + 25e-6)
+    assert inside == pytest.approx(8e9 * 7 / 8 / (0.58 * 450e9) + 25e-6)
     between = links.seconds(8e9, Spread("fsdp2", 16, 8))
     assert between == pytest.approx(8e9 / 2 / (0.8 * 400e9) + 85e-6, rel=0.01) or between > inside
     slow = Links.of(replace(H100, network=3.125e9)).seconds(8e9, Spread("fsdp2", 16, 8))
