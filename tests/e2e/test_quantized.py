@@ -119,8 +119,8 @@ def test_dora_and_dropout_over_nf4_go_through_the_layer_kernel(stoker, quantized
 def test_tritons_kernels_train_as_plain_pytorch_does(stoker, quantized, write_yaml, tmp_path, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")  # kernels on a CPU
-    quantized["train"] |= {"steps": 2, "batch_size": 2, "evaluate_every_steps": 2}
-    quantized["data"] |= {"train": [{"path": "train.jsonl", "limit": 6}], "validation": 2}
+    quantized["train"] |= {"steps": 2, "batch_size": 1, "evaluate_every_steps": 2}
+    quantized["data"] |= {"train": [{"path": "train.jsonl", "limit": 3}], "validation": 1}
     curves = []
     for kernels in ("reference", "triton"):
         quantized["engine"]["kernels"] = kernels

@@ -172,6 +172,7 @@ def peak_per_token(block, hidden_size, *, dtype):
     return (peaks[1] - peaks[0]) / 2048
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "full in bf16", "lora"])
 @pytest.mark.parametrize(("model_type", "inner"), MIXTURES)
 def test_a_mixtures_backward_peaks_where_it_is_counted(model_type, inner, mode, hollow):

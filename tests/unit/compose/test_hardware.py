@@ -19,6 +19,7 @@ H200 = nvml.Gpu("NVIDIA H200", "GPU-aa11", 140 * GIB, 139 * GIB, (9, 0), is_divi
 OWN = H200._replace(name="NVIDIA Own Card")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU alone")
 @pytest.mark.parametrize("threads", ["", "1", "64"])
 def test_a_cpu_is_told_as_pytorch_sees_it(threads):

@@ -227,6 +227,7 @@ def test_facts_are_exact_where_the_plan_counts_on_them(folder):
     assert spec.packs
 
 
+@pytest.mark.slow
 def test_peft_finds_the_adapted_layers_and_no_others_of_the_same_name(tmp_path):
     from peft import PeftModel  # takes as long to import as all quick tests of a folder
 
