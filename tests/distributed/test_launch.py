@@ -138,6 +138,7 @@ def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_be
 def test_a_process_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(folder, unbroken):
     process = folder.start("--gpus", 2, "--max-restarts", 1, DIES_NAMING="step-000008")
     output = ended(process, 0)
+    assert output.count("all were started again (1 of 1 restarts)") == 1
     assert "Resuming from run/checkpoints/step-000004 after step 4" in output  # with step 8 done, and not yet saved
     assert folder.weights() == unbroken
 

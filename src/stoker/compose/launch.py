@@ -28,6 +28,16 @@ def is_restarted(notes: Mapping[str, Any]) -> bool:
     return again and notes.get("launch") is not None and notes.get("launch") == run_id()
 
 
+def restarts() -> list[str]:
+    """Returns a sentence where the agent has started the processes again; it does not tell them which of them died."""
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if count == 0:
+        return []
+    return [
+        f"A process died, so all were started again ({count} of {os.environ['TORCHELASTIC_MAX_RESTARTS']} restarts)."
+    ]
+
+
 def is_worker() -> bool:
     """Whether `start` started this process."""
     return os.environ.get("STOKER_LAUNCHED") == "1"

@@ -168,6 +168,8 @@ def _train(
     resumes = ranks.share(lambda: _goes_on(config, folder, asked=resume_run, overwrite=overwrite))
     overwrite = overwrite and not resumes
     _say(console, f"stoker {stoker.__version__}  {describe(config)}", style="bold")
+    warnings = _Warnings(console)
+    warnings.add(launch.restarts())
     model = model or _open(config)
     config = fitted(config, model.base)
     loaded = Loaded(config, loaded.origins)
@@ -178,7 +180,6 @@ def _train(
     for split, text in summary(config, data):
         _say(console, f"{split:<10}  {text}")
     hardware = probe() if model.decoder is None else with_loaded(probe(), model.decoder)
-    warnings = _Warnings(console)
     warnings.add([*data.notices, *refuse_faults(data.audits), *changed, *agree.device_warnings(ranks, hardware)])
     hardware = agree.smallest(ranks, hardware)
     plan = planned.agreed(config, model.base, data, hardware, ranks, resumed=folder if resumes else None, force=force)

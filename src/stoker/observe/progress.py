@@ -61,8 +61,6 @@ class PlainProgress:
             case RunStarted():
                 self._started, self._first_step = time.monotonic(), event.first_step
                 self._say(f"training: {event.total_steps:,} steps, {event.steps_per_epoch:,} an epoch")
-                if event.first_step:
-                    self._say(f"resuming after step {event.first_step:,}")
             case StepLogged():
                 self._step(event)
             case Evaluated():

@@ -56,3 +56,12 @@ def test_a_process_that_no_agent_started_tells_its_end_itself(monkeypatch, speak
     launch.fail(TrainingError("it hangs."), speaks)
     assert ended == [1]
     assert said == (["error: it hangs.\n"] if speaks else [])
+
+
+def test_processes_that_were_started_again_say_so(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    for count, said in (("0", []), ("2", ["A process died, so all were started again (2 of 3 restarts)."])):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert launch.restarts() == said
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    assert launch.restarts() == []
