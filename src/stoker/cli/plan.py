@@ -284,7 +284,8 @@ def _print(
 
     count = arithmetic.num_parameters(request.spec) / 1e9
     typer.echo(f"{request.config.model.base}: {request.spec.family}, {count:,.2f} billion parameters")
-    quoted = [sentence] if (sentence := track_record.quote(only)) else []
+    # What ran here says nothing of the devices that --gpu names.
+    quoted = [sentence] if only is not None and (sentence := track_record.quote(only)) else []
     for sentence in [*([f"Model: {note}."] if note else []), *survey_text.notes(request, offers), *quoted]:
         typer.echo(sentence)
     typer.echo("")

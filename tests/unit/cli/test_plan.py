@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from stoker.cli.main import app
 from stoker.errors import ConfigError, ModelError
+from stoker.plan import track_record
 
 ROWS = ("--rows", "20000", "--tokens-per-row", "450", "--trained-share", "0.4")
 
@@ -123,6 +124,14 @@ def test_the_page_opens_offline(write_run, here):
 def test_this_machine_is_planned_for(write_run):
     values = json.loads(plan(write_run(), "--here", "--json").stdout)
     assert len({offer["device"]["key"] for offer in values["offers"]}) == 1
+
+
+def test_other_devices_are_not_judged_by_what_ran_here(write_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path))
+    here = json.loads(plan(write_run(), "--here", "--json").stdout)["offers"][0]["device"]["name"]
+    track_record.add(track_record.Outcome(here, "tiny", "lora", 11, 10, 1.0, 1.0))
+    assert "last run here: memory +10.0%" in plan(write_run(), "--here").stdout
+    assert "Predicted over measured" not in plan(write_run(), "--gpu", "t4").stdout
 
 
 # Seconds of `yardstick` on the quiet core of two (Xeon, 2.1 GHz) by which "a second" is meant here.
