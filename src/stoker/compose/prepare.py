@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from stoker.compose.data import prepare_data, refuse_faults, summary
 from stoker.compose.model import load_tokenizer_of, open_base_of
@@ -13,6 +12,7 @@ from stoker.data import cache_list
 from stoker.errors import ConfigError
 from stoker.plan.limits import fitted
 
+_LISTED = ("key", "size", "made", "used", "documents", "from", "state")
 _DEFAULT_CACHE = Data.model_fields["cache_folder"].default
 
 
@@ -60,11 +60,8 @@ def list_cache(folder: Path, *, console: Console) -> None:
     if not found:
         say(console, f"{folder} holds no prepared data.")
         return
-    table = Table(box=None, pad_edge=False)
-    for name in ("key", "size", "made", "used", "documents", "from", "state"):
-        table.add_column(name, overflow="fold", justify="right" if name in ("size", "documents") else "left")
-    for entry in found:
-        table.add_row(
+    rows = [_LISTED] + [
+        (
             entry.key[:12],
             _size(entry.num_bytes),
             _ago(entry.age_seconds),
@@ -73,7 +70,16 @@ def list_cache(folder: Path, *, console: Console) -> None:
             ", ".join(entry.sources) or "?",
             f"stale: {entry.stale}" if entry.stale else "current",
         )
-    console.print(table)
+        for entry in found
+    ]
+    # Lines as long as they are, for a terminal to wrap: columns squeezed into it would cut paths to pieces.
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if name in ("size", "documents") else cell.ljust(width)
+            for name, cell, width in zip(_LISTED, row, widths, strict=True)
+        ]
+        say(console, "  ".join(cells).rstrip())
     stale = [entry for entry in found if entry.stale]
     say(console, f"{len(found)} in {folder}, {_size(sum(entry.num_bytes for entry in found))}; {len(stale)} stale.")
 
