@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from stoker.compose.inspect import inspect
 from stoker.compose.prepare import look_after_cache, prepare_ahead
 from stoker.compose.train import train
 from stoker.config.load import load_with_origins
@@ -84,7 +85,7 @@ def test_prepare_ahead_list_and_prune(values, write_yaml, tmp_path, monkeypatch)
     config = load_with_origins(write_yaml(values), []).config
 
     def said(command, *arguments, **options):
-        console = Console(file=io.StringIO(), width=300)
+        console = Console(file=io.StringIO(), width=80)
         command(*arguments, **options, console=console)
         return console.file.getvalue()
 
@@ -93,12 +94,22 @@ def test_prepare_ahead_list_and_prune(values, write_yaml, tmp_path, monkeypatch)
     )
     assert "prepared before, from" in said(prepare_ahead, config)
     listed = said(look_after_cache, config, list_entries=True, prune=False)
-    assert "train.jsonl, more.jsonl" in listed
-    assert "current" in listed
+    assert re.search(r"48  train\.jsonl, more\.jsonl +current$", listed, re.MULTILINE)
     (tmp_path / "more.jsonl").write_text((tmp_path / "train.jsonl").read_text())
     pruned = said(look_after_cache, config, list_entries=True, prune=True)
     assert "more.jsonl has changed" in pruned
     assert "holds no prepared data" in pruned
+
+
+def test_inspect_does_not_call_rows_sound_that_no_task_learns_from(values, write_yaml, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4)
+    values["data"] |= {"train": [{"path": "pairs.jsonl"}], "validation": None}
+    console = Console(file=io.StringIO(), width=200)
+    inspect(load_with_origins(write_yaml(values), []).config, rows=0, split="train", console=console)
+    shown = console.file.getvalue()
+    assert "they are pairs, which task sft does not learn from." in shown
+    assert "Nothing in the data stops a run" not in shown
 
 
 def test_prepare_asks_for_a_run(stoker):

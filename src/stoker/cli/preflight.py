@@ -11,6 +11,7 @@ import stoker
 from stoker.arch import families
 from stoker.arch.borrowed import AnySpec
 from stoker.cli import places
+from stoker.config import row_formats
 from stoker.config.document import Path as ConfigPath
 from stoker.config.document import dotted
 from stoker.config.load import Loaded
@@ -19,6 +20,7 @@ from stoker.errors import ModelError, Problem
 from stoker.plan import limits
 
 BUILTIN = "builtin:"
+_JUDGING = ("preference", "unpaired", "stepwise")  # formats that are prepared and inspected, and not yet trained on
 _TEMPLATES = Path(stoker.__file__).parent / "data" / "templates"
 
 
@@ -132,6 +134,16 @@ def _files(config: RunConfig) -> Iterator[tuple[ConfigPath, Problem]]:
         problem = _split(source, config, dotted(path))
         if problem:
             yield (*path, "split"), problem
+        kind = row_formats.expanded(source).format
+        if kind in _JUDGING:
+            what = f"{dotted(path)}.format = {source.format}: {row_formats.FORMATS[kind]}"
+            yield (
+                (*path, "format"),
+                Problem(
+                    f"{what}; from such rows task {config.task.kind} does not learn.",
+                    fix="`stoker inspect` shows them. To train on the better answers alone, keep them as chats.",
+                ),
+            )
         problem = _template(source.chat.chat_template, f"{dotted(path)}.chat.chat_template")
         if problem:
             yield (*path, "chat", "chat_template"), problem

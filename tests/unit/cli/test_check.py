@@ -153,3 +153,11 @@ def test_checking_takes_under_a_second_and_imports_no_framework(write_run):
     assert frameworks == []
     # Of the processor's time, start of Python included: a busy machine must not fail this.
     assert float(seconds) < 1.0
+
+
+@pytest.mark.parametrize("name", ["preference", "chat_template.argilla", "unpaired", "stepwise"])
+def test_rows_that_judge_answers_are_refused_where_the_format_tells(write_run, name):
+    path = write_run()
+    (problem,) = problems(path, f"data.train=[{{path: rows.jsonl, format: {name}}}]")
+    assert f"data.train[0].format = {name}: " in problem
+    assert "from such rows task sft does not learn" in problem
