@@ -89,7 +89,11 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _PLACES_FULL:
             raise
-        _complain([f"{error.filename or 'a file'}: {error.strerror}. Free some space or name another folder."])
+        where = error.filename or "a file that was being written"  # of which the error has no name
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "Free some space (`df -h` shows which disk is full) or name another folder."
+        fix = fix if is_full else "Name a folder that you may write to."
+        _complain([f"{where}: {error.strerror}. {fix}"])
         sys.exit(1)
     except KeyboardInterrupt:
         _complain(["Interrupted."])
