@@ -152,6 +152,10 @@ def share(config: RunConfig, spread: Spread) -> RunConfig:
     if rest or not rows:
         to = f"{groups} devices" if sharing == 1 else f"{groups} groups of {sharing} devices"
         raise ValueError(f"train.batch_size = {config.train.batch_size} cannot be dealt out to {to}")
+    micro = config.engine.micro_batch_size
+    if micro != "auto" and rows % micro:
+        each = f"the {rows} sequences a step of each of" if rows > 1 else "the one sequence a step of each of"
+        raise ValueError(f"engine.micro_batch_size = {micro} does not divide {each} {spread.num_processes} devices")
     changes: dict[str, Any] = {"train": config.train.model_copy(update={"batch_size": rows})}
     if sharing > 1:
         length = -(-config.data.sequence_length // sharing)

@@ -231,6 +231,15 @@ def test_rows_that_cannot_be_dealt_out_are_said(ask):
     assert all("cannot be dealt out to 8 devices" in one.why for one in eight)
 
 
+def test_a_micro_batch_larger_than_what_devices_have_of_a_step_is_said(ask):
+    settings = ("train.batch_size=8", "engine.micro_batch_size=2")
+    _, offers, _ = ask(*settings, methods=("lora",), devices=[shipped()["h100"]], per_node=8)
+    assert {one.num_devices for one in offers if one.fits} == {1, 2, 4}
+    eight = [one for one in offers if one.num_devices == 8]
+    assert eight
+    assert all("does not divide the one sequence a step of each of 8 devices" in one.why for one in eight)
+
+
 def test_a_cpu_among_several_devices_is_said_to_be_alone(ask):
     request, offers, _ = ask(devices=[shipped()["cpu"]], methods=("lora",), per_node=2)
     assert {one.num_devices for one in offers} == {1}
