@@ -273,5 +273,6 @@ def _output_line(config: RunConfig) -> str:
     from stoker.compose.run_folder import RunFolder
 
     folder = RunFolder(Path(config.output.folder).expanduser())
+    folder.refuse_files()
     holds_run = folder.config.exists() or folder.checkpoints.exists()
     return f"{folder.path}{' (holds a run already: train with --resume or --overwrite)' if holds_run else ''}"

@@ -164,6 +164,8 @@ def packing(config: RunConfig, documents: Documents) -> str:
     lengths = documents.lengths.reshape(-1, together).sum(axis=1)
     capacity = config.data.sequence_length * together
     layout = Layout(lengths[documents.trained_counts.reshape(-1, together).sum(axis=1) > 0], capacity)
+    if not len(layout):  # nothing is trained, which the audit says
+        return ""
     return f"packed into {len(layout):,} sequences of {capacity:,}, {layout.efficiency:.1%} full"
 
 

@@ -61,9 +61,10 @@ class RunFolder:
         """Looks whether a run may use the folder, without touching it; one that holds another run only when told to.
 
         Raises:
-            OutputError: the folder holds a run and neither `resume` nor `overwrite` was given, or there is nothing to
-                resume.
+            OutputError: it is no folder, or holds a run and neither `resume` nor `overwrite` was given, or there is
+                nothing to resume.
         """
+        self.refuse_files()
         holds_run = self.config.exists() or self.checkpoints.exists()
         if holds_run and not (resume or overwrite):
             raise OutputError(
@@ -72,6 +73,14 @@ class RunFolder:
             )
         if resume and not self.config.exists():
             raise OutputError(f"There is no run to resume in {self.path}.", fix="Leave out --resume to start one.")
+
+    def refuse_files(self) -> None:
+        """Raises OutputError where the path, or one above it, is a file."""
+        for one in (self.path, *self.path.parents):
+            if one.exists() and not one.is_dir():
+                raise OutputError(
+                    f"output.folder {self.path} cannot be made: {one} is a file.", fix="Name another folder."
+                )
 
     def claim(self, *, overwrite: bool) -> None:
         """Makes the folder ready to be written; with `overwrite`, what an earlier run wrote is removed.
