@@ -194,12 +194,20 @@ def _may_begin_before(before: str, behind: str, core: str) -> bool:
             in_content, in_text = core[:place].rstrip(), before
             for name in ("<think>", "</think>"):
                 if in_content.endswith(name):
-                    in_content = in_content.removesuffix(name).rstrip()
-                    in_text = in_text.removesuffix(name).rstrip() if in_text.endswith(name) else ""
+                    in_content = in_content.removesuffix(name)
+                    in_text = in_text.removesuffix(name) if in_text.endswith(name) else ""
+                    if name == "<think>" and _share_white_space(in_content, in_text):
+                        return True
+                    in_content, in_text = in_content.rstrip(), in_text.rstrip()
                     break
             if in_content and in_text and in_content[-1] == in_text[-1]:
                 return True
     return False
+
+
+def _share_white_space(in_content: str, in_text: str) -> bool:
+    """Whether white space in the text may be the content's, all before it having been cut off."""
+    return bool(in_content.strip()) and in_content[-1].isspace() and in_text.endswith(in_content[-1])
 
 
 def _turns(

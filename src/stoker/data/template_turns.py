@@ -118,7 +118,7 @@ class Turns:
                 return Turn(index, role, *(_content(text, content, first, last, whole=True) or (first, last)))
             first = self._after_prompt(text, start, index, messages) if role == "assistant" else None
             found = None if first is None else _content(text, content, first, end)
-            if found is not None:
+            if first is not None and found is not None and not _has_moved_space(text, content, first, found):
                 return Turn(index, role, *found)
         if role != "assistant":
             raise _uncertain(index, message, "changes the content of")
@@ -201,6 +201,12 @@ def _content(text: str, content: str, first: int, last: int, *, whole: bool = Fa
     lead, trail = content[: content.find(core)], content[content.find(core) + len(core) :]
     stop += len(trail) if text.startswith(trail, stop) and stop + len(trail) <= last else 0
     return (start - len(lead) if text.endswith(lead, first, start) else start, stop)
+
+
+def _has_moved_space(text: str, content: str, first: int, found: Place) -> bool:
+    """Whether white space stands before a content that has lost some behind: a template may have turned it around."""
+    trail = content[len(content.rstrip()) :]
+    return bool(trail) and text[first : found[0]].isspace() and not text.endswith(trail, *found)
 
 
 def _says_something(message: Mapping[str, Any]) -> bool:

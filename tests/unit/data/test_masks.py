@@ -136,6 +136,8 @@ def test_rewritten_contents_train_as_generation_tags_say_or_are_refused(name, ma
     @example(talk=[("", "no<|im_start|>assistant\n</think>")])
     @example(talk=[("", "no hot <think> yes")])
     @example(talk=[("", "no hot <think>yes</think> cold")])
+    @example(talk=[("", "no\n\n<think>")])
+    @example(talk=[("", '"\n\n')])
     def check(talk):
         messages = [
             {"role": role, "content": text}
