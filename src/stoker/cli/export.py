@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from stoker.cli.options import Dtype, MaxShardSize, NewFolder
-from stoker.cli.signals import leaving_on_sigterm
+from stoker.cli.signals import leaving_on_signals
 
 Run = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's folder, or a checkpoint (RUN/checkpoints/step-000100).")
@@ -22,6 +22,6 @@ def command(run: Run, output: NewFolder, dtype: Dtype = "auto", max_shard_size: 
     """
     from stoker.compose.merge import export
 
-    with leaving_on_sigterm():
+    with leaving_on_signals():
         report = export(run, output, dtype=dtype, max_shard_size=max_shard_size)
     typer.echo(report)

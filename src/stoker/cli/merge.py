@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from stoker.cli.options import Base, Dtype, MaxShardSize, NewFolder, TrustRemoteCode
-from stoker.cli.signals import leaving_on_sigterm
+from stoker.cli.signals import leaving_on_signals
 
 Adapter = Annotated[
     str,
@@ -32,7 +32,7 @@ def command(
     """
     from stoker.compose.merge import merge
 
-    with leaving_on_sigterm():
+    with leaving_on_signals():
         report = merge(
             adapter, output, base=base, dtype=dtype, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code
         )

@@ -4,19 +4,28 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_EXIT_CODE = 128 + signal.SIGTERM
-
 
 @contextmanager
-def leaving_on_sigterm() -> Iterator[None]:
-    """Within it SIGTERM, as a scheduler sends it, leaves as Ctrl-C does: through every `finally`."""
-    before = signal.signal(signal.SIGTERM, _leave)
+def leaving_on_signals() -> Iterator[None]:
+    """Within it Ctrl-C and SIGTERM, as a scheduler sends it, leave through every `finally`.
+
+    A library may make another error of what a signal raises in the midst of it: that is no one's mistake, and the
+    command leaves as if the signal had come through.
+    """
+    came: list[BaseException] = []
+
+    def leave(number: int, frame: object) -> None:
+        del frame
+        came.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
+        raise came[-1]
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except Exception as error:
+        if not came:
+            raise
+        raise came[0] from error
     finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _leave(number: int, frame: object) -> None:
-    del number, frame
-    raise SystemExit(_EXIT_CODE)
+        for number, handler in before.items():
+            signal.signal(number, handler)
