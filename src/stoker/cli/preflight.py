@@ -141,7 +141,7 @@ def _files(config: RunConfig) -> Iterator[tuple[ConfigPath, Problem]]:
                 (*path, "format"),
                 Problem(
                     f"{what}; from such rows task {config.task.kind} does not learn.",
-                    fix="`stoker inspect` shows them. To train on the better answers alone, keep them as chats.",
+                    fix=row_formats.INSTEAD_OF_JUDGED,
                 ),
             )
         problem = _template(source.chat.chat_template, f"{dotted(path)}.chat.chat_template")

@@ -9,6 +9,7 @@ from rich.console import Console
 from stoker.compose.counted import remember
 from stoker.compose.sources import prepare_sources
 from stoker.compose.streams import is_windowed, preparation_of, sample
+from stoker.config.row_formats import INSTEAD_OF_JUDGED
 from stoker.config.schema import RunConfig
 from stoker.data.audit import Audit, problems, warnings
 from stoker.data.loader import Documents, StepLoader
@@ -111,7 +112,7 @@ def refuse_rows_of_other_tasks(config: RunConfig, audits: dict[str, Audit]) -> N
             raise DataError(
                 f"data.{part}: the rows are {audit.row_kind} ({formats}), which task {config.task.kind} does not learn "
                 "from.",
-                fix="`stoker inspect` shows them. To train on the better answers alone, keep them as chats.",
+                fix=INSTEAD_OF_JUDGED,
             )
 
 

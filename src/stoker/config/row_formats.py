@@ -25,6 +25,9 @@ FORMATS = {
 }
 """Our formats and what a row of each holds."""
 
+INSTEAD_OF_JUDGED = "`stoker inspect` shows them. To train on the better answers alone, keep them as chats."
+"""What to do with rows that judge answers, which are prepared and inspected, and not yet trained on."""
+
 
 @dataclass(frozen=True)
 class Preset:

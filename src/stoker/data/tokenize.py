@@ -1,15 +1,14 @@
 """Token ids and loss masks from rendered text: a token trains if it overlaps a trained span of characters."""
 
-import gc
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from stoker import collector
 from stoker.data.records import Given, Texts
 from stoker.data.words import word_encoder
 from stoker.errors import DataError
@@ -128,7 +127,9 @@ class Tokenizer:
         return self._encode_whole(texts, special=special)
 
     def _encode_whole(self, texts: list[str], *, special: bool = False) -> tuple[list[list[int]], np.ndarray]:
-        with _collector_at_rest():
+        # Else the collector walks over offsets again and again: a tuple a token, and no cycle among them. Measured on
+        # 4,000 chats of 390 tokens: 8% of the time to prepare them.
+        with collector.at_rest():
             encoded = self._tokenizer(
                 texts,
                 add_special_tokens=special,
@@ -289,21 +290,6 @@ class Tokenizer:
                 return True
             position += 1
         return False
-
-
-@contextmanager
-def _collector_at_rest() -> Iterator[None]:
-    """Keeps Python's collector from walking over offsets again and again: a tuple a token, and no cycle among them.
-
-    Measured on 4,000 chats of 390 tokens: 8% of the time to prepare them.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _reaches_end(span: Span) -> bool:

@@ -10,15 +10,15 @@ tensor, a graph ends by writing it: its memory is then part of the graphs' pool,
 Not everything can be captured: dropout draws its seeds anew. That runs as it always does.
 """
 
-import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from stoker import collector
 from stoker.distributed.graph_shapes import BUCKET_TOKENS, GraphShape, closest, ends_of, is_close, shape_of
 
 WARM_UP = 2
@@ -242,7 +242,8 @@ class MicroBatchGraphs:
         torch.cuda.empty_cache()  # what eager steps left cached, the pool of graphs cannot use
         graph = torch.cuda.CUDAGraph()
         capturing = self._task.capturing(shape.trained, ends, shape.longest)
-        with _no_collection(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream), capturing:
+        # A graph of before that the collector found now would end the capture of this one.
+        with collector.at_rest(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream), capturing:
             result = self._forward_backward(held)
             if self._gather is not None:
                 self._gradient = self._gather(self._gradient)
@@ -274,15 +275,3 @@ def _rows(shape: GraphShape) -> GraphShape:
 def _in_bucket(batch: Batch) -> Batch:
     """The batch, padded to a length that graphs are made of."""
     return batch.padded_to(-(-batch.input_ids.shape[1] // BUCKET_TOKENS) * BUCKET_TOKENS)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Within it Python's collector waits: a graph of before that it found now would end the capture of this one."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
