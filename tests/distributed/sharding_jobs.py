@@ -23,6 +23,7 @@ from stoker.tasks.supervised import SupervisedTask
 STEPS = 3
 SPEC = families.read({**jobs.CASES["full"].config.to_dict(), "architectures": None}, "config.json")
 CHECKPOINTED = {"ddp": ("full", "nf4"), "fsdp2": ("full", "nf4", "8-bit", "adafactor")}
+NARROW = ("full", "tied", "mixture", "mamba")
 KINDS = ("none", "nf4", "int8")
 SETTINGS = {
     "kept": Sharding(reshard_after_forward=False),
@@ -72,6 +73,36 @@ def with_settings(ranks, sharding):
     return result["losses"], result["norms"]
 
 
+def in_bf16(name, strategy_of):
+    """Two steps of fp32 weights whose products are bf16, with their gradients, and each weight's dtype in a layer."""
+    model = jobs.build(jobs.CASES[name])
+    if name == "full":  # through the layer kernel, which runs again what it drops
+        fuse_blocks(model, keep="input", implementation="reference")
+    strategy = strategy_of(model)
+    strategy.prepare(SupervisedTask(model), jobs.adamw)
+    used = {}
+    model.blocks[0].register_forward_pre_hook(
+        lambda module, _: used.update({key: one.dtype for key, one in model.named_parameters()})
+    )
+    steps, batches = [], jobs.loader(jobs.CASES[name], strategy)
+    for index in range(2):
+        rows = list(batches.step(index))
+        (count,) = strategy.sum_over_ranks([float(sum(one.num_trained_tokens for one in rows))])
+        last = len(rows) - 1
+        results = [
+            strategy.forward_backward(one, divisor=count, is_last=number == last) for number, one in enumerate(rows)
+        ]
+        strategy.reduce_gradients()
+        (loss,) = strategy.sum_over_ranks([sum(float(one.loss_sum) for one in results) / count])
+        steps.append((loss, {key: whole(one.grad) for key, one in model.named_parameters()}))
+        strategy.step(1e-2, max_gradient_norm=1.0)
+    return steps, used, {key: one.dtype for key, one in model.named_parameters()}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
 def narrow(strategy_of):
     """Trains every weight in bf16; returns the losses and each rank's own weights as bytes."""
     model = jobs.build(jobs.CASES["full"]).to(torch.bfloat16)
@@ -111,6 +142,12 @@ def everything(ranks, folder, checkpoints):
     found["overflow"] = overflow(ranks)
     losses, sums = narrow(lambda model: DataParallel(ranks, "cpu", precision="bf16"))
     found["bf16 ddp"] = losses, ranks.gather(sums)
+    found["products in bf16"] = {
+        name: in_bf16(
+            name, lambda model: Sharded(ranks, "cpu", model=model, layers=list(model.blocks), precision="bf16")
+        )
+        for name in NARROW
+    }
     found["bf16"] = narrow(
         lambda model: Sharded(ranks, "cpu", model=model, layers=list(model.blocks), precision="bf16")
     )

@@ -6,7 +6,8 @@ from functools import cache
 
 import jobs
 import pytest
-from sharding_jobs import KINDS, SPEC, STEPS, lora, narrow, with_settings
+import torch
+from sharding_jobs import KINDS, NARROW, SPEC, STEPS, in_bf16, lora, narrow, with_settings
 
 from stoker.distributed.fsdp2 import Sharded, Sharding
 from stoker.distributed.single import SingleDevice
@@ -41,6 +42,43 @@ def test_gathering_in_bf16_rounds_and_no_more(shared):
     losses, _ = shared["gathered in bf16"]
     assert losses != pytest.approx(plain()[0], abs=5e-6)
     assert losses == pytest.approx(plain()[0], abs=0.02)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_products_weights_are_gathered_in_their_dtype_and_all_else_in_fp32(shared, name):
+    _, used, kept = shared["products in bf16"][name]
+    in_layer = {key.removeprefix("blocks.0."): dtype for key, dtype in used.items() if key.startswith("blocks.0.")}
+    narrow_ones = {key for key, dtype in in_layer.items() if dtype == torch.bfloat16}
+    assert narrow_ones == {
+        "mixture": {
+            "attention.qkv.weight",
+            "attention.out.weight",
+            "feed_forward.experts.gate_up.weight",
+            "feed_forward.experts.down.weight",
+        },
+        "mamba": {"mixer.in_proj.weight", "mixer.x_proj.weight", "mixer.out_proj.weight"},
+    }.get(
+        name,
+        {f"{one}.weight" for one in ("attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.down")},
+    )
+    # Norms and routers, and outside of the layers embedding and head, which the loss reads in fp32.
+    assert {dtype for key, dtype in in_layer.items() if key not in narrow_ones} == {torch.float32}
+    assert used["embedding.weight"] == used["final_norm.weight"] == torch.float32
+    assert set(kept.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_products_in_bf16_have_the_loss_and_the_gradients_of_one_device(shared, name):
+    alone, _, _ = in_bf16(name, lambda model: SingleDevice("cpu", precision="bf16"))
+    steps, _, _ = shared["products in bf16"][name]
+    for number, ((loss, gradients), (expected, theirs)) in enumerate(zip(steps, alone, strict=True)):
+        assert loss == pytest.approx(expected, abs=1e-6)
+        assert gradients.keys() == theirs.keys()
+        # Summed in fp32, in another order; in a mixture a last bit of a weight then moves a sum of bf16 values.
+        bound = 5e-3 if name == "mixture" and number else 1e-6
+        for key, gradient in gradients.items():
+            assert gradient.dtype == torch.float32
+            assert (gradient - theirs[key]).norm() <= bound * theirs[key].norm(), key
 
 
 def test_an_overflow_on_one_rank_lowers_every_ranks_loss_scale(shared):

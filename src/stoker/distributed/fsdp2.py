@@ -2,7 +2,8 @@
 
 Zhao et al. 2023, arXiv:2304.11277; each layer's weights are gathered for its forward and its backward, gradients are
 reduced to the part that their rank holds, and the optimiser steps on parts. Frozen weights in a low-bit format are
-gathered as the bytes that they are.
+gathered as the bytes that they are. Of trained fp32 weights under autocast, what products alone read is cast before it
+is gathered: half the bytes pass, and no product has to cast a whole weight; its values are the same.
 """
 
 import warnings
@@ -52,8 +53,8 @@ class Sharding:
     `replicas`: ranks form so many groups, each of which holds the whole model in parts (hybrid sharding): weights are
     gathered within a group, gradients also averaged between groups. Ranks of a group follow one another, so that a
     group is a machine where there are as many groups as machines. `cpu_offload`: parts wait on the host, where the
-    optimiser steps. `param_dtype`: that in which trained weights are gathered (None: as they are kept), `reduce_dtype`
-    that in which gradients are reduced.
+    optimiser steps. `param_dtype`: that in which trained weights are gathered (None: as they are kept, but for
+    `product_weights`), `reduce_dtype` that in which gradients are reduced.
     """
 
     reshard_after_forward: bool = True
@@ -92,10 +93,7 @@ class Sharded(SingleDevice):
             shape, names = (sharding.replicas, ranks.world_size // sharding.replicas), ("replicate", "shard")
         self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         self._num_parts, self._part = shape[-1], ranks.rank % shape[-1]
-        policy = MixedPrecisionPolicy(
-            param_dtype=sharding.param_dtype, reduce_dtype=sharding.reduce_dtype, cast_forward_inputs=False
-        )
-        self._options: dict[str, Any] = {"mesh": self._mesh, "mp_policy": policy}
+        self._options: dict[str, Any] = {"mesh": self._mesh}
         if sharding.cpu_offload:
             self._options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
 
@@ -109,14 +107,23 @@ class Sharded(SingleDevice):
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         for layer in self._layers:
             buffers_to_parameters(layer)
+        products = self._products()
+        if products:
+            # All gradients of a group have one dtype, that in which it is gathered. So the layers' norms, and whatever
+            # else of them stays fp32 (a ten-thousandth of the weights), go with embedding and head. First, that these
+            # find them in layers that are not shared yet.
+            self._share_rest(ignored_params=set(products))
+        rest = {parameter for parameter in self._model.parameters() if isinstance(parameter, DTensor)}
+        policy = self._policy(self._dtype if products else self._sharding.param_dtype)
+        options = {**self._options, "reshard_after_forward": self._sharding.reshard_after_forward, "mp_policy": policy}
+        for layer in self._layers:
             with compat.bytes_may_be_shared():
-                fully_shard(layer, reshard_after_forward=self._sharding.reshard_after_forward, **self._options)
+                fully_shard(layer, ignored_params=rest, **options)
             if hasattr(layer, "recomputed"):
                 # The decoder calls it in place of the layer where that is run again in the backward.
                 register_fsdp_forward_method(layer, "recomputed")
-        # What is left, embedding and head, is read outside of the model's forward too: it stays gathered until the
-        # backward has ended.
-        fully_shard(self._model, reshard_after_forward=False, **self._options)
+        if not products:
+            self._share_rest()
         if self._fill is not None:
             with torch.no_grad():
                 self._fill(self._hold)
@@ -124,6 +131,24 @@ class Sharded(SingleDevice):
             owner, _, short = name.rpartition(".")
             self._model.get_submodule(owner)._buffers[short] = buffer.to(self.device)
         return task
+
+    def _products(self) -> list[nn.Parameter]:
+        """Returns the layers' weights that are cast before they are gathered; none where it is told how to gather."""
+        if self._dtype is None or self._sharding.param_dtype is not None:
+            return []
+        found = [one for layer in self._layers for one in product_weights(layer) if one.dtype == torch.float32]
+        # Beside an adapter they are frozen, and in the compute type or bytes already.
+        return found if any(one.requires_grad for one in found) else []
+
+    def _share_rest(self, **options: Any) -> None:
+        """Shares what is in no layer's group: embedding and head are read outside of the model's forward too, so it
+        stays gathered until the backward has ended."""
+        policy = self._policy(self._sharding.param_dtype)
+        fully_shard(self._model, reshard_after_forward=False, mp_policy=policy, **self._options, **options)
+
+    def _policy(self, param_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+        reduce_dtype = self._sharding.reduce_dtype
+        return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
 
     def _hold(self, module: nn.Module, name: str) -> tuple[Tensor, int]:
         """Gives the part that this rank keeps of a tensor without memory some; see `Hold`."""
@@ -205,6 +230,17 @@ def _part_of(whole: DTensor, local: Tensor, shape: torch.Size) -> DTensor:
     """
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, whole.device_mesh, whole.placements, run_check=False, shape=shape, stride=stride)
+
+
+def product_weights(layer: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters that a layer's modules name as their `product_weights`.
+
+    Only matrix products read them, which autocast or a kernel casts to the compute type; so it does not matter to any
+    value whether that happens before or after they are gathered. Modules of other libraries name none.
+    """
+    named = ((module, name) for module in layer.modules() for name in getattr(module, "product_weights", ()))
+    weights = (module._parameters.get(name) for module, name in named)
+    return [weight for weight in weights if weight is not None]
 
 
 def buffers_to_parameters(layer: nn.Module) -> None:

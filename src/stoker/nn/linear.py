@@ -12,6 +12,9 @@ class FusedLinear(nn.Module):
     `by_name_only`: it has an adapter only where targets name it, not by "all-linear".
     """
 
+    product_weights = ("weight",)
+    """Parameters that are read by matrix products alone, in their dtype (`distributed.fsdp2`)."""
+
     def __init__(
         self,
         in_features: int,

@@ -22,6 +22,9 @@ class ExpertLinear(nn.Module):
     `Experts` alone.
     """
 
+    product_weights = ("weight",)
+    """As `FusedLinear` has it."""
+
     def __init__(
         self,
         num_experts: int,

@@ -17,8 +17,9 @@ class Fsdp2(Section):
     offload: Literal["none", "cpu"] = "none"
     """`cpu`: parts of weights, gradients and optimiser states wait in host memory, where the optimiser steps."""
     param_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """In which trained weights are sent and used; `auto`: as they are kept. `bf16` halves what is sent of fp32 weights,
-    and rounds norms' weights with the rest. For training every weight."""
+    """In which trained weights are sent and used; `auto`: layers' matrices in `engine.precision`, in which products
+    read them anyway, all else as it is kept. `fp32` sends twice as much; `bf16` also rounds embedding, head and norms.
+    For training every weight."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """In which gradients are summed over processes."""
 
