@@ -66,6 +66,14 @@ def streamed(ranks, folder, kind):
     return result["losses"], [sum(column) for column in zip(*held, strict=True)], fused
 
 
+def streamed_whole(ranks, folder):
+    """Trains every weight, products in bf16, of a model of which this rank reads its part alone."""
+    loaded = StreamedDecoder(folder, SPEC, rank=ranks.rank, world_size=ranks.world_size, gather=ranks.gather)
+    model = loaded.decoder
+    strategy = Sharded(ranks, "cpu", model=model, layers=list(model.blocks), precision="bf16", fill=loaded.fill)
+    return jobs.train("full", "fsdp2", model=model, strategy=strategy, steps=STEPS)["losses"]
+
+
 def with_settings(ranks, sharding):
     model = jobs.build(jobs.CASES["full"])
     strategy = Sharded(ranks, "cpu", model=model, layers=list(model.blocks), sharding=sharding)
@@ -138,6 +146,7 @@ def overflow(ranks):
 
 def everything(ranks, folder, checkpoints):
     found = {kind: streamed(ranks, folder, kind) for kind in KINDS}
+    found["streamed whole"] = streamed_whole(ranks, folder)
     found |= {name: with_settings(ranks, sharding) for name, sharding in SETTINGS.items()}
     found["overflow"] = overflow(ranks)
     losses, sums = narrow(lambda model: DataParallel(ranks, "cpu", precision="bf16"))

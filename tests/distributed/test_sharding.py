@@ -31,6 +31,12 @@ def test_a_base_streamed_into_parts_trains_as_one_that_one_device_reads(shared, 
     assert held <= 0.52 * whole  # half, and a row more where rows are odd
 
 
+def test_weights_that_are_all_trained_are_streamed_into_parts_of_both_dtypes(shared):
+    model = native.load(shared["folder"], SPEC)
+    alone = jobs.train("full", "single", model=model, precision="bf16", steps=STEPS)["losses"]
+    assert shared["streamed whole"] == pytest.approx(alone, abs=1e-5)
+
+
 @pytest.mark.parametrize("name", ["kept", "offload"])
 def test_where_and_when_weights_are_gathered_does_not_change_the_result(shared, name):
     losses, norms = shared[name]

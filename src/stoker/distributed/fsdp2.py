@@ -113,12 +113,14 @@ class Sharded(SingleDevice):
             # else of them stays fp32 (a ten-thousandth of the weights), go with embedding and head. First, that these
             # find them in layers that are not shared yet.
             self._share_rest(ignored_params=set(products))
-        rest = {parameter for parameter in self._model.parameters() if isinstance(parameter, DTensor)}
+        rest = set[nn.Parameter](one for one in self._model.parameters() if isinstance(one, DTensor))
         policy = self._policy(self._dtype if products else self._sharding.param_dtype)
-        options = {**self._options, "reshard_after_forward": self._sharding.reshard_after_forward, "mp_policy": policy}
+        reshards = self._sharding.reshard_after_forward
         for layer in self._layers:
             with compat.bytes_may_be_shared():
-                fully_shard(layer, ignored_params=rest, **options)
+                fully_shard(
+                    layer, reshard_after_forward=reshards, mp_policy=policy, ignored_params=rest, **self._options
+                )
             if hasattr(layer, "recomputed"):
                 # The decoder calls it in place of the layer where that is run again in the backward.
                 register_fsdp_forward_method(layer, "recomputed")
