@@ -24,7 +24,7 @@ from stoker.compose.updates import eight_bit
 from stoker.data.loader import StepLoader
 from stoker.distributed.ddp import DataParallel
 from stoker.distributed.fsdp2 import Sharded
-from stoker.distributed.ranks import Place, Ranks, join
+from stoker.distributed.ranks import Place, Ranks, end_process, join
 from stoker.distributed.single import SingleDevice
 from stoker.models import native
 from stoker.models import open as models
@@ -284,6 +284,7 @@ def _worker(rank, world_size, port, work, folder, arguments):
         ranks.sum([0.0])
     finally:
         ranks.leave()
+    end_process(0)
 
 
 def on_ranks(world_size, folder, work, *arguments):

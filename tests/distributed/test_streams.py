@@ -14,6 +14,7 @@ from rich.console import Console
 
 from stoker.compose.train import train
 from stoker.config.load import load_with_origins
+from stoker.distributed.ranks import end_process
 
 STEPS = 8
 MODES = {
@@ -72,6 +73,7 @@ def in_each_process(rank, ports, modes):
         for output, resume in ((f"two {mode}", False), (f"one then two {mode}", True)):
             os.environ["MASTER_PORT"] = str(ports.pop())
             run(mode, output, resume=resume)
+    end_process(0)
 
 
 def free_ports(count):

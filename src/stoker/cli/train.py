@@ -43,7 +43,7 @@ def command(
         with launch.recorded():
             loaded = load_with_origins(run_file, overrides, allow_unknown=allow_unknown)
             _train(loaded, resume=resume, overwrite=overwrite, force=force)
-        return
+        launch.end(0)  # Also where a signal stopped it, which the agent's process knows: it would start it again.
     loaded = read(run_file, overrides, allow_unknown=allow_unknown)
     count = loaded.config.engine.num_processes or 1
     arguments = sys.argv[1:]
@@ -57,7 +57,10 @@ def command(
             arguments = [*arguments, "--gpus", str(count)]
     if (count > 1 or max_restarts) and not launch.is_inside_another():
         raise typer.Exit(launch.start(arguments, num_processes=count, max_restarts=max_restarts))
-    raise typer.Exit(_train(loaded, resume=resume, overwrite=overwrite, force=force))
+    code = _train(loaded, resume=resume, overwrite=overwrite, force=force)
+    if launch.is_inside_another():
+        launch.end(code)
+    raise typer.Exit(code)
 
 
 def _train(loaded: Loaded, *, resume: bool, overwrite: bool, force: bool) -> int:

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from stoker.errors import HangError, StokerError, TrainingError, UserError
 
@@ -59,7 +59,14 @@ def recorded() -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - whatever it is, the agent's process tells it
         get_error_handler().record_exception(error)
-        sys.exit(error.exit_code if isinstance(error, StokerError) else 1)
+        end(error.exit_code if isinstance(error, StokerError) else 1)
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process, one of several that have trained together, with `code`, after its exit hooks."""
+    from stoker.distributed.ranks import end_process
+
+    end_process(code)
 
 
 def fail(error: StokerError, speaks: bool) -> None:
