@@ -8,9 +8,11 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+
+from stoker.compose.nvml import ask, opened
 
 LEAD_SECONDS = 0.3
 """Work before a measurement: by then the power limit has set the clock."""
@@ -31,34 +33,25 @@ class Power(NamedTuple):
 
 
 class Nvml:
-    """NVML's counters of the current CUDA device; RuntimeError where the library or the device refuses."""
+    """NVML's counters of the current CUDA device; `Unanswered` where the library or the device refuses."""
 
     def __init__(self) -> None:
-        try:
-            self._library = ctypes.CDLL("libnvidia-ml.so.1")
-        except OSError as error:
-            raise RuntimeError(f"no NVML: {error}") from error
+        self._library = opened()
         self._device = ctypes.c_void_p()
-        self._call("nvmlInit_v2")
         uuid = f"GPU-{str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid).removeprefix('GPU-')}"
-        self._call("nvmlDeviceGetHandleByUUID", uuid.encode(), ctypes.byref(self._device))
+        ask(self._library, "nvmlDeviceGetHandleByUUID", uuid.encode(), ctypes.byref(self._device))
         self.joules()
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        code = getattr(self._library, name)(*arguments)
-        if code:
-            raise RuntimeError(f"{name} failed with code {code}")
 
     def joules(self) -> float:
         """Energy since the driver was loaded."""
         value = ctypes.c_ulonglong()
-        self._call("nvmlDeviceGetTotalEnergyConsumption", self._device, ctypes.byref(value))
+        ask(self._library, "nvmlDeviceGetTotalEnergyConsumption", self._device, ctypes.byref(value))
         return value.value / 1e3
 
     def megahertz(self) -> float:
         """The SM clock now."""
         value = ctypes.c_uint()
-        self._call("nvmlDeviceGetClockInfo", self._device, _SM_CLOCK, ctypes.byref(value))
+        ask(self._library, "nvmlDeviceGetClockInfo", self._device, _SM_CLOCK, ctypes.byref(value))
         return float(value.value)
 
 

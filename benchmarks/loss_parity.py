@@ -28,6 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+if not __package__:  # run as a file: Python then looks in the file's own folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks.curves import svg
 from benchmarks.main_job import theirs
 from stoker import builtin

@@ -26,8 +26,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from plan_cells import CPU, DORA, FRONTIERS, GIB, GRID, Cell, Frontier, hardware, most_rows, predict
+if not __package__:  # run as a file: Python then looks in the file's own folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import plan_report
+from benchmarks.plan_cells import CPU, DORA, FRONTIERS, GIB, GRID, Cell, Frontier, hardware, most_rows, predict
 from stoker.errors import StokerError, TrainingError
 from stoker.plan import speed
 from stoker.plan.calibration import Calibration
@@ -58,8 +61,6 @@ def main() -> int:
     parser.add_argument("--report", type=Path, metavar="FOLDER")
     options = parser.parse_args()
     if options.report is not None:
-        import plan_report
-
         return plan_report.write(options.out, options.report)
     return run(options)
 

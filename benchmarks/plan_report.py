@@ -9,8 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from plan_cells import CPU, DORA, GIB, GRID, Cell, is_held_out, predict
-
+from benchmarks.plan_cells import CPU, DORA, GIB, GRID, Cell, is_held_out, predict
 from stoker.plan import speed
 from stoker.plan.calibration import Calibration
 from stoker.plan.hardware import Device

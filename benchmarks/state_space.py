@@ -22,10 +22,23 @@ from pathlib import Path
 
 import torch
 import triton
-from engine import BF16, GIB, clocks, copy_bandwidth, loss_of, milliseconds, report, timed_step, training_step
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+if not __package__:  # run as a file: Python then looks in the file's own folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.engine import (
+    BF16,
+    GIB,
+    clocks,
+    copy_bandwidth,
+    loss_of,
+    milliseconds,
+    report,
+    timed_step,
+    training_step,
+)
 from stoker.adapters.lora import add_lora
 from stoker.arch.families import read
 from stoker.kernels import (

@@ -21,6 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a file: Python then looks in the file's own folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from benchmarks.scaling import launch, recovery, results
 from benchmarks.scaling.cells import ALONE, CELLS, Cell
 

@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+if not __package__:  # run as a file: Python then looks in the file's own folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from benchmarks.scaling.communication import watched
 from stoker.compose import parallel
 from stoker.compose.bench.over_ranks import measure

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,3 +158,32 @@ def test_attention_of_packed_rows_is_measured_with_each_room(tmp_path):
     found = json.loads((tmp_path / "packed.json").read_text())["results"][0]
     assert set(found["milliseconds"]) == {"exact", "rounded", "roomy"}
     assert found["blocks"]["exact"] <= found["blocks"]["rounded"] <= found["blocks"]["roomy"]
+
+
+@pytest.mark.slow
+def test_every_script_finds_what_it_imports_as_a_file_and_as_a_module(tmp_path):
+    """One interpreter for all of them, in which the repository's folder is on the path only where Python puts it."""
+    pytest.importorskip("triton")
+    scripts = sorted(path for path in (ROOT / "benchmarks").rglob("*.py") if "__name__ ==" in path.read_text())
+    assert len(scripts) > 15
+    code = """
+import importlib, runpy, sys
+root, *scripts = sys.argv[1:]
+clean = [place for place in sys.path if place not in ("", root)]
+def forget():
+    for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+        del sys.modules[name]
+for script in scripts:
+    forget()
+    sys.path[:] = [f"{root}/{script}".rpartition("/")[0], *clean]
+    runpy.run_path(f"{root}/{script}", run_name="not_main")
+    if "single_gpu" not in script:  # a folder that is no package
+        forget()
+        sys.path[:] = [root, *clean]
+        importlib.import_module(script.removesuffix(".py").replace("/", "."))
+"""
+    names = [str(path.relative_to(ROOT)) for path in scripts]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-c", code, str(ROOT), *names]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

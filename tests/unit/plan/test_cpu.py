@@ -1,30 +1,21 @@
 """A CPU's step: against those measured on one core (benchmarks/results/plan_proof_cpu.json), and its calls counted."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from benchmarks import plan_proof, plan_report
+from benchmarks.plan_cells import CPU, Cell, predict
 
 from stoker.plan.cpu import CpuRates
 
-BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 MIB = 2**20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-
-
 def measured():
-    import plan_report
-    from plan_cells import CPU
-
-    found = json.loads((BENCHMARKS / "results" / "plan_proof_cpu.json").read_text())
+    found = json.loads((RESULTS / "plan_proof_cpu.json").read_text())
     return plan_report.lines(found, CPU)
 
 
@@ -38,8 +29,6 @@ def test_steps_of_tiny_models_are_within_a_quarter_of_measured_ones():
 
 def test_a_cpu_that_was_not_measured_is_planned_within_a_half():
     """The defaults are another day's figures of the same core, less what a plainer one would lack."""
-    from plan_cells import CPU, predict
-
     from stoker.plan.hardware import Device
 
     device = Device("cpu", "a CPU", 16 * 2**30, bf16=True)
@@ -50,9 +39,7 @@ def test_a_cpu_that_was_not_measured_is_planned_within_a_half():
 
 def dispatched(method, rung, layers):
     """Operations that a step of a tiny model dispatches, by counting them, and the plan's count of its layers'."""
-    import plan_proof
     import torch
-    from plan_cells import Cell, predict
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from stoker.compose.bench.rows import random_data
@@ -103,8 +90,6 @@ def dispatched(method, rung, layers):
     ],
 )
 def test_the_calls_of_a_layer_are_those_that_pytorch_dispatches(method, rung):
-    from plan_cells import Cell
-
     from stoker.config.schema import Adapter
     from stoker.plan.adapter import adapted
     from stoker.plan.amounts import Way, amounts

@@ -1,25 +1,12 @@
 """The cells of the plan's proof on a GPU: what they cover, and that all of them can run."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from benchmarks import plan_cells as cells
 
 from stoker.plan.catalogue import shipped
 
-BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
-
-@pytest.fixture(scope="module")
-def cells():
-    sys.path.insert(0, str(BENCHMARKS))
-    import plan_cells
-
-    yield plan_cells
-    sys.path.remove(str(BENCHMARKS))
-
-
-def test_the_grid_covers_models_methods_lengths_batches_and_rungs(cells):
+def test_the_grid_covers_models_methods_lengths_batches_and_rungs():
     grid = cells.GRID
     assert len(grid) >= 40
     assert len({cell.name for cell in grid}) == len(grid)
@@ -32,7 +19,7 @@ def test_the_grid_covers_models_methods_lengths_batches_and_rungs(cells):
     assert len(held) / len(grid) == pytest.approx(1 / 3, abs=0.03)
 
 
-def test_every_cell_fits_on_an_h200_as_it_says(cells):
+def test_every_cell_fits_on_an_h200_as_it_says():
     device = shipped()["h200"].device()
     for cell in cells.GRID:
         plan = cells.predict(cell, device).plan
@@ -42,7 +29,7 @@ def test_every_cell_fits_on_an_h200_as_it_says(cells):
 
 
 @pytest.mark.slow
-def test_frontiers_are_caps_that_a_few_rows_fill(cells):
+def test_frontiers_are_caps_that_a_few_rows_fill():
     from dataclasses import replace
 
     whole = shipped()["h200"].device()
