@@ -29,25 +29,43 @@ class _Memory(ctypes.Structure):
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
 
-class _Unanswered(Exception):  # noqa: N818 - nothing is wrong: there is no driver, or one that lacks the question
+class Unanswered(Exception):  # noqa: N818 - nothing is wrong: there is no driver, or one that lacks the question
     """NVML did not answer a question."""
 
 
 def gpus() -> tuple[Gpu, ...]:
     """Returns the machine's GPUs in the order of their slots; none where there is no driver, or it does not answer."""
     try:
-        library = _library()
-        _ask(library, "nvmlInit_v2")
-    except (OSError, _Unanswered):
+        library = opened()
+    except Unanswered:
         return ()
     try:
         count = ctypes.c_uint()
-        _ask(library, "nvmlDeviceGetCount_v2", ctypes.byref(count))
+        ask(library, "nvmlDeviceGetCount_v2", ctypes.byref(count))
         return tuple(_gpu(library, index) for index in range(count.value))
-    except _Unanswered:
+    except Unanswered:
         return ()
     finally:
-        _ask(library, "nvmlShutdown")
+        with contextlib.suppress(Unanswered):  # what was answered before stands
+            ask(library, "nvmlShutdown")
+
+
+def opened() -> Any:
+    """Returns the library, until "nvmlShutdown" is asked of it; raises Unanswered where there is none."""
+    try:
+        library = _library()
+    except OSError as error:
+        raise Unanswered(str(error)) from error
+    ask(library, "nvmlInit_v2")
+    return library
+
+
+def ask(library: Any, question: str, *arguments: Any) -> None:
+    """Calls a function of the library; raises Unanswered where it lacks it, or returns anything but success (0)."""
+    function = getattr(library, question, None)
+    code = None if function is None else function(*arguments)
+    if code != 0:
+        raise Unanswered(f"{question} is not there" if code is None else f"{question} failed with code {code}")
 
 
 def visible(found: Sequence[Gpu], shown: str | None) -> tuple[Gpu, ...]:
@@ -76,11 +94,11 @@ def _library() -> Any:
 def _gpu(library: Any, index: int) -> Gpu:
     handle, memory = ctypes.c_void_p(), _Memory()
     major, minor, divided = ctypes.c_int(), ctypes.c_int(), ctypes.c_uint()
-    _ask(library, "nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(handle))
-    _ask(library, "nvmlDeviceGetMemoryInfo", handle, ctypes.byref(memory))
-    _ask(library, "nvmlDeviceGetCudaComputeCapability", handle, ctypes.byref(major), ctypes.byref(minor))
-    with contextlib.suppress(_Unanswered):  # as by a GPU that cannot be divided
-        _ask(library, "nvmlDeviceGetMigMode", handle, ctypes.byref(divided), ctypes.byref(ctypes.c_uint()))
+    ask(library, "nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(handle))
+    ask(library, "nvmlDeviceGetMemoryInfo", handle, ctypes.byref(memory))
+    ask(library, "nvmlDeviceGetCudaComputeCapability", handle, ctypes.byref(major), ctypes.byref(minor))
+    with contextlib.suppress(Unanswered):  # as by a GPU that cannot be divided
+        ask(library, "nvmlDeviceGetMigMode", handle, ctypes.byref(divided), ctypes.byref(ctypes.c_uint()))
     return Gpu(
         _text(library, "nvmlDeviceGetName", handle),
         _text(library, "nvmlDeviceGetUUID", handle),
@@ -93,12 +111,5 @@ def _gpu(library: Any, index: int) -> Gpu:
 
 def _text(library: Any, question: str, handle: ctypes.c_void_p) -> str:
     answer = ctypes.create_string_buffer(_TEXT_BYTES)
-    _ask(library, question, handle, answer, ctypes.c_uint(_TEXT_BYTES))
+    ask(library, question, handle, answer, ctypes.c_uint(_TEXT_BYTES))
     return answer.value.decode()
-
-
-def _ask(library: Any, question: str, *arguments: Any) -> None:
-    """Calls a function of the library; raises _Unanswered where it lacks it, or returns anything but success (0)."""
-    function = getattr(library, question, None)
-    if function is None or function(*arguments) != 0:
-        raise _Unanswered(question)

@@ -102,6 +102,13 @@ def test_a_machine_without_a_driver_has_none(monkeypatch):
     assert answered(monkeypatch, failing) == ()
 
 
+def test_a_library_that_does_not_close_takes_nothing_back(monkeypatch):
+    failing = Library(H200)
+    failing.nvml_shutdown = lambda: 999  # unknown error
+    assert answered(monkeypatch, failing) == (H200,)
+    assert answered(monkeypatch, Library(H200, lacks=("nvmlShutdown", "nvmlDeviceGetName"))) == ()
+
+
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [
