@@ -17,7 +17,7 @@ class Scaled:
     tokens_per_second: float
     speed_up: float
     efficiency: float
-    waiting_share: float
+    communication_share: float
     hours: float | None
     usd: float | None
 
@@ -57,7 +57,7 @@ def lines(of: Offer, offers: Sequence[Offer]) -> list[str]:
     made = scaling(of, offers)
     if len(made) < 2:
         return []
-    rows = [("devices", "strategy", "s/step", "tokens/s", "speed-up", "efficiency", "waits", "hours", "cost")]
+    rows = [("devices", "strategy", "s/step", "tokens/s", "speed-up", "efficiency", "communication", "hours", "cost")]
     rows += [
         (
             f"{one.num_devices}" + (f" ({one.nodes} nodes)" if one.nodes > 1 else ""),
@@ -66,7 +66,7 @@ def lines(of: Offer, offers: Sequence[Offer]) -> list[str]:
             f"{one.tokens_per_second:,.0f}",
             f"{one.speed_up:.2f} x",
             f"{one.efficiency:.0%}",
-            f"{one.waiting_share:.0%}",
+            f"{one.communication_share:.0%}",
             "?" if one.hours is None else f"{one.hours:,.2f}",
             "?" if one.usd is None else f"${one.usd:,.2f}",
         )

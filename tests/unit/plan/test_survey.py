@@ -221,6 +221,9 @@ def test_scaling_is_told_for_each_number_up_to_all_nodes(ask):
     assert [one.nodes for one in made][-1] == 8
     text = "\n".join(scaling.lines(found.best, offers))
     assert "64 (8 nodes)" in text
+    assert text.splitlines()[1].split()[-3:] == ["communication", "hours", "cost"]  # as a step's part is called
+    (last,) = [one for one in offers if one.num_devices == 64 and one.spread.name == made[-1].strategy]
+    assert made[-1].communication_share == last.step.communication / last.step.seconds > 0
     assert survey_text.to_dict(request, offers, found)["scaling"][-1]["num_devices"] == 64
 
 
