@@ -15,6 +15,19 @@ from stoker.observe import metrics
 from stoker.observe.progress import duration, size
 
 Record = Mapping[str, Any]
+_SEVERAL = ("ddp", "fsdp2", "deepspeed")
+_STRATEGIES_OF = {
+    "num_processes": _SEVERAL,
+    "per_node": _SEVERAL,
+    "sharing": _SEVERAL,
+    "replicas": ("fsdp2",),
+    "reshards": ("fsdp2",),
+    "on_host": ("fsdp2", "deepspeed"),
+    "stage": ("deepspeed",),
+    "on_disk": ("deepspeed",),
+    "bucket_values": ("deepspeed",),
+}
+"""Fields of a plan that not every strategy has a use for."""
 _INK, _ACCENT, _WARM, _FAINT = "#1f2933", "#0f6fc6", "#d9480f", "rgba(15,111,198,0.22)"
 
 
@@ -29,7 +42,7 @@ def write(folder: Path) -> Path:
     page = environment.from_string(template).render(
         name=folder.name,
         run=_read_json(folder / "run.json"),
-        plan=_read_json(folder / "plan.json"),
+        plan=_meant(_read_json(folder / "plan.json")),
         audit=_read_json(folder / "audit.json"),
         config=_read_text(folder / "config.yaml"),
         summary=_summary(records),
@@ -42,6 +55,12 @@ def write(folder: Path) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _meant(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan without the fields that say nothing of its strategy, which `plan.json` holds all the same."""
+    strategy = plan.get("strategy")
+    return {key: value for key, value in plan.items() if key not in _STRATEGIES_OF or strategy in _STRATEGIES_OF[key]}
 
 
 def _read_text(path: Path) -> str:

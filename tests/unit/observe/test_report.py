@@ -1,6 +1,8 @@
 import json
 import math
 
+import pytest
+
 from stoker.observe import report
 
 
@@ -43,6 +45,25 @@ def test_report_escapes_what_it_shows(tmp_path):
 def test_report_survives_a_run_without_steps_or_with_a_loss_that_is_not_finite(tmp_path):
     assert "Curves" not in report.write(tmp_path).read_text()
     assert "Curves" in report.write(run_folder(tmp_path, losses=(3.0, math.nan, 1.0))).read_text()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "shown"),
+    [
+        ("single", set()),
+        ("ddp", {"num processes", "per node", "sharing"}),
+        ("fsdp2", {"num processes", "per node", "sharing", "replicas", "reshards", "on host"}),
+        ("deepspeed", {"num processes", "per node", "sharing", "stage", "on host", "on disk", "bucket values"}),
+    ],
+)
+def test_a_plan_is_told_without_what_means_nothing_to_its_strategy(tmp_path, strategy, shown):
+    everything = {"num_processes": 2, "per_node": 2, "sharing": 1, "replicas": 1, "reshards": True, "stage": 2}
+    everything |= {"on_host": [], "on_disk": [], "bucket_values": 5 * 10**8}
+    (run_folder(tmp_path) / "plan.json").write_text(json.dumps({"strategy": strategy, **everything}))
+    page = report.write(tmp_path).read_text()
+    assert f"<td>{strategy}</td>" in page
+    names = {name.replace("_", " ") for name in everything}
+    assert {name for name in names if f"<th>{name}</th>" in page} == shown
 
 
 def test_smoothing_is_unbiased_at_the_start():
