@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from stoker import collector
+from stoker import collector, transfer
 from stoker.distributed.graph_shapes import BUCKET_TOKENS, GraphShape, closest, ends_of, is_close, shape_of
 
 WARM_UP = 2
@@ -231,9 +231,7 @@ class MicroBatchGraphs:
 
     def _boundaries(self, batch: Batch, shape: GraphShape) -> Tensor:
         """Where the batch's documents begin, with room for as many as the shape has, on the device: int32."""
-        ends = torch.tensor(ends_of(batch.document_lengths, shape.documents), dtype=torch.int32)
-        # Copied from ordinary memory, they would have the host wait for all that the GPU still has to do.
-        return ends.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else ends
+        return transfer.int32s(ends_of(batch.document_lengths, shape.documents), self._device)
 
     def _capture(self, batch: Batch, shape: GraphShape) -> _Captured:
         held = replace(batch, input_ids=batch.input_ids.clone(), targets=batch.targets.clone())

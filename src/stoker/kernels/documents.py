@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from stoker import transfer
+
 Lengths = Sequence[Sequence[int]]
 Made = TypeVar("Made")
 
@@ -89,9 +91,8 @@ def _only_length(documents: Lengths) -> int | None:
 def _boundaries(lengths: tuple[int, ...], device: torch.device) -> Boundaries:
     # What inference mode makes could not be saved for a backward later.
     with torch.inference_mode(mode=False):
-        ends = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
-        ends = ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends.to(device)
-        return Boundaries(ends, max(lengths, default=0))
+        ends = (0, *itertools.accumulate(lengths))
+        return Boundaries(transfer.int32s(ends, device), max(lengths, default=0))
 
 
 def positions_in_documents(documents: DocumentLengths, num_rows: int, length: int, device: torch.device) -> Tensor:
