@@ -20,7 +20,6 @@ from stoker.errors import ModelError, Problem
 from stoker.plan import limits
 
 BUILTIN = "builtin:"
-_JUDGING = ("preference", "unpaired", "stepwise")  # formats that are prepared and inspected, and not yet trained on
 _TEMPLATES = Path(stoker.__file__).parent / "data" / "templates"
 
 
@@ -128,14 +127,14 @@ def _read_spec(folder: Path, overrides: Mapping[str, Any], *, trust_remote_code:
 def _files(config: RunConfig) -> Iterator[tuple[ConfigPath, Problem]]:
     """Yields what is wrong with the data's and the tokenizer's names."""
     for path, source in _sources(config):
-        problem = _source(source, dotted(path))
-        if problem:
-            yield (*path, "path"), problem
-        problem = _split(source, config, dotted(path))
-        if problem:
-            yield (*path, "split"), problem
+        unreadable = _source(source, dotted(path))
+        if unreadable:
+            yield (*path, "path"), unreadable
+        unsplit = _split(source, config, dotted(path))
+        if unsplit:
+            yield (*path, "split"), unsplit
         kind = row_formats.expanded(source).format
-        if kind in _JUDGING:
+        if kind in row_formats.JUDGING:
             what = f"{dotted(path)}.format = {source.format}: {row_formats.FORMATS[kind]}"
             yield (
                 (*path, "format"),
@@ -144,6 +143,8 @@ def _files(config: RunConfig) -> Iterator[tuple[ConfigPath, Problem]]:
                     fix=row_formats.INSTEAD_OF_JUDGED,
                 ),
             )
+        elif not unreadable and not unsplit and (problem := _first_rows(source, config, dotted(path))):
+            yield (*path, "path"), problem
         problem = _template(source.chat.chat_template, f"{dotted(path)}.chat.chat_template")
         if problem:
             yield (*path, "chat", "chat_template"), problem
@@ -179,6 +180,15 @@ def _split(source: Source, config: RunConfig, where: str) -> Problem | None:
 
     is_here = places.exists(source.path) or places.is_url(source.path) or source.path.startswith(BUILTIN)
     return splits.problem(source.split, where) if is_here or config.data.streaming else None
+
+
+def _first_rows(source: Source, config: RunConfig, where: str) -> Problem | None:
+    """What is wrong with the rows that a source here begins with; what must be fetched first is not looked at."""
+    from stoker.compose import first_rows
+
+    is_here = source.path.startswith(BUILTIN) or (places.exists(source.path) and not places.is_url(source.path))
+    is_here = is_here and not any(map(places.is_url, source.data_files))
+    return first_rows.problem(source, where, task=config.task.kind) if is_here else None
 
 
 def shipped_templates() -> tuple[str, ...]:

@@ -25,8 +25,11 @@ FORMATS = {
 }
 """Our formats and what a row of each holds."""
 
+JUDGING = ("preference", "unpaired", "stepwise")
+"""Those whose rows judge answers: they are prepared and inspected, and not yet trained on."""
+
 INSTEAD_OF_JUDGED = "`stoker inspect` shows them. To train on the better answers alone, keep them as chats."
-"""What to do with rows that judge answers, which are prepared and inspected, and not yet trained on."""
+"""What to do with rows of a format in `JUDGING`."""
 
 
 @dataclass(frozen=True)

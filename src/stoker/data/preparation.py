@@ -7,18 +7,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from stoker.data import cache, formats, rows, sources, storage
+from stoker.data import cache, first_rows, formats, rows, sources, storage
 from stoker.data.audit import Audit, Tally
 from stoker.data.documents import ON_BAD_ROW, ON_LONG, DocumentMaker, RowChunk, SourceForm
 from stoker.data.options import END_OF_TURN, ChatOptions, PromptTexts, Reading
-from stoker.data.readers import Line, Raw, Row, parsed
+from stoker.data.readers import Line, Raw
 from stoker.data.rows import Training
 from stoker.data.sources import BEGINNING, Digest, Position
 from stoker.errors import DataError
 
 CHUNK_ROWS = 512
 _CHUNK_BYTES = 4 << 20
-_SAMPLE_ROWS = 32
 _SMALL_BYTES = 8 << 20
 _SMALL_ROWS = 20_000
 _MAX_WORKERS = 16
@@ -100,16 +99,6 @@ class Opened:
         chosen = islice(sources.rows_from_list(options.rows or ()), options.limit)
         for number, row in enumerate(islice(chosen, at.row, None), start=at.row + 1):
             yield row, Position(number, 0, number)
-
-    def sample(self) -> list[Row]:
-        """Returns the first rows. Raises DataError if there are none, or only malformed ones."""
-        found = [parsed(raw) for raw, _ in islice(self.read(), _SAMPLE_ROWS)]
-        if not found:
-            raise DataError("the source holds no rows.", where=self.label, fix="Check the file, or remove the source.")
-        if all(row.error is not None for row in found):
-            first = found[0]
-            raise DataError(f"the first {len(found)} rows are all malformed: {first.error}", where=first.where)
-        return found
 
     def identity(self, digest: Digest) -> dict[str, Any]:
         """Returns what names the source's rows, as JSON values."""
@@ -284,13 +273,10 @@ class Preparation:
     def _form(self, source: Opened) -> tuple[SourceForm, list[dict[str, Any]]]:
         """Returns the source's format, detected on its first rows if not declared, and those of them that are good."""
         options = source.options
-        sample = [row.value for row in source.sample() if row.error is None]
-        if options.format == "auto":
-            detection = formats.detect(sample, source.label, fields=options.fields)
-            form, reason = detection.format, f"detected: {detection.reason}"
-        else:
-            form, reason = formats.declared(options.format), "declared"
-        formats.check_fields(form, options.fields, source.label)
+        raws = (raw for raw, _ in source.read())
+        form, reason, sample = first_rows.look(
+            raws, format_name=options.format, fields=options.fields, where=source.label
+        )
         if self.tally.formats and form.kind != self.tally.row_kind:
             # They are trained on in different ways, so they do not mix.
             raise DataError(

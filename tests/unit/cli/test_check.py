@@ -161,3 +161,43 @@ def test_rows_that_judge_answers_are_refused_where_the_format_tells(write_run, n
     (problem,) = problems(path, f"data.train=[{{path: rows.jsonl, format: {name}}}]")
     assert f"data.train[0].format = {name}: " in problem
     assert "from such rows task sft does not learn" in problem
+
+
+PAIR = '{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (PAIR, "rows.jsonl: the rows are pairs (preference, detected: "),
+        ('{"prompt": "1 + 1?", "completion": "2", "label": true}\n', "rows.jsonl: the rows are labelled (unpaired, "),
+        ('{"a": 1}\n', "rows.jsonl: the rows fit no known format; their fields are: a."),
+        ("{\n", "rows.jsonl:1: the first 1 rows are all malformed: "),
+        ("\n", "rows.jsonl: the source holds no rows."),
+    ],
+)
+def test_the_first_rows_are_refused_as_training_refuses_them(write_run, here, content, words):
+    path = write_run()
+    (here / "rows.jsonl").write_text(content)
+    (problem,) = problems(path)
+    assert problem.startswith(f"{path}:5: data.train[0]: ")
+    assert words in problem
+    (here / "sound.jsonl").write_text('{"text": "a"}\n')
+    (problem,) = problems(path, "data.train=[{path: sound.jsonl}]", "data.validation=[{path: rows.jsonl}]")
+    assert words in problem
+
+
+def test_rows_are_looked_at_in_the_fields_that_they_have(write_run, here):
+    path = write_run()
+    (here / "rows.jsonl").write_text('{"body": "a"}\n')
+    check.command(path, ["data.train=[{path: rows.jsonl, fields: {text: body}}]"])
+    (problem,) = problems(path, "data.train=[{path: rows.jsonl, format: completion, fields: {messages: body}}]")
+    assert "fields names 'messages', which the format completion does not have" in problem
+
+
+def test_rows_that_only_a_count_of_all_can_find_are_not_looked_at(write_run, here):
+    path = write_run()
+    (here / "rows.jsonl").write_text(PAIR + '{"text": "a"}\n')
+    assert "are pairs" in problems(path, "data.train=[{path: rows.jsonl, limit: 1}]")[0]
+    check.command(path, ["data.train=[{path: rows.jsonl, split: 'train[1:]'}]"])
+    check.command(path, ["data.train=[{path: rows.jsonl, split: 'train[:50%]'}]"])

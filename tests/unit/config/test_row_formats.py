@@ -3,6 +3,7 @@ import pytest
 from stoker.config import row_formats
 from stoker.config.load import parse
 from stoker.config.schema import Fields, PromptTexts, Source
+from stoker.data import formats
 from stoker.errors import ConfigError
 
 
@@ -23,6 +24,10 @@ def test_every_preset_is_a_source_of_one_of_our_formats(name):
     PromptTexts.model_validate(source.prompt.model_dump())
     if source.format == "prompt" and name != "user_defined":
         assert "{instruction}" in (source.prompt.format or "")
+
+
+def test_formats_that_judge_are_those_whose_rows_are_no_documents():
+    assert set(row_formats.JUDGING) == {name for name, form in formats.FORMATS.items() if form.kind != "documents"}
 
 
 def test_what_the_user_sets_stands_above_the_preset():
