@@ -10,7 +10,7 @@ def command(
     overrides: Overrides = [],  # noqa: B006 - typer reads the default, nothing changes it
     allow_unknown: AllowUnknown = False,
 ) -> None:
-    """Find every mistake in a YAML, with its line and what to write instead; loads nothing, asks no network.
+    """Find every mistake in a YAML, with its line and what to write instead; loads no model, asks no network.
 
     Example: stoker check run.yaml --set train.learning_rate=1e-4
     """
