@@ -25,6 +25,7 @@ from stoker.kernels.ahead import is_compiling_ahead
 from stoker.kernels.documents import Boundaries, DocumentLengths, boundaries_of
 from stoker.kernels.head_exchange import HeadExchange
 from stoker.kernels.scored_attention import FLEX_CHANNELS, Scores, capped, flex, last_positions, normalized
+from stoker.kernels.shared_heads import can_share, knows_shared_heads, repeated, shared_heads
 from stoker.kernels.triton_support import check_implementation
 
 _MAX_QUERY_BLOCK = 512
@@ -92,9 +93,6 @@ def attention(
         return exchange.collect(attended.flatten(2)).view(*q.shape[:3], v.shape[-1])
     is_fast = check_implementation(implementation)
     rows = _checked(document_lengths, q)
-    if q.is_cuda and not _has_flash(q.device) and q.shape[2] != k.shape[2]:
-        # What is left there knows no shared heads, and the plain formula would make a matrix T x T.
-        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     scores = Scores(window, scale, softcap, sinks)
     # FlexAttention is compiled for the lengths that it first meets: not for those of a rehearsal.
     has_flex = is_fast and q.is_cuda and not is_compiling_ahead()
@@ -205,6 +203,11 @@ def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """PyTorch's fused attention on [B, T, H, E]; it takes and gives transposed views, so nothing is copied."""
+    if q.shape[2] != k.shape[2] and not knows_shared_heads(q):
+        if causal and can_share(q, k, v):
+            return shared_heads(q, k, v, scale)
+        # The plain formula, which is left for shared heads, would make a matrix T x T.
+        k, v = (repeated(x, q.shape[2] // k.shape[2]) for x in (k, v))
     out = scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
