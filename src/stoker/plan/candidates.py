@@ -224,8 +224,9 @@ class Size:
         """What share of a layer's work the gaps between its kernels are; `flops`: of the layer in a micro-batch."""
         known, precision = self.job.speed, self.job.machine.precision
         rates = known.device.rates
-        # With a base in fp8, too: the rest of a layer's work is then the larger part.
         rate = known.efficiencies.matmul * rates.get(precision, rates["fp32"])
+        if self.job.config.model.quantization == "fp8":
+            rate *= execution.FP8_SPEED
         return execution.GAP_SECONDS * rate / max(1.0, flops)
 
     def candidate(self, ladder: Ladder) -> "Candidate":

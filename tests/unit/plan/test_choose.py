@@ -394,6 +394,12 @@ def test_graphs_are_also_for_where_gaps_between_kernels_show_and_memory_is_free(
     assert not choose(run(*asked, "adapter=null"), llama_1b, machine(140)).cuda_graphs
 
 
+@pytest.mark.parametrize(("base", "captured"), [("none", False), ("fp8", True)])
+def test_gaps_show_sooner_where_products_are_faster(run, llama_8b, machine, base, captured):
+    asked = ("data.packing=false", "data.sequence_length=4096", "engine.micro_batch_size=2", "train.batch_size=2")
+    assert choose(run(*asked, f"model.quantization={base}"), llama_8b, machine(140)).cuda_graphs == captured
+
+
 def test_packed_rows_are_captured_where_their_attention_is_one_kernel(run, llama_1b, machine):
     asked = ("data.sequence_length=4096", "engine.micro_batch_size=2", "train.batch_size=2")
     plan = choose(run(*asked), llama_1b, machine(140))
