@@ -175,8 +175,9 @@ def _holds(audit: Audit) -> str:
     parts: list[Any] = [f"{audit.documents:,} {' and '.join(formats) or 'text'} documents"]
     parts.append(f"{audit.tokens:,} tokens, {audit.trained_share:.0%} trained")
     parts.append(f"longest {audit.longest:,}")
+    of = f" of all {audit.rows:,} rows" if audit.held_out else ""
     for name, count in (
-        ("truncated", audit.truncated),
+        (f"truncated{of}", audit.truncated),
         ("dropped", audit.dropped),
         ("bad rows skipped", audit.bad_rows),
         ("too short", audit.short),

@@ -67,6 +67,8 @@ class Audit:
     """Rows in which trained text was told by what the template prints for each message."""
     row_kind: str = "documents"
     """What rows are: "documents" to learn, "pairs" of a better and a worse answer, or "labelled" documents."""
+    held_out: int = 0
+    """Documents of the same rows that were held out: what is not counted by documents and tokens is of both."""
 
     @property
     def trained_share(self) -> float:
@@ -183,7 +185,7 @@ def problems(audit: Audit) -> list[Problem]:
     if audit.doubled_bos:
         found.append(
             Problem(
-                f"{audit.doubled_bos:,} of {audit.documents:,} documents begin with two BOS tokens.",
+                f"{audit.doubled_bos:,} of {audit.documents + audit.held_out:,} documents begin with two BOS tokens.",
                 fix="Remove the BOS text from the rows or from the chat template.",
             )
         )

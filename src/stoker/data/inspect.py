@@ -85,15 +85,29 @@ def _figures(audit: Audit) -> Iterator[tuple[str, str]]:
     for source, form in audit.formats.items():
         yield "format", f"{source}: {form}"
     yield "chat template", audit.template
-    yield "rows", f"{audit.rows:,}" + (f" as {audit.documents:,} documents" if audit.documents != audit.rows else "")
+    # What is not of documents and tokens was counted before some were held out.
+    of = " (all rows)" if audit.held_out else ""
+    yield from _rows(audit)
     yield "tokens", f"{audit.tokens:,} (longest document {audit.longest:,}, median {audit.median:,})"
     yield "trained tokens", f"{audit.trained_tokens:,} ({audit.trained_share:.1%})"
     if audit.roles:
-        yield "roles", ", ".join(f"{role}: {count:,}" for role, count in audit.roles.items())
+        yield f"roles{of}", ", ".join(f"{role}: {count:,}" for role, count in audit.roles.items())
     if audit.turns:
         ends = ", ".join(f"{token!r}: {count:,}" for token, count in audit.end_tokens.items()) or "none"
-        yield "trained turns", f"{audit.turns:,}, end-of-turn trained in {audit.end_of_turn_share:.1%} ({ends})"
+        yield f"trained turns{of}", f"{audit.turns:,}, end-of-turn trained in {audit.end_of_turn_share:.1%} ({ends})"
     for name in ("truncated", "dropped", "split", "bad_rows"):
         count = getattr(audit, name)
         if count:
-            yield name.replace("_", " "), f"{count:,} rows"
+            yield name.replace("_", " ") + of, f"{count:,} rows"
+
+
+def _rows(audit: Audit) -> Iterator[tuple[str, str]]:
+    """The line that counts rows and documents."""
+    documents = audit.documents + audit.held_out
+    cut = f" as {documents:,} documents" if documents != audit.rows else ""
+    if audit.held_out:
+        yield "rows", f"{audit.rows:,}{cut}, {audit.held_out:,} of them held out: {audit.documents:,} to train on"
+    elif audit.rows:
+        yield "rows", f"{audit.rows:,}{cut}"
+    else:  # a part of rows that were cut into pieces
+        yield "documents", f"{documents:,}"

@@ -120,7 +120,7 @@ def split(prepared: Prepared, share_or_count: float, *, seed: int = 0) -> tuple[
     order = np.random.default_rng(seed).permutation(total)
     parts = (np.sort(order[count:]), np.sort(order[:count]))
     train, validation = ((part[:, None] * together + np.arange(together)).reshape(-1) for part in parts)
-    return Selection(prepared, train), Selection(prepared, validation)
+    return Selection(prepared, train), Selection(prepared, validation, is_held_out=True)
 
 
 def through_cache(preparation: Preparation, cache_folder: Path, *, num_workers: str | int, report: Report) -> Prepared:

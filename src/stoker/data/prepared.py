@@ -97,11 +97,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Selection:
-    """Some documents of a `Prepared`, by index: what `split` returns."""
+    """Some documents of a `Prepared`, by index: what `split` returns; `is_held_out`: the others are to train on."""
 
     whole: Prepared
     indices: np.ndarray
     notices: tuple[str, ...] = ()
+    is_held_out: bool = False
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -136,10 +137,25 @@ class Selection:
 
     @property
     def audit(self) -> Audit:
-        """The whole's counts, with those of this part where they can be told."""
-        lengths = self.lengths
+        """Counts of this part's documents and tokens.
+
+        What was counted of rows, messages and turns is known of the whole alone: the part to train on has it, and says
+        by `held_out` that it is of both; the part that is held out is without.
+        """
+        lengths, counted = self.lengths, self.whole.audit
+        if self.is_held_out:
+            is_told = counted.rows * self.documents_per_example == counted.documents  # no row was cut into several
+            counted = Audit(
+                rows=len(self) // self.documents_per_example if is_told else 0,
+                train_on=counted.train_on,
+                formats=counted.formats,
+                template=counted.template,
+                row_kind=counted.row_kind,
+            )
+        else:
+            counted = replace(counted, held_out=len(self.whole) - len(self), untrained_examples=())
         return replace(
-            self.whole.audit,
+            counted,
             documents=len(self),
             tokens=int(lengths.sum()),
             trained_tokens=int(self.trained_counts.sum()),

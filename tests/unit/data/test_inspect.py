@@ -2,7 +2,7 @@ from rich.console import Console
 
 from stoker.data.audit import Audit
 from stoker.data.inspect import TRAINED_STYLE, audit_table, coloured, findings, rows
-from stoker.data.prepare import SourceOptions, prepare
+from stoker.data.prepare import SourceOptions, prepare, split
 
 
 def prepared_rows(tokenizer, answer="It is hot 🙂 [b]"):
@@ -59,6 +59,32 @@ def test_table_shows_format_template_and_end_tokens(chatml):
     assert "rows in memory: chat (detected: rows have 'messages' with role/content)" in text
     assert "'<|im_end|>': 1" in text
     assert "the tokenizer's own, by marks" in text
+
+
+def test_a_part_that_is_held_out_is_shown_with_its_own_counts(chatml):
+    row = {"messages": [{"role": "user", "content": "hot?"}, {"role": "assistant", "content": "yes " * 40}]}
+    whole = prepare([SourceOptions(rows=[row] * 20)], tokenizer=chatml, sequence_length=30)
+    train, validation = (part.audit for part in split(whole, 5))
+    assert (validation.rows, validation.documents, validation.truncated, dict(validation.roles)) == (5, 5, 0, {})
+    assert (train.documents, train.held_out, train.rows, train.truncated) == (15, 5, 20, 20)
+    told = printed(audit_table(train), *findings(train))
+    assert "20, 5 of them held out: 15 to train on" in told
+    assert "truncated (all rows)      20 rows" in told
+    assert "roles (all rows)          user: 20, assistant: 20" in told
+    told = printed(audit_table(validation), *findings(validation))
+    assert "tokens          150 (longest document 30, median 30)" in told
+    assert "20" not in told
+
+
+def test_rows_of_a_part_are_not_told_where_some_were_cut_into_pieces(chatml):
+    rows = [{"text": "it is hot " * 30}] * 3
+    whole = prepare([SourceOptions(rows=rows)], tokenizer=chatml, sequence_length=30, on_long="split")
+    train, validation = (part.audit for part in split(whole, 2))
+    assert (validation.rows, validation.documents) == (0, 2)
+    assert "documents       2" in printed(audit_table(validation))
+    assert f"3 as {len(whole)} documents, 2 of them held out: {len(whole) - 2} to train on" in printed(
+        audit_table(train)
+    )
 
 
 def test_findings_tell_problems_from_notes():
