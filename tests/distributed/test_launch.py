@@ -32,7 +32,7 @@ def dies_there(event, arguments):
 
 if os.environ.get("RANK") is not None:
     signal.signal(signal.SIGUSR1, hangs_here)
-    if os.environ["RANK"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and "DIES_NAMING" in os.environ:
+    if "DIES_NAMING" in os.environ and os.environ["RANK"] == os.environ["STOKER_RESTART_COUNT"] == "0":
         sys.addaudithook(dies_there)
 """
 
@@ -141,6 +141,19 @@ def test_a_process_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_befo
     assert output.count("all were started again (1 of 1 restarts)") == 1
     assert "Resuming from run/checkpoints/step-000004 after step 4" in output  # with step 8 done, and not yet saved
     assert folder.weights() == unbroken
+
+
+def test_a_row_that_a_process_cannot_take_ends_the_run_at_once(folder):
+    """A restart would find it again; the first rows are sound, so that no process knows before."""
+    with (folder.path / "train.jsonl").open("a") as rows:
+        rows.write(
+            "".join(json.dumps({"messages": [{"role": "user", "content": "Hello"}] * 2}) + "\n" for _ in range(9))
+        )
+        rows.write('{"messages": "none"}\n')
+    output = ended(folder.start("--gpus", 2, "--max-restarts", 3), 2)
+    assert output.count("error:") == 1
+    assert "train.jsonl:34: " in output
+    assert "started again" not in output
 
 
 def test_a_process_that_hangs_is_named_and_ends_them_all(folder):

@@ -14,28 +14,34 @@ from stoker.errors import HangError, StokerError, TrainingError, UserError
 # What gloo and NCCL say of a connection whose other end has died.
 _PEER_DIED = ("gloo/transport", "remote process exited", "DistNetworkError")
 
+_COUNT, _MOST = "STOKER_RESTART_COUNT", "STOKER_MAX_RESTARTS"
+"""What `start` tells its processes of restarts, which it counts itself; under torchrun the agent does."""
+
 _HEARD = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_id() -> str | None:
-    """Returns the agent's name of this start of the run; None where no agent started it."""
+    """Returns the name that all starts of the run's processes share; None where no agent started them."""
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
+def _restart_count() -> tuple[int, int]:
+    """How often the processes were started again, and how often they may be."""
+    names = (_COUNT, _MOST) if is_worker() else ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+    count, most = (int(os.environ.get(name, "0")) for name in names)
+    return count, most
+
+
 def is_restarted(notes: Mapping[str, Any]) -> bool:
-    """Whether the agent has started the processes again, after `notes` were written by those that it started first."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Whether the processes were started again, after `notes` were written by those that were started first."""
+    again = _restart_count()[0] > 0
     return again and notes.get("launch") is not None and notes.get("launch") == run_id()
 
 
 def restarts() -> list[str]:
-    """Returns a sentence where the agent has started the processes again; it does not tell them which of them died."""
-    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if count == 0:
-        return []
-    return [
-        f"A process died, so all were started again ({count} of {os.environ['TORCHELASTIC_MAX_RESTARTS']} restarts)."
-    ]
+    """Returns a sentence where the processes were started again; an agent does not tell them which of them died."""
+    count, most = _restart_count()
+    return [f"A process died, so all were started again ({count} of {most} restarts)."] if count else []
 
 
 def is_worker() -> bool:
@@ -83,7 +89,8 @@ def start(arguments: Sequence[str], *, num_processes: int, max_restarts: int = 0
     """Runs `stoker` with `arguments` in so many processes on this machine; returns the exit code of the run.
 
     SIGINT and SIGTERM go on to every process, which save and end. When one dies the others are killed and, up to
-    `max_restarts` times, all are started again and go on from the last checkpoint.
+    `max_restarts` times, all are started again and go on from the last checkpoint; not after a mistake of the user,
+    which the next start would find again.
 
     Raises:
         TrainingError: a process failed; the message names its rank and what it died of, and has its exit code.
@@ -103,16 +110,22 @@ def start(arguments: Sequence[str], *, num_processes: int, max_restarts: int = 0
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=max_restarts,
+        max_restarts=0,  # the agent would do so whatever the processes died of
         monitor_interval=0.2,
         signals_to_handle="SIGHUP",  # the others are ours: the agent would give the processes only half a minute
     )
     with _forwarded() as heard:
-        try:
-            elastic_launch(config, sys.executable)("-m", "stoker.cli.main", *arguments)
-        except ChildFailedError as error:
-            if not heard:
-                raise _as_ours(error, num_processes) from None
+        for count in range(max_restarts + 1):
+            os.environ[_COUNT], os.environ[_MOST] = str(count), str(max_restarts)
+            try:
+                elastic_launch(config, sys.executable)("-m", "stoker.cli.main", *arguments)
+                break
+            except ChildFailedError as error:
+                if heard:
+                    break
+                ours = _as_ours(error, num_processes)
+                if count == max_restarts or ours.exit_code == UserError.exit_code:
+                    raise ours from None
     return 128 + heard[0] if heard else 0
 
 
@@ -143,8 +156,10 @@ def _cause(error: Any) -> tuple[int, Any]:
         rank, failure = item
         text = failure.message["message"] if isinstance(failure.message, dict) else ""
         kind = text.partition(": ")[0]
-        # A process whose peer died finds its connection closed; one that hung is named by all who waited for it.
-        weight = 0 if kind == HangError.__name__ else 2 if any(words in text for words in _PEER_DIED) else 1
+        # A process whose peer died finds its connection closed, or is ended by the agent; one that hung is named by all
+        # who waited for it.
+        follows = any(words in text for words in _PEER_DIED) or failure.exitcode == -signal.SIGTERM
+        weight = 0 if kind == HangError.__name__ else 2 if follows else 1
         return weight, failure.timestamp, rank
 
     return min(error.failures.items(), key=key)

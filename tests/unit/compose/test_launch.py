@@ -1,9 +1,12 @@
 """Which of several deaths an agent reports is told, and how."""
 
 import signal
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api
 
 from stoker.compose import launch
 from stoker.errors import HangError, TrainingError, UserError
@@ -28,6 +31,12 @@ def test_who_died_first_is_told_and_not_who_lost_a_connection_by_it():
     assert error.exit_code == 128 + signal.SIGKILL
     error = launch._as_ours(report(r0=GLOO, r1="TrainingError: Memory is exhausted on rank 1 of 2."), 2)
     assert str(error).endswith("so all were ended: Memory is exhausted on rank 1 of 2.")
+
+
+def test_who_was_ended_by_the_agent_is_not_told_as_the_one_who_failed():
+    error = launch._as_ours(report(r0=signal.SIGTERM, r1="ConfigError: train.batch_size is odd."), 2)
+    assert str(error) == "train.batch_size is odd."
+    assert "rank 0 of 2 (process 100)" in str(launch._as_ours(report(r0=signal.SIGTERM), 2))
 
 
 def test_a_hang_is_told_in_the_words_of_the_verdict_whoever_ended_by_it():
@@ -58,7 +67,75 @@ def test_a_process_that_no_agent_started_tells_its_end_itself(monkeypatch, speak
     assert said == (["error: it hangs.\n"] if speaks else [])
 
 
-def test_processes_that_were_started_again_say_so(monkeypatch):
+class ReportedError(ChildFailedError):
+    """The agent's report as it is raised."""
+
+    def __init__(self, failures):
+        self.failures = failures
+
+
+class Starts:
+    """Torch's launcher, whose n-th start ends as the n-th of `ends` says: a report of failures, or None."""
+
+    def __init__(self, monkeypatch, *ends):
+        self.ends, self.seen, self.runs = ends, [], set()
+        monkeypatch.setattr(api, "elastic_launch", lambda config, entrypoint: partial(self.started, config))
+        for name in ("STOKER_LAUNCHED", "STOKER_RESTART_COUNT", "STOKER_MAX_RESTARTS", "OMP_NUM_THREADS"):
+            monkeypatch.setenv(name, "")  # so that what `start` sets is undone
+
+    def started(self, config, *arguments):
+        self.runs.add(config.run_id)
+        self.seen += launch.restarts() or ["first"]
+        failures = self.ends[len(self.seen) - 1]
+        if failures is not None:
+            raise ReportedError(report(**failures).failures)
+
+
+AGAIN = ["A process died, so all were started again (1 of 2 restarts)."]
+AGAIN += ["A process died, so all were started again (2 of 2 restarts)."]
+KILLED = {"r1": signal.SIGKILL}
+
+
+def test_processes_that_died_are_started_again_under_the_runs_name(monkeypatch):
+    starts = Starts(monkeypatch, KILLED, KILLED, None)
+    assert launch.start(["train"], num_processes=2, max_restarts=2) == 0
+    assert starts.seen == ["first", *AGAIN]
+    (run,) = starts.runs
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", run)  # as the agent tells its processes
+    assert launch.is_restarted({"launch": run})
+    assert not launch.is_restarted({"launch": "another"})
+
+
+def test_processes_are_started_again_no_more_often_than_was_asked_for(monkeypatch):
+    starts = Starts(monkeypatch, KILLED, KILLED, KILLED)
+    with pytest.raises(TrainingError, match="SIGKILL"):
+        launch.start(["train"], num_processes=2, max_restarts=2)
+    assert starts.seen == ["first", *AGAIN]
+
+
+@pytest.mark.parametrize("before", [[], [KILLED]])
+def test_nothing_is_started_again_after_a_mistake_of_the_user(monkeypatch, before):
+    starts = Starts(monkeypatch, *before, {"r0": GLOO, "r1": "ConfigError: the row is malformed."})
+    with pytest.raises(UserError, match="the row is malformed"):
+        launch.start(["train"], num_processes=2, max_restarts=2)
+    assert len(starts.seen) == len(before) + 1
+
+
+def test_nothing_is_started_again_after_a_signal(monkeypatch):
+    starts = Starts(monkeypatch, KILLED)
+    plain = starts.started
+
+    def interrupted(config, *arguments):
+        signal.raise_signal(signal.SIGTERM)
+        plain(config, *arguments)
+
+    starts.started = interrupted
+    assert launch.start(["train"], num_processes=2, max_restarts=2) == 128 + signal.SIGTERM
+    assert starts.seen == ["first"]
+
+
+def test_processes_that_torchrun_started_again_say_so(monkeypatch):
+    monkeypatch.delenv("STOKER_LAUNCHED", raising=False)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     for count, said in (("0", []), ("2", ["A process died, so all were started again (2 of 3 restarts)."])):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
