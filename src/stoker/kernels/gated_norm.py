@@ -27,6 +27,7 @@ from stoker.kernels.triton_support import (
     next_power_of_2,
     num_programs,
     tl,
+    warps_of_row,
 )
 
 
@@ -152,10 +153,6 @@ def _backward_kernel(  # noqa: PLR0917
         tl.store(partial_ptr + program.to(tl.int64) * groups * group_size + column, partial, mask=mask)
 
 
-def _num_warps(block: int) -> int:
-    return min(16, max(1, block // 512))
-
-
 def launch_forward(
     y: Tensor, z: Tensor, weight: Tensor, epsilon: float, groups: int, *, gate_first: bool
 ) -> tuple[Tensor, Tensor]:
@@ -177,7 +174,7 @@ def launch_forward(
             epsilon,
             BLOCK=block,
             GATE_FIRST=gate_first,
-            num_warps=_num_warps(block),
+            num_warps=warps_of_row(block),
         )
     return out, rstd
 
@@ -210,7 +207,7 @@ def launch_backward(
             BLOCK=block,
             GATE_FIRST=gate_first,
             WEIGHT_GRAD=needs_weight,
-            num_warps=_num_warps(block),
+            num_warps=warps_of_row(block),
         )
     return grad_y, grad_z, None if partial is None else partial.sum(0)
 

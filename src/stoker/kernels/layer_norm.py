@@ -16,8 +16,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stoker.kernels.rms_norm import MAX_ROW_BLOCK
-from stoker.kernels.triton_support import as_rows, check_implementation, jit, next_power_of_2, num_programs, tl
+from stoker.kernels.rms_norm import MAX_ROW_BLOCK, read_row
+from stoker.kernels.triton_support import (
+    as_rows,
+    check_implementation,
+    jit,
+    next_power_of_2,
+    num_programs,
+    tl,
+    warps_of_row,
+)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
@@ -81,13 +89,7 @@ def _forward_kernel(  # noqa: PLR0917
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < num_columns
-    x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        x += tl.load(residual_ptr + row * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
-        # Rounded before the statistics are taken: the backward sees only the stored sum.
-        total = x.to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + row * num_columns + column, total, mask=mask)
-        x = total.to(tl.float32)
+    x = read_row(x_ptr, residual_ptr, total_ptr, x_stride, residual_stride, row, column, num_columns, HAS_RESIDUAL)
     centred = tl.where(mask, x - tl.sum(x, axis=0) / num_columns, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / num_columns + epsilon)
     out = centred * rstd * tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
@@ -147,10 +149,6 @@ def _backward_kernel(  # noqa: PLR0917
         tl.store(here + num_columns, partial_bias, mask=mask)
 
 
-def _num_warps(block: int) -> int:
-    return min(16, max(1, block // 512))
-
-
 def launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, epsilon: float
 ) -> tuple[Tensor, Tensor]:
@@ -174,7 +172,7 @@ def launch_forward(
         BLOCK=block,
         HAS_RESIDUAL=residual is not None,
         HAS_BIAS=bias is not None,
-        num_warps=_num_warps(block),
+        num_warps=warps_of_row(block),
     )
     return out, total
 
@@ -213,7 +211,7 @@ def launch_backward(
         HAS_GRAD_TOTAL=grad_total is not None,
         WEIGHT_GRAD=needs_weight,
         INPUT_GRAD=needs_input,
-        num_warps=_num_warps(block),
+        num_warps=warps_of_row(block),
     )
     return grad_x, partial.sum(0) if needs_weight else None
 

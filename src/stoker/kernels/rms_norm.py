@@ -25,6 +25,7 @@ from stoker.kernels.triton_support import (
     next_power_of_2,
     num_programs,
     tl,
+    warps_of_row,
 )
 
 
@@ -89,6 +90,30 @@ class _RmsNorm(torch.autograd.Function):
 
 
 @jit
+def read_row(  # noqa: PLR0917
+    x_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    total_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    num_columns: tl.tensor,
+    HAS_RESIDUAL: tl.constexpr,
+) -> tl.tensor:
+    """Returns a row in fp32, 0 beyond `num_columns`; with a residual the sum, which is written to `total_ptr` too."""
+    mask = column < num_columns
+    x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        x += tl.load(residual_ptr + row * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
+        # Rounded before the statistics are taken: the backward sees only the stored sum.
+        total = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row * num_columns + column, total, mask=mask)
+        x = total.to(tl.float32)
+    return x
+
+
+@jit
 def _forward_kernel(  # noqa: PLR0917
     x_ptr: tl.tensor,
     residual_ptr: tl.tensor,
@@ -109,13 +134,7 @@ def _forward_kernel(  # noqa: PLR0917
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < num_columns
-    x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        x += tl.load(residual_ptr + row * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
-        # Rounded before the statistics are taken: the backward sees only the stored sum.
-        total = x.to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + row * num_columns + column, total, mask=mask)
-        x = total.to(tl.float32)
+    x = read_row(x_ptr, residual_ptr, total_ptr, x_stride, residual_stride, row, column, num_columns, HAS_RESIDUAL)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / num_columns + epsilon)
     tl.store(rstd_ptr + row, rstd)
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
@@ -179,11 +198,6 @@ def _backward_kernel(  # noqa: PLR0917
         tl.store(partial_ptr + program.to(tl.int64) * num_columns + column, partial, mask=mask)
 
 
-def _num_warps(block: int) -> int:
-    """Eight to sixteen values a thread, which keeps a row of 8,192 out of local memory."""
-    return min(16, max(1, block // 512))
-
-
 def launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, *, rounded: Rounded | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +227,7 @@ def launch_forward(
             BLOCK=block,
             HAS_RESIDUAL=residual is not None,
             ROUNDS=rounded is not None,
-            num_warps=_num_warps(block),
+            num_warps=warps_of_row(block),
         )
     return out, total, rstd
 
@@ -261,7 +275,7 @@ def launch_backward(
             WEIGHT_GRAD=needs_weight,
             INPUT_GRAD=needs_input,
             ROUNDS=rounded is not None,
-            num_warps=_num_warps(block),
+            num_warps=warps_of_row(block),
         )
     return grad_x, None if partial is None else partial.sum(0)
 

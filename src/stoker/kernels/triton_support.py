@@ -92,6 +92,14 @@ def contiguous_channels(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def warps_of_row(block: int) -> int:
+    """Returns the warps for a row of `block` values in registers.
+
+    Eight to sixteen values a thread, which keeps a row of 8,192 out of local memory.
+    """
+    return min(16, max(1, block // 512))
+
+
 def num_programs(x: Tensor, *, per_multiprocessor: int = 4) -> int:
     """Returns how many programs fill the device of `x`: a few for each multiprocessor, one or two on a CPU."""
     if not x.is_cuda:
