@@ -242,8 +242,8 @@ def arriving(layer: LayerSpec, hidden_size: int, micro: Micro) -> int:
         return 0
     linears = linears_of(layer, hidden_size)
     if micro.adapter is not None:
-        return micro.gradient_bytes * sum(count for name, count in micro.adapter.parameters if name in linears)
-    return micro.gradient_bytes * sum(linear.weights * max(1, linear.experts) for linear in linears.values())
+        return round(micro.gradient_bytes * sum(count for name, count in micro.adapter.parameters if name in linears))
+    return round(micro.gradient_bytes * sum(linear.weights * max(1, linear.experts) for linear in linears.values()))
 
 
 def _of_mixture(layer: LayerSpec, hidden_size: int, micro: Micro) -> int:

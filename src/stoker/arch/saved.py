@@ -48,9 +48,9 @@ class Micro:
     tokens: int
     value_bytes: int
     head_copies: int = 0
-    gradient_bytes: int = 0
+    gradient_bytes: float = 0
     """Of each value of a layer that is trained, of its weights or its adapters, where its gradient arrives in the
-    micro-batch's backward. 0 where it is there before, as from the second micro-batch of a step on."""
+    micro-batch's backward, of this device's part. 0 where it is there before, as from the second micro-batch on."""
     adapter: Adapted | None = None
     stream_bytes: int | None = None
     is_plain: bool = False

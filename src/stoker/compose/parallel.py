@@ -246,10 +246,10 @@ def make_strategy(
 
         width = None if decoder.head_weight is None else decoder.head_weight.shape[1]
         return Zero(ranks, device, settings=deepspeed.settings(config.engine.deepspeed, hidden_size=width), **options)
-    return Sharded(ranks, device, sharding=_sharding(config), **options)
+    return Sharded(ranks, device, sharding=_sharding(config, plan), **options)
 
 
-def _sharding(config: RunConfig) -> "Sharding":
+def _sharding(config: RunConfig, plan: Plan) -> "Sharding":
     import torch
 
     from stoker.distributed.fsdp2 import Sharding
@@ -257,7 +257,7 @@ def _sharding(config: RunConfig) -> "Sharding":
     chosen = config.engine.fsdp2
     dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
     return Sharding(
-        reshard_after_forward=chosen.reshard_after_forward is not False,
+        reshard_after_forward=plan.spread.reshards is not False,
         replicas=chosen.replicas,
         cpu_offload=chosen.offload == "cpu",
         param_dtype=dtypes[chosen.param_dtype],

@@ -1,6 +1,6 @@
 """What a run could be: each micro-batch with each step of the ladder, its memory and its time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -110,7 +110,9 @@ class Job:
         """Tokens of a whole row, of which devices that share it have parts."""
         return self.spread.sharing * self.row_tokens
 
-    def memory(self, tokens: int, *, casts_by_layer: bool, head_apart: bool = False) -> Memory:
+    def memory(
+        self, tokens: int, *, casts_by_layer: bool, head_apart: bool = False, gradients_arrive: bool = False
+    ) -> Memory:
         """Bytes of a micro-batch besides the layers' activations."""
         trained, frozen = self.counts
         return _estimated(
@@ -126,6 +128,7 @@ class Job:
             weight_dtype=self.config.train.weight_dtype,
             casts_by_layer=casts_by_layer,
             head_apart=head_apart,
+            gradients_arrive=gradients_arrive,
             spread=self.spread,
         )
 
@@ -146,7 +149,7 @@ def micro_of(
     precision: str,
     device: Device,
     uses_triton: bool,
-    gradient_bytes: int = 0,
+    gradient_bytes: float = 0,
 ) -> Micro:
     """Returns what decides how much layers hold of a micro-batch of so many tokens."""
     # Under autocast what is embedded, and every sum with it, keeps the dtype of trained weights.
@@ -179,24 +182,31 @@ class Size:
         )
         # Where gradients arrive the head's moment is one of its own (`_beside_head`).
         apart = bool(self.micro.gradient_bytes) and job.config.adapter is None
+        arrive = bool(self.micro.gradient_bytes)
         self._besides = {
-            fused: job.memory(tokens, casts_by_layer=fused, head_apart=apart and fused) for fused in (False, True)
+            fused: job.memory(tokens, casts_by_layer=fused, head_apart=apart and fused, gradients_arrive=arrive)
+            for fused in (False, True)
         }
 
-    def _gradient_bytes(self) -> int:
+    def _gradient_bytes(self) -> float:
         """See `Micro.gradient_bytes`: each step's gradients are new, unless graphs of micro-batches add to old ones.
 
         AdamW's of adapters beside graphs do not: they are laid side by side at a backward's end, in memory that
         activations had (`distributed.graphs`).
         """
         config, job = self.job.config, self.job
-        if job.spread.num_processes > 1 or self.rows < config.train.batch_size:
+        spread, each = job.spread, 2 if config.train.weight_dtype == "bf16" and config.adapter is None else 4
+        if self.rows < config.train.batch_size:
+            return 0
+        if spread.strategy == "fsdp2" and config.adapter is None:
+            return 0 if "gradients" in spread.on_host else each / spread.gradient_shards
+        if spread.num_processes > 1:
             return 0
         if config.adapter is not None and config.train.optimizer.kind == "adamw":
             return 4
         if config.engine.cuda_graphs is True or (config.engine.cuda_graphs == "auto" and self._may_be_captured()):
             return 0
-        return 2 if config.train.weight_dtype == "bf16" and config.adapter is None else 4
+        return each
 
     @cached_property
     def _lengths_bytes(self) -> int:
@@ -252,13 +262,17 @@ class Size:
         memory = self._besides[held.ladder.layers == "fused"]
         if self.job.config.adapter is not None:
             # DoRA's lengths of rows, in the last layer's forward, are one more moment, without what the head needs.
-            before = held.after_forward + max(0, self._lengths_bytes - memory.logits)
+            before = held.after_forward + max(0, self._lengths_bytes - memory.logits) - memory.backward_buffers
             if not self.micro.gradient_bytes:
                 return before
             return max(before - memory.gradients, memory.gradients - memory.logits)
-        if not self.micro.gradient_bytes:
+        shares_by_layer = self.job.spread.strategy == "fsdp2"
+        if not self.micro.gradient_bytes and not shares_by_layer:
             return None
-        with_head = held.after_forward + trained_head_bytes(self.job.spec, self.micro) - memory.gradients
+        with_head = held.after_forward + trained_head_bytes(self.job.spec, self.micro)
+        with_head -= memory.gradients if self.micro.gradient_bytes else 0
+        if shares_by_layer:
+            return max(with_head, memory.last_buffers) - memory.backward_buffers - memory.logits
         return max(with_head, last_gradient_bytes(self.job.spec, self.micro)) - memory.logits
 
     def best(self) -> "Candidate":
@@ -319,6 +333,12 @@ class Candidate:
         machine = self.size.job.machine
         on_host = self.host_bytes + self.memory.states_on_host
         return self.memory.total <= machine.device.memory_bytes and on_host <= machine.host_bytes
+
+    def gathered(self) -> "Candidate":
+        """Returns the same with layers that stay gathered from their forward to their backward."""
+        job = self.size.job
+        stays = replace(job, given=self.ladder, spread=replace(job.spread, reshards=False))
+        return Size(stays, self.rows).candidate(self.ladder)
 
     @cached_property
     def with_transposed(self) -> Memory | None:

@@ -77,9 +77,13 @@ def check(config: RunConfig, spec: AnySpec) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """The best candidate of a run that was checked; `plan` says it in full, with the reasons, which take longer."""
+    """The best candidate of a run that was checked; `plan` says it in full, with the reasons, which take longer.
+
+    `climbed` is what the ladder was climbed with: the same, but that layers are let go after their forward.
+    """
 
     best: Candidate
+    climbed: Candidate
     hardware: Hardware
     is_forced: bool
 
@@ -90,7 +94,9 @@ class Choice:
 
 def settle(config: RunConfig, spec: AnySpec, hardware: Hardware, options: Options) -> Choice:
     """Returns what `choose` plans, of a run that `check` lets through; errors are those of `choose`."""
-    spread = options.spread
+    asked = options.spread
+    # What is asked of them must not cost layers what they keep, which is dearer to make again: decided last.
+    spread = replace(asked, reshards=True) if asked.reshards is None else asked
     device, _ = _device(config, hardware)
     precision, _ = _precision(config, device)
     kernels, _ = execution.kernels(config, device)
@@ -111,14 +117,17 @@ def settle(config: RunConfig, spec: AnySpec, hardware: Hardware, options: Option
         fitting = [min(candidates, key=lambda one: one.memory.total)]
     if not fitting:
         raise MemoryPlanError(_shortfall(job, candidates), fix=_what_fits(job, hardware) if options.advise else None)
-    best = _best(fitting)
+    climbed = best = _best(fitting)
     if config.engine.cuda_graphs is True:
         _cuda_graphs(best)
-    return Choice(best, hardware, is_forced)
+    if asked.reshards is None and spread.weight_shards > 1:
+        stays = best.gathered()
+        best = stays if stays.fits else best
+    return Choice(best, climbed, hardware, is_forced)
 
 
 def _plan(choice: Choice) -> Plan:
-    best, hardware = choice.best, choice.hardware
+    best, climbed, hardware = choice.best, choice.climbed, choice.hardware
     job = best.size.job
     config, spec, machine, spread = job.config, job.spec, job.machine, job.spread
     device, device_reason = _device(config, hardware)
@@ -129,7 +138,7 @@ def _plan(choice: Choice) -> Plan:
     graphs, graphs_reason = _cuda_graphs(best)
     num_threads, threads_reason = _num_threads(config, hardware)
     trained, frozen = job.counts
-    micro_batch_reason = "by force: the plan says it does not fit" if choice.is_forced else _micro_batch_reason(best)
+    micro_batch_reason = "by force: the plan says it does not fit" if choice.is_forced else _micro_batch_reason(climbed)
     return Plan(
         device=device.kind,
         device_name=device.name,
@@ -156,13 +165,14 @@ def _plan(choice: Choice) -> Plan:
         reasons={
             "device": device_reason,
             "strategy": _strategy_said(config.engine, spread),
+            "reshards": _reshards_reason(choice),
             "precision": precision_reason,
             "quantization": quantization_reason,
             "keep_transposed": transposed_reason,
             "kernels": kernels_reason,
             "layers": execution.layers_reason(config, spec, best.ladder.layers, uses_triton=kernels == "triton"),
             "micro_batch_size": micro_batch_reason,
-            "recompute": _recompute_reason(best),
+            "recompute": _recompute_reason(climbed),
             "tile_tokens": _tiles_reason(best),
             "offload_activations": _offload_reason(best),
             "cuda_graphs": graphs_reason,
@@ -172,11 +182,13 @@ def _plan(choice: Choice) -> Plan:
         per_node=spread.per_node,
         stage=spread.stage,
         replicas=spread.replicas,
-        reshards=spread.reshards,
+        reshards=spread.reshards if spread.strategy == "fsdp2" else None,
         on_host=tuple(sorted(spread.on_host)),
         sharing=spread.sharing,
         on_disk=tuple(sorted(spread.on_disk)),
         bucket_values=spread.bucket_values,
+        param_dtype=spread.param_dtype,
+        reduce_dtype=spread.reduce_dtype,
     )
 
 
@@ -207,6 +219,24 @@ def _strategy_reason(spread: Spread) -> str:
         return "one device"
     part = "a part of each weight" if spread.weight_shards > 1 else "the whole model"
     return f"{spread.num_processes} processes, each with {part}"
+
+
+def _reshards_reason(choice: Choice) -> str:
+    best, climbed = choice.best, choice.climbed
+    spread, engine = best.spread, climbed.size.job.config.engine
+    if spread.strategy != "fsdp2":
+        return "no layer is gathered"
+    if engine.fsdp2.reshard_after_forward != "auto":
+        return "set in the configuration"
+    if spread.weight_shards == 1:
+        return "one device has all weights: what stays would be a copy"
+    if best is not climbed:
+        more = best.memory.total - climbed.memory.total
+        return f"{size(more)} that are free: layers are gathered once a micro-batch, not again for the backward"
+    needed, allowed = climbed.gathered().memory.total, climbed.size.job.machine.device.memory_bytes
+    return (
+        f"layers are gathered again for the backward: to stay they would need {size(needed)} of {size(allowed)} in all"
+    )
 
 
 def _said(value: object, reason: str) -> str:

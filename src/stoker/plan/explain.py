@@ -1,10 +1,10 @@
 """The formulas behind a survey's figures, with an offer's numbers in them."""
 
 from stoker.plan import shared_rows, speed
+from stoker.plan.gathered import passing
 from stoker.plan.links import Links
 from stoker.plan.memory import VALUE_BYTES, frozen_weight_bytes, gathered_share, head_bytes
 from stoker.plan.plan import size
-from stoker.plan.spread import volume
 from stoker.plan.states import bytes_each
 from stoker.plan.survey import Offer, Request
 
@@ -128,25 +128,31 @@ def _logits(one: Offer, head: int, tokens: int, value: int, kept: int) -> str:
 
 
 def _communication(one: Offer) -> str:
-    plan, spread = one.plan, one.spread
-    if plan is None or spread.num_processes == 1:
+    plan = one.plan
+    if plan is None or one.spread.num_processes == 1:
         return "one device: none"
+    spread = plan.spread
     trained, value = plan.num_trained_parameters, VALUE_BYTES[plan.precision]
-    gradients = stored = (2.0 if one.config.train.weight_dtype == "bf16" else 4.0) * trained
-    if one.config.adapter is not None:
-        gradients = stored = 4.0 * trained
-        stored += frozen_weight_bytes(one.spec, plan.quantization, value)
-    moved = volume(spread, stored=stored, gradients=gradients)
+    is_full = one.config.adapter is None
+    weight_bytes = 2 if one.config.train.weight_dtype == "bf16" and is_full else 4
+    base = 0 if is_full else frozen_weight_bytes(one.spec, plan.quantization, value)
+    sizes = {"base": base, "trained": trained, "weight_bytes": weight_bytes, "value_bytes": value}
+    moved = passing(one.spec, spread, is_full=is_full, **sizes)
     links, ranks = Links.of(one.device), spread.num_processes
     come = moved.per_step(plan.accumulation_steps, ranks)
-    if spread.weight_shards > 1:
+    if spread.strategy == "fsdp2":
+        held = (
+            f"{size(plan.memory.backward_buffers)} in a layer's backward alone, its weights and gradients that are on "
+            "their way into parts; what else is gathered stays"
+        )
+    elif spread.weight_shards > 1:
         held = f"{gathered_share(one.spec):.1%} of the weights gathered at a time, with their gradients"
     else:
         held = "buckets of gradients" if spread.strategy == "deepspeed" else "gradients are summed where they lie"
     network = f", {links.network / 1e9:,.0f} GB/s into a node" if spread.nodes > 1 else ""
-    if (size := spread.sharing) > 1:
-        sent = shared_rows.sent_values(one.spec, plan.keep, size, is_fused=plan.layers == "fused")
-        each = sent * plan.micro_batch_size * plan.row_tokens * value * (size - 1) / size
+    if (sharing := spread.sharing) > 1:
+        sent = shared_rows.sent_values(one.spec, plan.keep, sharing, is_fused=plan.layers == "fused")
+        each = sent * plan.micro_batch_size * plan.row_tokens * value * (sharing - 1) / sharing
         network += f", and {each / 1e9:,.2f} GB with each micro-batch from those that share its rows"
     hidden = one.step.hidden.get("collectives", 0.0) if one.step else 0.0
     waits = one.step.communication if one.step else 0.0

@@ -13,9 +13,9 @@ from functools import cached_property
 from stoker.arch import arithmetic
 from stoker.arch.activations import Micro
 from stoker.arch.borrowed import AnySpec
-from stoker.arch.spec import LayerSpec
 from stoker.config.schema import Adapter, Optimizer
 from stoker.plan import facts, shared_rows
+from stoker.plan import gathered as fsdp2
 from stoker.plan.adapter import expert_parameters
 from stoker.plan.amounts import LENGTH_BYTES
 from stoker.plan.remember import remember
@@ -57,7 +57,8 @@ class Memory:
 
     `scratch` is where quantised weights are turned into the compute type, or transposed, one at a time; `transposed`
     are the copies of fp8 weights that are kept instead. `communication`: what several devices gather and send in.
-    `states_on_host` are not the device's, and not in the total.
+    The others are not in the total: `states_on_host`, which are not the device's; `backward_buffers`, what of
+    `communication` is there in layers' backward alone, and `last_buffers`, what is there instead when that has ended.
     """
 
     weights: int
@@ -70,6 +71,8 @@ class Memory:
     reserve: int
     communication: int = 0
     states_on_host: int = 0
+    backward_buffers: int = 0
+    last_buffers: int = 0
 
     @property
     def total(self) -> int:
@@ -110,7 +113,8 @@ def workspace_bytes(compute_capability: tuple[int, int] | None) -> int:
     return _WORKSPACES * (_WIDE_WORKSPACE_BYTES if is_wide else _WORKSPACE_BYTES)
 
 
-CATEGORIES = tuple(one.name for one in fields(Memory) if one.name != "states_on_host")
+_BESIDE = ("states_on_host", "backward_buffers", "last_buffers")
+CATEGORIES = tuple(one.name for one in fields(Memory) if one.name not in _BESIDE)
 
 
 def estimate(
@@ -126,6 +130,7 @@ def estimate(
     weight_dtype: str = "fp32",
     casts_by_layer: bool = False,
     head_apart: bool = False,
+    gradients_arrive: bool = False,
     spread: Spread = SINGLE,
     adapter: Adapter | None = None,
 ) -> Memory:
@@ -134,7 +139,8 @@ def estimate(
     `trained` and `frozen` are counts of parameters, of an `adapter` and its base where there is one. `weight_dtype` is
     that of trained matrices, their gradients and averages; norms and biases are fp32. `casts_by_layer`: matrices that
     are trained are cast to the compute type layer by layer; otherwise every copy lives as long as the forward's
-    results. bf16 ones are not cast at all. `spread`: the result is that of one of its devices.
+    results. bf16 ones are not cast at all. `gradients_arrive`: there are none before the backward. `spread`: the
+    result is that of one of its devices.
     """
     value_bytes = VALUE_BYTES[precision]
     is_narrow = weight_dtype == "bf16"
@@ -146,16 +152,27 @@ def estimate(
     state = share * state_bytes(spec, optimizer, trained, adapter=adapter, shards=shards)
     if spread.stage:
         state += kept / shards  # DeepSpeed's optimiser steps on a flat copy of its part
-    if precision != "fp32" and not is_narrow:
-        one_layer = _largest_layer(spec) + (0 if head_apart else 2 * spec.vocab_size * spec.hidden_size)
+    shares_by_layer = spread.strategy == "fsdp2"
+    if shares_by_layer and not frozen:
+        if fsdp2.casts_in_products(spec, spread, 2 if is_narrow else 4, value_bytes):
+            cast = facts.largest_layer(spec) if casts_by_layer else trained - facts.table_values(spec)
+            copies = cast * value_bytes
+    elif precision != "fp32" and not is_narrow:
+        one_layer = facts.largest_layer(spec) + (0 if head_apart else 2 * spec.vocab_size * spec.hidden_size)
         # Gathered layers are cast one at a time, whichever way they run.
         by_layer = casts_by_layer or spread.weight_shards > 1 or spread.copies_weights
         in_all, in_a_layer = expert_parameters(spec, adapter)  # those of experts are cast for each product anew
         cast = trained - in_all + in_a_layer
         copies = (min(cast, one_layer) if by_layer else cast) * value_bytes
-    communication = 0
-    if spread.num_processes > 1 or spread.copies_weights:
-        communication = buffer_bytes(
+    communication, buffers = 0, fsdp2.Buffers(0, 0, 0)
+    if shares_by_layer:
+        sizes = {"base": base, "trained": trained, "weight_bytes": 2 if is_narrow else 4, "value_bytes": value_bytes}
+        found = fsdp2.gathered(spec, spread, is_full=not frozen, **sizes)
+        arrives = gradients_arrive and "gradients" not in spread.on_host
+        buffers = fsdp2.buffers(found, spread, arrives=arrives)
+        communication = buffers.always + buffers.in_backward
+    if spread.num_processes > 1:
+        communication += buffer_bytes(
             spec, spread, stored=base + kept, gradients=gradients, is_full=not frozen, device=device
         )
         communication += shared_rows.buffer_bytes(spec, tokens, spread.sharing, value_bytes)
@@ -167,13 +184,26 @@ def estimate(
     weights, gradients, state = (0 if name in spread.on_host else count for name, count in states.items())
     weights += copies
     logits = head_bytes(spec, tokens, value_bytes)
-    if is_narrow:
+    if is_narrow and not shares_by_layer:
         # Beside the logits there is the head's gradient alone, in fp32 and then rounded: more than all of them or not.
         logits = max(0, logits + _head_gradient_bytes(spec) - gradients)
     scratch = scratch_bytes(spec, quantization, value_bytes)
     held = weights + gradients + state + logits + scratch + communication
     reserve = BASE_BYTES[device] + round(_FRAGMENTATION * held)
-    return Memory(weights, gradients, state, 0, logits, scratch, 0, reserve, communication, _on_host(states, spread))
+    return Memory(
+        weights,
+        gradients,
+        state,
+        0,
+        logits,
+        scratch,
+        0,
+        reserve,
+        communication,
+        states_on_host=_on_host(states, spread),
+        backward_buffers=buffers.in_backward,
+        last_buffers=buffers.last,
+    )
 
 
 def _on_host(states: Mapping[str, int], spread: Spread) -> int:
@@ -205,7 +235,7 @@ def trained_head_bytes(spec: AnySpec, micro: Micro) -> int:
 def last_gradient_bytes(spec: AnySpec, micro: Micro) -> int:
     """Returns what lies beside all gradients when a backward that leaves them ends: the embedding's, until it is added
     to that of a head that shares its table."""
-    return micro.gradient_bytes * spec.vocab_size * spec.hidden_size if getattr(spec, "tied_head", False) else 0
+    return round(micro.gradient_bytes * spec.vocab_size * spec.hidden_size) if getattr(spec, "tied_head", False) else 0
 
 
 def zero_bytes(
@@ -224,29 +254,25 @@ def zero_bytes(
 def buffer_bytes(spec: AnySpec, spread: Spread, *, stored: int, gradients: int, is_full: bool, device: str) -> int:
     """Returns what one device of several holds to gather and send in; `stored` and `gradients`: bytes of all of them.
 
-    Where weights are gathered: two layers (the one at work and the next; one where a device has all of them and
-    copies it) and what lies outside of the layers, which stays gathered (embedding, head), and as much of the
-    gradients. ZeRO-3 sums gradients in one bucket, which it takes whole from the start. ZeRO-1 and -2: buckets of
-    gradients. DDP sums where gradients lie. NCCL has buffers of its own on a GPU.
+    ZeRO-3: two layers (the one at work and the next) and what lies outside of the layers (embedding, head), as much of
+    the gradients, and one bucket in which these are summed, which it takes whole from the start. ZeRO-1 and -2: buckets
+    of gradients. DDP sums where gradients lie. NCCL has buffers of its own on a GPU, which is all that is said of FSDP2
+    here (`gathered.buffers` has the rest).
     """
-    own = _NCCL_BYTES if device == "cuda" and spread.num_processes > 1 else 0
+    own = _NCCL_BYTES if device == "cuda" else 0
     if spread.stage == 3:
         own += 4 * (spec.hidden_size**2 if spread.bucket_values is None else spread.bucket_values)
-    if spread.weight_shards > 1 or spread.copies_weights:
-        layers = 1 if spread.copies_weights else _GATHERED_LAYERS
-        share = gathered_share(spec, layers=layers) if spread.reshards else 1.0
-        return own + round(share * stored + gathered_share(spec, outside=is_full, layers=layers) * gradients)
+        return own + round(gathered_share(spec) * stored + gathered_share(spec, outside=is_full) * gradients)
     if spread.strategy == "deepspeed":
         return own + round(_BUCKETS * min(gradients, _BUCKET_BYTES))
     return own
 
 
 @remember(0)
-def gathered_share(spec: AnySpec, *, outside: bool = True, layers: int = _GATHERED_LAYERS) -> float:
-    """Returns what share of the weights is whole at a time: so many layers, and with `outside` all that is in none."""
-    tables = (1 if getattr(spec, "tied_head", False) else 2) * spec.vocab_size * spec.hidden_size
-    share = min(1.0, tables / facts.num_parameters(spec)) if outside else 0.0
-    return min(1.0, share + (1.0 - share) * layers / max(1, len(spec.layers)))
+def gathered_share(spec: AnySpec, *, outside: bool = True) -> float:
+    """Returns what share of the weights is whole at a time: two layers, and with `outside` all that is in none."""
+    share = facts.table_values(spec) / facts.num_parameters(spec) if outside else 0.0
+    return min(1.0, share + (1.0 - share) * _GATHERED_LAYERS / max(1, len(spec.layers)))
 
 
 @remember(0)
@@ -292,7 +318,7 @@ def scratch_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> int:
     """Returns the bytes of the buffer that holds one dequantised weight, the largest; fp8's holds a transposed one."""
     if quantization == "none":
         return 0
-    largest = max((size for layer in set(spec.layers) for size in _fused_sizes(spec, layer)), default=0)
+    largest = max((size for layer in set(spec.layers) for size in facts.fused_sizes(spec, layer)), default=0)
     return largest if quantization == "fp8" else largest * value_bytes
 
 
@@ -302,16 +328,6 @@ def lengths_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> int:
 
     That is a piece of the weight in fp32 and its squares, and of a quantised one all of it in the compute type.
     """
-    largest = max((size for layer in set(spec.layers) for size in _fused_sizes(spec, layer)), default=0)
+    largest = max((size for layer in set(spec.layers) for size in facts.fused_sizes(spec, layer)), default=0)
     pieces = (2 if value_bytes < 4 else 1) * min(LENGTH_BYTES, 4 * largest)
     return pieces + (largest * value_bytes if quantization != "none" else 0)
-
-
-def _fused_sizes(spec: AnySpec, layer: LayerSpec) -> list[int]:
-    """Values of a layer's weights, those of one input or of all experts kept as one."""
-    return [linear.weights * max(1, linear.experts) for linear in arithmetic.linears(layer, spec.hidden_size).values()]
-
-
-@remember(0)
-def _largest_layer(spec: AnySpec) -> int:
-    return max((sum(_fused_sizes(spec, layer)) for layer in set(spec.layers)), default=0)

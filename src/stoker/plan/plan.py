@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 from stoker.arch.activations import Keep
 from stoker.plan import ladder
-from stoker.plan.memory import GIB, Memory
+from stoker.plan.memory import CATEGORIES, GIB, Memory
 from stoker.plan.spread import Spread, StrategyName
 
 CHOICES = (
     "device",
     "strategy",
+    "reshards",
     "precision",
     "quantization",
     "keep_transposed",
@@ -39,7 +40,8 @@ class Plan:
     `tile_tokens`: the feed-forward goes through so many tokens at a time (None: through a whole micro-batch).
     `cuda_graphs`: micro-batches are captured and replayed. `host_bytes`: pinned host memory in which kept tensors wait.
     Sizes and memory are those of one of `num_processes`, of which `per_node` are in each node; `stage`: of ZeRO.
-    The other fields of `spread` stand for themselves.
+    `reshards`: FSDP2 lets a layer's weights go after its forward (None: another strategy). The other fields of `spread`
+    stand for themselves.
     """
 
     device: str
@@ -69,11 +71,13 @@ class Plan:
     per_node: int = 1
     stage: int = 0
     replicas: int = 1
-    reshards: bool = True
+    reshards: bool | None = None
     on_host: tuple[str, ...] = ()
     sharing: int = 1
     on_disk: tuple[str, ...] = ()
     bucket_values: int | None = None
+    param_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def spread(self) -> Spread:
@@ -84,11 +88,13 @@ class Plan:
             self.per_node,
             self.stage,
             self.replicas,
-            self.reshards,
+            self.reshards is not False,
             frozenset(self.on_host),
             self.sharing,
             frozenset(self.on_disk),
             self.bucket_values,
+            self.param_dtype,
+            self.reduce_dtype,
         )
 
     @property
@@ -149,4 +155,5 @@ def _count(number: int) -> str:
 
 
 def _parts(memory: Memory) -> str:
-    return ", ".join(f"{name} {size(count)}" for name, count in asdict(memory).items() if count)
+    counts = ((name, getattr(memory, name)) for name in (*CATEGORIES, "states_on_host"))
+    return ", ".join(f"{name} {size(count)}" for name, count in counts if count)

@@ -20,9 +20,10 @@ from stoker.plan.adapter import adapted, num_targeted
 from stoker.plan.amounts import BYTES_MADE_DENSE, Amounts, Mixing, Product, Way, amounts
 from stoker.plan.catalogue import CatalogueDevice
 from stoker.plan.efficiencies import MEASURED, Efficiencies
+from stoker.plan.gathered import passing
 from stoker.plan.links import Links
 from stoker.plan.memory import VALUE_BYTES, frozen_weight_bytes
-from stoker.plan.spread import Spread, volume
+from stoker.plan.spread import Spread
 from stoker.plan.states import bytes_each
 
 _LOGIT_BYTES = 8  # of the loss: logits written, read twice as bf16 and rewritten as their gradient
@@ -229,15 +230,16 @@ class _Clock:
         if spread.num_processes == 1 and not spread.on_host and not spread.copies_weights:
             return 0.0, 0.0
         trained, depth = self.plan.num_trained_parameters, max(1, len(self.spec.layers))
-        gradients = stored = (2.0 if self.config.train.weight_dtype == "bf16" and not self.is_frozen else 4.0) * trained
-        if self.is_frozen:
-            stored += frozen_weight_bytes(self.spec, self.plan.quantization, self.value_bytes)
-        moved = volume(spread, stored=stored, gradients=gradients)
+        weight_bytes = 2 if self.config.train.weight_dtype == "bf16" and not self.is_frozen else 4
+        base = frozen_weight_bytes(self.spec, self.plan.quantization, self.value_bytes) if self.is_frozen else 0
+        stored = base + weight_bytes * trained
+        sizes = {"base": base, "trained": trained, "weight_bytes": weight_bytes, "value_bytes": self.value_bytes}
+        moved = passing(self.spec, spread, is_full=not self.is_frozen, **sizes)
         links = Links.of(self.device)
-        in_micro = links.seconds(moved.micro_gathered, spread, collectives=2 * depth)
+        in_micro = links.seconds(moved.micro_gathered, spread, collectives=spread.gathers * depth)
         in_micro += links.seconds(moved.micro_summed, spread, collectives=depth)
         if "weights" in spread.on_host:  # each gathering begins with this device's part, from the host
-            in_micro += (2 if spread.reshards else 1) * stored / spread.weight_shards / self._host_link()
+            in_micro += spread.gathers * stored / spread.weight_shards / self._host_link()
         summed = links.seconds(moved.step_summed, spread, collectives=depth)
         summed += links.seconds(moved.step_all_summed, spread, collectives=depth, passes=2)
         after = links.seconds(moved.step_gathered, spread)

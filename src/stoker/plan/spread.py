@@ -17,7 +17,8 @@ StrategyName = Literal["single", "ddp", "fsdp2", "deepspeed"]
 class Spread:
     """A strategy over `num_processes` devices, `per_node` of them in each node; `stage`: of ZeRO, 1 to 3.
 
-    `replicas`: groups that share weights among themselves. `reshards`: a layer's weights are let go after its forward.
+    `replicas`: groups that share weights among themselves. `reshards`: a layer's weights are let go after its forward
+    (None: unless there is the memory to keep them). `param_dtype`, `reduce_dtype`: those of `engine.fsdp2`.
     `on_host`: what of "weights", "gradients" and "optimizer" waits outside of the device, `on_disk` what of that waits
     on NVMe. `sharing`: devices that share each row. `bucket_values`: of gradients that DeepSpeed sums at once; None:
     the square of the model's width.
@@ -28,11 +29,13 @@ class Spread:
     per_node: int = 1
     stage: int = 0
     replicas: int = 1
-    reshards: bool = True
+    reshards: bool | None = True
     on_host: frozenset[str] = frozenset()
     sharing: int = 1
     on_disk: frozenset[str] = frozenset()
     bucket_values: int | None = 5 * 10**8
+    param_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def name(self) -> str:
@@ -60,6 +63,11 @@ class Spread:
     def copies_weights(self) -> bool:
         """Whether FSDP2 runs where every device has all weights: what it would gather for a layer's work it copies."""
         return self.strategy == "fsdp2" and self.weight_shards == 1
+
+    @property
+    def gathers(self) -> int:
+        """How often a micro-batch gathers a layer."""
+        return 1 if self.reshards is False else 2
 
     @property
     def gradient_shards(self) -> int:
@@ -97,9 +105,16 @@ def configured(spread: Spread, config: RunConfig) -> Spread:
     if spread.strategy == "fsdp2":
         chosen = engine.fsdp2
         everything = frozenset(("weights", "gradients", "optimizer")) if chosen.offload == "cpu" else frozenset()
-        reshards = chosen.reshard_after_forward is not False
+        reshards = None if chosen.reshard_after_forward == "auto" else chosen.reshard_after_forward
         replicas = chosen.replicas if spread.num_processes % chosen.replicas == 0 else 1
-        return replace(spread, replicas=replicas, reshards=reshards, on_host=everything)
+        return replace(
+            spread,
+            replicas=replicas,
+            reshards=reshards,
+            on_host=everything,
+            param_dtype=chosen.param_dtype,
+            reduce_dtype=chosen.reduce_dtype,
+        )
     if spread.strategy == "deepspeed":
         optimizer, weights = deepspeed.offload(engine.deepspeed)
         # Reduced gradients go where the optimiser's state is (ZeRO-Offload, arXiv:2101.06840).
@@ -179,19 +194,19 @@ class Volume:
         return (micro_batches * (self.micro_gathered + self.micro_summed) + once) * (ranks - 1) / ranks
 
 
-def volume(spread: Spread, *, stored: float, gradients: float) -> Volume:
-    """Returns what passes in a step. `stored`: bytes of all weights as they lie; `gradients`: bytes of all of those.
+def volume(spread: Spread, *, stored: float, gradients: float, outside: float = 0.0) -> Volume:
+    """Returns what passes in a step. `stored`: bytes of all weights as they pass, `outside`: of those that are in no
+    layer; `gradients`: bytes of all of those.
 
     DDP sums gradients once. FSDP2 and ZeRO-3 gather every weight for the forward and again for the backward of
-    each micro-batch and sum its gradients into parts; ZeRO-2 sums them so too, and gathers the new weights once; ZeRO-1
-    sums once into parts.
+    each micro-batch (FSDP2 those that are in no layer once) and sum its gradients into parts; ZeRO-2 sums them so too,
+    and gathers the new weights once; ZeRO-1 sums once into parts.
     """
     match spread.name:
         case "ddp":
             return Volume(step_all_summed=gradients)
         case "fsdp2":
-            gathers = 2 if spread.reshards else 1
-            return Volume(micro_gathered=gathers * stored, micro_summed=gradients)
+            return Volume(micro_gathered=spread.gathers * (stored - outside) + outside, micro_summed=gradients)
         case "ZeRO-1":
             return Volume(step_summed=gradients, step_gathered=gradients)
         case "ZeRO-2":

@@ -320,7 +320,7 @@ def _is_beaten(way: Spread, one: Offer) -> bool:
     and gather no less than DDP.
     """
     if one.spread.strategy == "fsdp2":
-        return way.stage == 3 and one.spread.reshards and not way.on_host
+        return way.stage == 3 and one.spread.reshards is not False and not way.on_host
     assert one.choice is not None
     is_small = one.config.adapter is not None and 4 * one.choice.best.num_trained_parameters <= 10**9
     return one.spread.strategy == "ddp" and way.stage in (1, 2) and is_small and not way.on_host

@@ -1,5 +1,7 @@
 """What the plan of one process becomes beside others."""
 
+from dataclasses import replace
+
 import pytest
 
 from stoker.arch import shapes
@@ -15,17 +17,21 @@ MACHINE = Hardware((GPU, Device("cpu", "CPU", 256 * GIB)), num_threads=8)
 SPEC = shapes.spec("llama-3.1-8b")
 
 
-def planned(count, **engine):
+def configured(*, adapter=True, **engine):
     values = {
         "model": {"base": "some/model"},
-        "adapter": {"rank": 16},
+        "adapter": {"rank": 16} if adapter else None,
         "data": {"train": [{"path": "rows.jsonl"}], "sequence_length": 512, "packing": False},
         "train": {"learning_rate": 2e-4, "batch_size": 8},
         "engine": engine,
         "output": {"folder": "runs/x"},
     }
-    config = parse(values)
-    plan = choose_over(parallel.share_of_one(config, count), SPEC, MACHINE, num_processes=count)
+    return parse(values)
+
+
+def planned(count, *, machine=MACHINE, **engine):
+    config = configured(**engine)
+    plan = choose_over(parallel.share_of_one(config, count), SPEC, machine, num_processes=count)
     return parallel.spread(plan, config, count)
 
 
@@ -36,6 +42,23 @@ def test_graphs_are_refused_over_processes_where_they_are_asked_for_and_left_out
     plan = planned(2)
     assert not plan.cuda_graphs
     assert plan.reasons["cuda_graphs"] == "graphs are for one process"
+
+
+@pytest.mark.parametrize(
+    ("fits", "asked", "reshards"), [(True, "auto", False), (False, "auto", True), (True, True, True)]
+)
+def test_layers_are_let_go_after_their_forward_as_the_plan_says(fits, asked, reshards):
+    def engine_of(reshards):
+        return {"strategy": "fsdp2", "fsdp2": {"reshard_after_forward": reshards}, "micro_batch_size": 1}
+
+    engine, machine = engine_of(asked), MACHINE
+    if not fits:  # a little more than it takes where they are let go
+        least = planned(8, adapter=False, **engine_of(True)).memory.total
+        machine = Hardware((replace(GPU, memory_bytes=least + GIB), *MACHINE.devices[1:]), num_threads=8)
+    plan = planned(8, machine=machine, adapter=False, **engine)
+    assert plan.reshards is reshards
+    sharding = parallel._sharding(configured(adapter=False, **engine), plan)
+    assert sharding.reshard_after_forward is reshards
 
 
 @pytest.mark.parametrize(("count", "sharing", "what"), [(3, 1, "to 3 processes"), (6, 2, "to 3 groups of 2 processes")])

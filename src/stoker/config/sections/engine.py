@@ -10,7 +10,7 @@ class Fsdp2(Section):
 
     reshard_after_forward: Literal["auto"] | bool = "auto"
     """Let a layer's weights go after its forward and gather them again for its backward. `false` sends a third less
-    and holds the whole model from the forward on; `auto`: true."""
+    and holds the whole model from the forward on; `auto`: true, unless the plan finds that there is the memory."""
     replicas: Count = 1
     """Groups of processes, each of which holds the whole model in parts (hybrid sharding): as many as machines, so that
     weights are sent within a machine and gradients alone between machines."""

@@ -1,0 +1,116 @@
+"""What FSDP2 holds and sends besides each device's parts: gathered weights, and gradients on their way into parts.
+
+As torch's `fully_shard` does it (torch/distributed/fsdp/_fully_shard, 2.11 and 2.13) over the groups of
+`distributed.fsdp2`: one for each layer, and one for what is outside of the layers, which stays gathered.
+"""
+
+from dataclasses import dataclass
+
+from stoker.arch.borrowed import AnySpec, BorrowedSpec
+from stoker.plan import facts
+from stoker.plan.spread import Spread, Volume, volume
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Bytes as weights are gathered: of all `layers`, of the largest `layer`, and of what is `outside` of them.
+
+    `layer_gradients`, `outside_gradients`: of what is trained of those, as a backward gives them; `summed_layer`: of
+    the layer's, as ranks sum them. `head_gradient`: of the output layer's alone.
+    """
+
+    layers: int
+    layer: int
+    outside: int
+    layer_gradients: int
+    summed_layer: int
+    outside_gradients: int
+    head_gradient: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all weights."""
+        return self.layers + self.outside
+
+
+def gathered(
+    spec: AnySpec, spread: Spread, *, base: int, trained: int, is_full: bool, weight_bytes: int, value_bytes: int
+) -> Gathered:
+    """Returns what is gathered of a model; `base`: bytes of its frozen weights as they are kept.
+
+    `trained`: values that are trained: all of the model's where it `is_full`, adapters' otherwise. `weight_bytes`,
+    `value_bytes`: of a trained matrix's value and of a product's.
+    """
+    tables = facts.table_values(spec)
+    layers, largest = facts.num_parameters(spec) - tables, facts.layers_share(spec)
+    sums = 2 if spread.reduce_dtype == "bf16" else 4
+    head = spec.vocab_size * spec.hidden_size
+    if not is_full:  # all adapters lie in layers, in fp32
+        outside = min(base, tables * value_bytes)
+        of_layers = base - outside + 4 * trained
+        own = round(largest * trained)
+        return Gathered(of_layers, round(largest * of_layers), outside, 4 * own, sums * own, 0, 0)
+    of_table = 2 if spread.param_dtype == "bf16" else weight_bytes
+    of_value = of_table
+    if spread.param_dtype == "auto" and not isinstance(spec, BorrowedSpec):
+        of_value = min(weight_bytes, value_bytes)
+    own = round(largest * layers)
+    return Gathered(
+        of_value * layers,
+        of_value * own,
+        of_table * tables,
+        of_value * own,
+        sums * own,
+        of_table * tables,
+        of_table * min(head, tables),
+    )
+
+
+def casts_in_products(spec: AnySpec, spread: Spread, weight_bytes: int, value_bytes: int) -> bool:
+    """Whether trained weights are gathered in a wider format than products read."""
+    if weight_bytes <= value_bytes or spread.param_dtype == "bf16":
+        return False
+    return spread.param_dtype == "fp32" or isinstance(spec, BorrowedSpec)
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Bytes of one device beside its parts: `always`, and more `in_backward`, in a layer's, and when it ends (`last`).
+
+    The loss runs beside those that are there always.
+    """
+
+    always: int
+    in_backward: int
+    last: int
+
+
+def buffers(found: Gathered, spread: Spread, *, arrives: bool) -> Buffers:
+    """Returns the buffers; `arrives`: no gradients were there before the backward, and all parts are counted elsewhere.
+
+    In a layer's backward it is gathered itself, with the buffer from which the one before it in the model is copied;
+    its gradients are whole, and the last layer's are in the buffer that was summed over the ranks. Of what is outside
+    of the layers, the head's gradient is there from the loss on, and the embedding's comes last, beside the buffer of
+    the first layer's. Parts of either are made after that.
+    """
+    alone = spread.weight_shards == 1  # then nothing passes, but all is copied as if it did
+    layers = found.layers if spread.reshards is False else (1 if alone else 2) * found.layer
+    here = layers if spread.reshards is False else 0
+    parts = found.outside_gradients // spread.gradient_shards if arrives else 0
+    backward = layers - here + found.layer_gradients + found.summed_layer + found.head_gradient - parts
+    # A tied embedding's gradient is added to the head's, which is a table of the same size.
+    last = 2 * found.head_gradient + found.summed_layer - parts
+    return Buffers(found.outside + here, backward, last)
+
+
+def passing(
+    spec: AnySpec, spread: Spread, *, base: int, trained: int, is_full: bool, weight_bytes: int, value_bytes: int
+) -> Volume:
+    """Returns what passes between devices in a step, under any strategy; the arguments are those of `gathered`."""
+    gradients = (weight_bytes if is_full else 4) * trained
+    if spread.strategy != "fsdp2":
+        return volume(spread, stored=base + gradients, gradients=gradients)
+    sizes = {"base": base, "trained": trained, "weight_bytes": weight_bytes, "value_bytes": value_bytes}
+    found = gathered(spec, spread, is_full=is_full, **sizes)
+    gradients = (2 if spread.reduce_dtype == "bf16" else 4) * trained
+    return volume(spread, stored=found.total, outside=found.outside, gradients=gradients)
