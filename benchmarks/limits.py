@@ -51,8 +51,8 @@ def _adapted(rank: int) -> dict[str, Any]:
 
 _ONE_B = {"model": {"base": "shape:llama-3.2-1b"}}
 CASES = {
-    "t4_8b_2x4096": Case("8B in NF4 and fp16, 2 x 4,096", 15.0, (4096,), _adapted(16), 2, is_turing=True),
-    "t4_8b_1x2048": Case("8B in NF4 and fp16, 1 x 2,048", 15.0, (2048,), _adapted(16), is_turing=True),
+    "t4_8b_2x4096": Case("8B in NF4 and fp16", 15.0, (4096,), _adapted(16), 2, is_turing=True),
+    "t4_8b_1x2048": Case("8B in NF4 and fp16", 15.0, (2048,), _adapted(16), is_turing=True),
     "context_16": Case("8B in NF4, rank 32, one row", 15.5, (56064,), _adapted(32)),
     "context_24": Case("8B in NF4, rank 32, one row", 23.5, (118784, 110080), _adapted(32)),
     "full_1b": Case("1B, every weight, all in bf16", 15.0, (2048,), _ONE_B | {"train": {"weight_dtype": "bf16"}}, 4),

@@ -28,6 +28,7 @@ PLAN = ROOT / "docs" / "plan.md"
 CHOOSING = ROOT / "docs" / "choosing.md"
 MAIN_JOB = ROOT / "benchmarks" / "results" / "main_job.json"
 SINGLE_GPU = ROOT / "benchmarks" / "results" / "single_gpu.json"
+LIMITS = ROOT / "benchmarks/results/limits.json"
 ARCHITECTURES = ROOT / "benchmarks" / "results" / "architectures.json"
 
 _LONG_ERROR = 60
@@ -190,8 +191,9 @@ def readme() -> str:
 
 
 def benchmarks_page() -> str:
-    """Returns the page on benchmarks with its table of architectures renewed from the committed results."""
-    return _with_tables(BENCHMARKS, {"architectures": single_gpu_table(ARCHITECTURES, suite="architectures")})
+    """Returns the page on benchmarks with its tables renewed from the committed results."""
+    architectures = single_gpu_table(ARCHITECTURES, suite="architectures")
+    return _with_tables(BENCHMARKS, {"architectures": architectures, "limits": _limits_table()})
 
 
 def plan_page() -> str:
@@ -282,6 +284,26 @@ def _main_job_table() -> str:
         f"{facts['commit']}), kept in benchmarks/results."
     )
     return "\n".join(lines) + "\n"
+
+
+def _limits_table() -> str:
+    lines = ["| work | limit | takes | a step | on the host |", "|---|---|---|---|---|"]
+    made = set()
+    for row in json.loads(LIMITS.read_text(encoding="utf-8"))["results"]:
+        if row["error"]:
+            continue
+        made.add((row["device"], row["versions"]["torch"], row["commit"]))
+        tensors, taken = (
+            row["peak_allocated_bytes"] / 2**30,
+            (row["peak_reserved_bytes"] + row["outside_bytes"]) / 2**30,
+        )
+        host = f"{row['host_bytes'] / 2**30:.1f} GiB" if row["host_bytes"] else ""
+        lines.append(
+            f"| {row['title']}, {row['rows']} x {row['tokens']:,} | {row['limit_gib']:g} GiB "
+            f"| {taken:.1f} GiB, of which tensors {tensors:.1f} | {row['step_seconds']:.1f} s | {host} |"
+        )
+    where = "; ".join(f"{device}, torch {torch}, commit {commit}" for device, torch, commit in sorted(made))
+    return "\n".join([*lines, f"\n{where}."]) + "\n"
 
 
 def main() -> int:
