@@ -77,11 +77,12 @@ def outer(tile: grouped_matmul.Tile) -> tuple:
     return (grouped_outer._outer_kernel, constants, tile.warps, ROUTES, tile.stages)
 
 
-def rotation(half: int, rest: int, *, interleaved: bool) -> tuple:
+def rotation(half: int, rest: int, *, interleaved: bool, rounds: bool = False) -> tuple:
     """A case of the rotation of heads of 128 channels with an unturned rest, backward."""
     constants = {"HEADS": 32, "HALF": half, "REST": rest, "CHANNELS": 128, "FROM_PAIRS": False}
     constants |= {"TO_PAIRS": interleaved, "BACKWARD": True, "WITH_VALUES": True}
-    return (rope._rotate_kernel, constants, 4, {})
+    constants["ROUNDED_WIDTH"] = 8192 if rounds else 0
+    return (rope._rotate_kernel, constants, 8 if rounds else 4, ROUNDED if rounds else {})
 
 
 ADAMW = dict.fromkeys(("weight_ptr", "grad_ptr", "a_scale_ptr", "b_scale_ptr"), "*fp32")
@@ -112,6 +113,7 @@ CASES = [
     ),
     *(rotation(64, 0, interleaved=interleaved) for interleaved in (False, True)),
     rotation(16, 128, interleaved=False),
+    rotation(64, 0, interleaved=False, rounds=True),
     *((glu._forward_kernel, {"BLOCK": 1024, "ACTIVATION": name}, 4, {}) for name in glu.ACTIVATIONS),
     *(
         (glu._backward_kernel, {"BLOCK": 1024, "ACTIVATION": name, "WITH_ACTIVATED": True}, 4, {})

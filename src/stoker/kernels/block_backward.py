@@ -99,7 +99,10 @@ class Backward:
         del rounded_mid, values
         grad_heads = self._grad_heads(attended, grad_attended.view(*self.x.shape[:2], -1), heads)
         del heads, attended, grad_attended
-        grad_qkv, *self.norm_grads[2:] = self.turn.backward(grad_heads, before, needs_weights=any(self.needs_norms[2:]))
+        rounded_qkv = None if self.turn.norms else self._room(0, rows.shape[0])
+        grad_qkv, *self.norm_grads[2:] = self.turn.backward(
+            grad_heads, before, needs_weights=any(self.needs_norms[2:]), rounded=rounded_qkv
+        )
         grad_qkv = grad_qkv.flatten(0, 1)
         if before is not None:
             self._add_scale(0, grad_scale(qkv, grad_qkv, before.flatten(0, 1)))
@@ -113,7 +116,8 @@ class Backward:
         del normed_x
         if not self.needs_x and not self.needs_norms[0]:
             return None
-        grad_normed = grad_input(qkv, grad_qkv, grads[0], piece)
+        rounded = None if rounded_qkv is None else rounded_qkv[0]
+        grad_normed = grad_input(qkv, grad_qkv, grads[0], piece, rounded=rounded)
         return self._norm_backward(0, grad_normed, rows, rstd_x, grad_mid).view_as(self.x)
 
     def _grad_heads(self, attended: KeptAttention, grad: Tensor, heads: tuple[Tensor, ...]) -> Sequence[Tensor]:
@@ -174,11 +178,9 @@ class Backward:
         """
         pieces = tiles(mid.shape[0], self.layout.options)
         if len(pieces) == 1:
-            implementation = self.layout.options.implementation
-            factor = gradient_factor(self.projections[1], implementation)
-            room = rounded_gradient(self.projections[1], mid.shape[0], implementation)
-            rounded = None if room is None or factor is None else (room, factor)
-            return self._feed_forward_tile(grad, mid, kept, pieces[0], rounded=rounded), room
+            rounded = self._room(1, mid.shape[0])
+            grad_mid = self._feed_forward_tile(grad, mid, kept, pieces[0], rounded=rounded)
+            return grad_mid, None if rounded is None else rounded[0]
         grad_mid = torch.empty_like(mid)
         for tile in pieces:
             grad_mid[tile] = self._feed_forward_tile(grad[tile], mid[tile], kept, tile)
@@ -206,9 +208,8 @@ class Backward:
         grad_activated = grad_input(down, grad_output, grad_down, piece)
         # The activation's backward writes over its input, which DoRA's reads afterwards.
         before = values.clone() if gate_up.scale is not None else None
-        factor = gradient_factor(gate_up, implementation)
-        rounded_grad = rounded_gradient(gate_up, mid.shape[0], implementation)
-        grad_gate_up, activated = self._gated_backward(values, grad_activated, rounded_grad, factor)
+        room = self._room(2, mid.shape[0])
+        grad_gate_up, activated = self._gated_backward(values, grad_activated, room)
         self._add_scale(3, grad_scale_of_input(down, grad, activated, product_down, piece))
         if before is not None:
             self._add_scale(2, grad_scale(gate_up, grad_gate_up, before))
@@ -218,16 +219,23 @@ class Backward:
         del grad_activated, activated, before, grad_output
         self._grads_after_norm(2, grad_gate_up, grads, Normed(mid, rstd, normed), piece)
         del normed
-        grad_normed = grad_input(gate_up, grad_gate_up, grads[0], piece, rounded=rounded_grad)
+        grad_normed = grad_input(gate_up, grad_gate_up, grads[0], piece, rounded=None if room is None else room[0])
         return self._norm_backward(1, grad_normed, mid, rstd, grad, rounded=rounded)
 
+    def _room(self, index: int, num_rows: int) -> tuple[Rounded, Tensor] | None:
+        """Room for a projection's gradient in fp8 and the factor of its columns, where `grad_input` reads it so."""
+        implementation = self.layout.options.implementation
+        factor = gradient_factor(self.projections[index], implementation)
+        room = rounded_gradient(self.projections[index], num_rows, implementation)
+        return None if room is None or factor is None else (room, factor)
+
     def _gated_backward(
-        self, values: Tensor, grad: Tensor, rounded: Rounded | None, factor: Tensor | None
+        self, values: Tensor, grad: Tensor, room: tuple[Rounded, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """(gradient of gate and up, also in fp8 where there is room for it; the activation), over both arguments."""
         options = self.layout.options
-        if rounded is not None and factor is not None:
-            return gated_rounded_backward(values, grad, rounded, factor, activation=options.activation)
+        if room is not None:
+            return gated_rounded_backward(values, grad, *room, activation=options.activation)
         return glu.gated_backward(values, grad, activation=options.activation, implementation=options.implementation)
 
     def _grads_after_norm(

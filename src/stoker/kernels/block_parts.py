@@ -118,14 +118,22 @@ class Turn:
         )
 
     def backward(
-        self, grads: Sequence[Tensor], qkv: Tensor | None, *, needs_weights: bool
+        self,
+        grads: Sequence[Tensor],
+        qkv: Tensor | None,
+        *,
+        needs_weights: bool,
+        rounded: tuple[Rounded, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of the projection's output and of the norms' weights, from those of q, k and v."""
+        """Gradients of the projection's output and of the norms' weights, from those of q, k and v.
+
+        `rounded`, where heads are not normed, takes the first in fp8, times the factor beside it.
+        """
         options = self._options
         if self._weights is None or qkv is None:
             interleaved, implementation = options.interleaved, options.implementation
             grad = rope.split_and_rotate_backward(
-                grads, *self._tables, interleaved=interleaved, implementation=implementation
+                grads, *self._tables, interleaved=interleaved, implementation=implementation, rounded=rounded
             )
             return grad, None, None
         return head_norm.norm_split_and_rotate_backward(
