@@ -137,7 +137,12 @@ CASES = [
         4,
         {},
     ),
-    (low_rank._sum_shares_kernel, {"ELEMENTS": 512, "SHARES": 8}, 4, {}),
+    (
+        low_rank._sum_shares_kernel,
+        {"ELEMENTS": low_rank.ELEMENTS, "SHARES_P": low_rank.SHARES_P, "SHARES_B": low_rank.SHARES_B},
+        4,
+        {"share_b_ptr": "*fp32", "grad_b_ptr": "*fp32"},
+    ),
     (
         low_rank._add_update_kernel,
         {"ROWS": low_rank.ROWS, "COLUMNS": low_rank.COLUMNS, "RANK": 16, "rank": 16, "HAS_Y": True},

@@ -74,15 +74,14 @@ def test_update_and_residual_are_added_as_exactly_as_eager(rows, columns, rank, 
     )
 
 
-@pytest.mark.parametrize("ends", [None, [3], [1, 11], [4, 5, 11]])
-def test_shares_are_summed_by_runs(ends, draw):
-    shares = draw(11, 6, 5).float()
-    if ends == [3]:
-        shares = shares[:3].contiguous()
-    actual = sum_shares(shares, ends, dtype=torch.float32, scaling=0.5)
-    bounds = [0, *(ends or [11])]
-    runs = [shares[low:high].sum(0) for low, high in itertools.pairwise(bounds)]
-    torch.testing.assert_close(actual, 0.5 * torch.cat(runs, dim=1))
+@pytest.mark.parametrize(("ends", "num_rows", "num_columns"), [([3], 6, 9), ([1, 71], 60, 7), ([4, 5, 41], 7, 60)])
+def test_shares_are_summed_by_runs(ends, num_rows, num_columns, draw):
+    # Neither rows nor columns fill their last program, nor shares the last turn of its loop.
+    share_p, share_b = draw(ends[-1], num_rows, 5).float(), draw(19, num_columns, 5).float()
+    grad_p, grad_b = sum_shares(share_p, share_b, ends, scaling=0.5)
+    runs = [share_p[low:high].sum(0) for low, high in itertools.pairwise([0, *ends])]
+    torch.testing.assert_close(grad_p, 0.5 * torch.cat(runs, dim=1))
+    torch.testing.assert_close(grad_b, 0.5 * share_b.sum(0))
 
 
 def test_unknown_implementation_is_refused(draw):

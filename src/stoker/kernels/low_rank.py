@@ -24,6 +24,8 @@ MAX_PARTS = 3
 COLUMNS = 128
 ROWS = 64
 ROWS_A_PROGRAM = 512
+ELEMENTS, SHARES_P, SHARES_B = 256, 32, 16
+"""Of a program that sums shares."""
 
 
 def grad_pair_reference(
@@ -116,24 +118,23 @@ def _grad_pair_kernel(  # noqa: PLR0917
     tl.store(out, share_b, mask=in_columns[:, None] & in_rank[None, :])
 
 
-@jit_unspecialized("first_end", "second_end", "num_shares")
-def _sum_shares_kernel(  # noqa: PLR0917
+@jit
+def _add_shares(  # noqa: PLR0917
     share_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    block: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
     size: tl.tensor,
     width: tl.tensor,
     out_stride: tl.tensor,
-    first_end: tl.tensor,
-    second_end: tl.tensor,
-    num_shares: tl.tensor,
+    first_column: tl.tensor,
     scaling: tl.tensor,
     ELEMENTS: tl.constexpr,
     SHARES: tl.constexpr,
 ) -> None:
-    part = tl.program_id(1)
-    begin = tl.where(part == 0, 0, tl.where(part == 1, first_end, second_end))
-    end = tl.where(part == 0, first_end, tl.where(part == 1, second_end, num_shares))
-    element = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    # SHARES times ELEMENTS are under way at once, which is what hides the memory's latency.
+    element = block.to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = element < size
     total = tl.zeros((ELEMENTS,), dtype=tl.float32)
     for start in range(begin, end, SHARES):
@@ -141,37 +142,88 @@ def _sum_shares_kernel(  # noqa: PLR0917
         mask = (share < end)[:, None] & inside[None, :]
         values = tl.load(share_ptr + share[:, None].to(tl.int64) * size + element[None, :], mask=mask, other=0.0)
         total += tl.sum(values.to(tl.float32), axis=0)
-    out = out_ptr + (element // width) * out_stride + part * width + element % width
+    out = out_ptr + (element // width) * out_stride + first_column + element % width
     tl.store(out, (total * scaling).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def sum_shares(
-    shares: Tensor, ends: Sequence[int] | None = None, *, dtype: torch.dtype, scaling: float = 1.0
-) -> Tensor:
-    """Returns `scaling` times sums over the first dimension of contiguous `shares` [S, M, W], in fp32, as `dtype`.
+@jit_unspecialized("first_end", "second_end", "num_shares_p", "num_shares_b", "blocks_p")
+def _sum_shares_kernel(  # noqa: PLR0917
+    share_p_ptr: tl.tensor,
+    share_b_ptr: tl.tensor,
+    grad_p_ptr: tl.tensor,
+    grad_b_ptr: tl.tensor,
+    size_p: tl.tensor,
+    size_b: tl.tensor,
+    rank: tl.tensor,
+    p_stride: tl.tensor,
+    first_end: tl.tensor,
+    second_end: tl.tensor,
+    num_shares_p: tl.tensor,
+    num_shares_b: tl.tensor,
+    num_parts: tl.tensor,
+    blocks_p: tl.tensor,
+    scaling: tl.tensor,
+    ELEMENTS: tl.constexpr,
+    SHARES_P: tl.constexpr,
+    SHARES_B: tl.constexpr,
+) -> None:
+    # The first programs sum dP, part by part, the others dB: two launches of a few microseconds each would wait longer
+    # than they work.
+    program = tl.program_id(0)
+    part = program // blocks_p
+    if part < num_parts:
+        begin = tl.where(part == 0, 0, tl.where(part == 1, first_end, second_end))
+        end = tl.where(part == 0, first_end, tl.where(part == 1, second_end, num_shares_p))
+        _add_shares(
+            share_p_ptr,
+            grad_p_ptr,
+            program - part * blocks_p,
+            begin,
+            end,
+            size_p,
+            rank,
+            p_stride,
+            part * rank,
+            scaling,
+            ELEMENTS,
+            SHARES_P,
+        )
+    else:
+        block = program - num_parts * blocks_p
+        _add_shares(share_b_ptr, grad_b_ptr, block, 0, num_shares_b, size_b, rank, rank, 0, scaling, ELEMENTS, SHARES_B)
 
-    Without `ends`: [M, W]. With the ends of up to three runs of shares: their sums side by side, [M, runs * W].
+
+def sum_shares(share_p: Tensor, share_b: Tensor, ends: Sequence[int], *, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Returns `scaling` times (dP [N, n r] in the dtype of its shares, dB [M, r] in fp32), summed in fp32.
+
+    share_p: [S, N, r], whose first dimension falls into up to three runs that end at `ends`, the last of them S; the
+    runs' sums lie side by side. share_b: [T, M, r]. Both contiguous; one launch.
     """
-    ends = ends or [shares.shape[0]]
-    num_shares, num_rows, width = shares.shape
-    out = torch.empty((num_rows, len(ends) * width), dtype=dtype, device=shares.device)
-    first, second = (*ends, num_shares)[0], (*ends, num_shares, num_shares)[1]
-    size, elements = num_rows * width, 512
-    _sum_shares_kernel[(triton.cdiv(size, elements), len(ends))](
-        shares,
-        out,
-        size,
-        width,
-        out.stride(0),
-        first,
-        second,
+    num_shares, num_rows, rank = share_p.shape
+    grad_p = torch.empty((num_rows, len(ends) * rank), dtype=share_p.dtype, device=share_p.device)
+    grad_b = torch.empty(share_b.shape[1:], dtype=torch.float32, device=share_b.device)
+    blocks_p, blocks_b = triton.cdiv(num_rows * rank, ELEMENTS), triton.cdiv(grad_b.numel(), ELEMENTS)
+    _sum_shares_kernel[(len(ends) * blocks_p + blocks_b,)](
+        share_p,
+        share_b,
+        grad_p,
+        grad_b,
+        num_rows * rank,
+        grad_b.numel(),
+        rank,
+        grad_p.stride(0),
+        *(*ends, num_shares, num_shares)[:2],
         num_shares,
+        share_b.shape[0],
+        len(ends),
+        blocks_p,
         scaling,
-        ELEMENTS=elements,
-        SHARES=8,
+        ELEMENTS=ELEMENTS,
+        SHARES_P=SHARES_P,
+        SHARES_B=SHARES_B,
         num_warps=4,
     )
-    return out
+    return grad_p, grad_b
 
 
 def _launch(
@@ -202,8 +254,7 @@ def _launch(
         num_warps=4,
     )
     runs = [triton.cdiv(end, columns) for end in ends]
-    grad_p = sum_shares(share_p, runs, dtype=product.dtype, scaling=scaling)
-    return grad_p, sum_shares(share_b, dtype=torch.float32, scaling=scaling)
+    return sum_shares(share_p, share_b, runs, scaling=scaling)
 
 
 @jit
