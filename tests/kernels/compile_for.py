@@ -139,8 +139,8 @@ CASES = [
     ),
     (
         low_rank._sum_shares_kernel,
-        {"ELEMENTS": low_rank.ELEMENTS, "SHARES_P": low_rank.SHARES_P, "SHARES_B": low_rank.SHARES_B},
-        4,
+        {"ELEMENTS": low_rank.ELEMENTS, "SHARES": low_rank.SHARES},
+        1,
         {"share_b_ptr": "*fp32", "grad_b_ptr": "*fp32"},
     ),
     (
@@ -149,17 +149,21 @@ CASES = [
         4,
         {},
     ),
-    (
-        scaled_update._scaled_update_kernel,
-        {
-            "ROWS": scaled_update.ROWS,
-            "COLUMNS": scaled_update.COLUMNS,
-            "RANK": 128,
-            "HAS_COLUMN_SCALE": True,
-            "HAS_RESIDUAL": True,
-        },
-        4,
-        {"row_scale_ptr": "*fp32", "column_scale_ptr": "*fp32"},
+    *(
+        (
+            scaled_update._scaled_update_kernel,
+            {
+                "ROWS": scaled_update.ROWS,
+                "COLUMNS": scaled_update.COLUMNS,
+                "RANK": rank,
+                "HAS_COLUMN_SCALE": True,
+                "HAS_RESIDUAL": True,
+                "STAGES": scaled_update.stages_for(rank),
+            },
+            4,
+            {"row_scale_ptr": "*fp32", "column_scale_ptr": "*fp32"},
+        )
+        for rank in (16, 64, 128)
     ),
     (head_norm._forward_kernel, {"HEADS": 32, "HALF": 64}, 4, {}),
     (head_norm._backward_kernel, {"HEADS": 16, "HALF": 64, "WEIGHT_GRAD": True}, 4, {}),

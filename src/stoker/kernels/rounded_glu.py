@@ -136,7 +136,8 @@ def _backward_kernel(  # noqa: PLR0917
         grad_up = (grad * value).to(dtype)
         tl.store(gate_up + column, grad_gate, mask=mask)
         tl.store(gate_up + num_columns + column, grad_up, mask=mask)
-        tl.store(grads + column, (value * up).to(grad_ptr.dtype.element_ty), mask=mask)
+        activated = (value * up).to(grad_ptr.dtype.element_ty)
+        tl.store(grads + column, activated, mask=mask, cache_modifier=".cs")  # not read again here
         gate_factor = tl.load(factor_ptr + column, mask=mask, other=0.0)
         up_factor = tl.load(factor_ptr + num_columns + column, mask=mask, other=0.0)
         highest = tl.maximum(highest, tl.abs(grad_gate.to(tl.float32) * gate_factor))
@@ -144,10 +145,12 @@ def _backward_kernel(  # noqa: PLR0917
     scale = scale_of(tl.max(highest, axis=0))
     tl.store(scale_ptr + row, scale)
     tl.debug_barrier()  # what other threads of the program wrote is there
-    for start in range(0, 2 * num_columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+    # From the end, which was written last and is in the cache for certain.
+    last = (tl.cdiv(2 * num_columns, BLOCK) - 1) * BLOCK
+    for back in range(0, 2 * num_columns, BLOCK):
+        column = last - back + tl.arange(0, BLOCK)
         mask = column < 2 * num_columns
         values = tl.load(gate_up + column, mask=mask, other=0.0).to(tl.float32)
         values *= tl.load(factor_ptr + column, mask=mask, other=0.0)
         quantized = to_e4m3(values, scale).to(rounded_ptr.dtype.element_ty)
-        tl.store(rounded_ptr + row * 2 * num_columns + column, quantized, mask=mask)
+        tl.store(rounded_ptr + row * 2 * num_columns + column, quantized, mask=mask, cache_modifier=".cs")

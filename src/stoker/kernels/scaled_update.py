@@ -14,12 +14,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stoker.kernels.triton_support import check_implementation, dot, jit, next_power_of_2, tl, triton
+from stoker.kernels.triton_support import check_implementation, dot, jit, next_power_of_2, num_programs, tl, triton
 
 MAX_RANK = 128
 """Above it the tiles of P and B do not fit in shared memory beside each other."""
 
-ROWS, COLUMNS = 64, 128
+ROWS, COLUMNS, STAGES, PROGRAMS = 32, 128, 3, 4
+"""Of a tile; tiles under way in a program; programs a multiprocessor.
+
+A program walks over tiles whose loads are queued two tiles ahead: 92% of copy bandwidth on an H200 (an 8B's layers,
+8,192 tokens), where a program a tile comes to 75% in the best of seven tiles, for lack of bytes under way. Tensor
+descriptors are no faster.
+"""
 
 
 def scaled_update_reference(
@@ -68,28 +74,38 @@ def _scaled_update_kernel(  # noqa: PLR0917
     RANK: tl.constexpr,
     HAS_COLUMN_SCALE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
-    first = tl.program_id(0) * COLUMNS
-    part = (first >= first_end).to(tl.int32) + (first >= second_end).to(tl.int32)
-    column = first + tl.arange(0, COLUMNS)
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    across = tl.cdiv(num_columns, COLUMNS)
+    tiles = across * tl.cdiv(num_rows, ROWS)
     k = tl.arange(0, RANK)
-    in_columns, in_rows, in_rank = column < num_columns, row < num_rows, k < rank
-    mask = in_rows[:, None] & in_columns[None, :]
-    here = row[:, None] * num_columns + column[None, :]
-    row_scale = tl.load(row_scale_ptr + row, mask=in_rows, other=0.0)
-    total = tl.load(raw_ptr + here, mask=mask, other=0.0).to(tl.float32) * row_scale[:, None]
-    if HAS_COLUMN_SCALE:
-        total *= tl.load(column_scale_ptr + column, mask=in_columns, other=0.0)[None, :]
-    p_mask = in_rows[:, None] & in_rank[None, :]
-    p = tl.load(p_ptr + row[:, None] * p_stride + part * rank + k[None, :], mask=p_mask, other=0.0)
-    b_mask = in_columns[None, :] & in_rank[:, None]
-    b = tl.load(b_ptr + column[None, :] * b_row_stride + k[:, None] * b_rank_stride, mask=b_mask, other=0.0)
-    total += scaling * dot(p, b)
-    if HAS_RESIDUAL:
-        residual = residual_ptr + row[:, None] * residual_stride + column[None, :]
-        total += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + here, total.to(out_ptr.dtype.element_ty), mask=mask)
+    in_rank = k < rank
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+        first = tile % across * COLUMNS
+        part = (first >= first_end).to(tl.int32) + (first >= second_end).to(tl.int32)
+        column = first + tl.arange(0, COLUMNS)
+        row = (tile // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        in_columns, in_rows = column < num_columns, row < num_rows
+        mask = in_rows[:, None] & in_columns[None, :]
+        here = row[:, None] * num_columns + column[None, :]
+        row_scale = tl.load(row_scale_ptr + row, mask=in_rows, other=0.0)
+        total = tl.load(raw_ptr + here, mask=mask, other=0.0).to(tl.float32) * row_scale[:, None]
+        if HAS_COLUMN_SCALE:
+            total *= tl.load(column_scale_ptr + column, mask=in_columns, other=0.0)[None, :]
+        p_mask = in_rows[:, None] & in_rank[None, :]
+        p = tl.load(p_ptr + row[:, None] * p_stride + part * rank + k[None, :], mask=p_mask, other=0.0)
+        b_mask = in_columns[None, :] & in_rank[:, None]
+        b = tl.load(b_ptr + column[None, :] * b_row_stride + k[:, None] * b_rank_stride, mask=b_mask, other=0.0)
+        total += scaling * dot(p, b)
+        if HAS_RESIDUAL:
+            residual = residual_ptr + row[:, None] * residual_stride + column[None, :]
+            total += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + here, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def stages_for(rank: int) -> int:
+    """Tiles under way in a program: as many as leave room for P and B in 99 KB of shared memory (an Ada GPU's)."""
+    return STAGES if rank <= 64 else STAGES - 1
 
 
 def columns_of(ends: Sequence[int]) -> int:
@@ -125,7 +141,8 @@ def scaled_update(
         return scaled_update_reference(raw, row_scale, column_scale, product, b, **options)
     num_rows, num_columns = raw.shape
     out = raw if raw.dtype == product.dtype else torch.empty_like(raw, dtype=product.dtype)
-    _scaled_update_kernel[(triton.cdiv(num_columns, columns), triton.cdiv(num_rows, ROWS))](
+    tiles = triton.cdiv(num_columns, columns) * triton.cdiv(num_rows, ROWS)
+    _scaled_update_kernel[(min(tiles, num_programs(raw, per_multiprocessor=PROGRAMS)),)](
         raw,
         row_scale,
         row_scale if column_scale is None else column_scale,
@@ -147,6 +164,7 @@ def scaled_update(
         RANK=max(16, next_power_of_2(rank)),
         HAS_COLUMN_SCALE=column_scale is not None,
         HAS_RESIDUAL=residual is not None,
+        STAGES=stages_for(rank),
         num_warps=4,
     )
     return out
