@@ -125,6 +125,7 @@ CASES = [
         8,
         {"targets_ptr": "*i64"},
     ),
+    (linear_cross_entropy._scale_kernel, {"BLOCK": linear_cross_entropy.SCALE_BLOCK}, 8, {"values_ptr": "*fp32"}),
     (
         nf4._dequantize_kernel,
         {"BLOCK_BYTES": 32, "BLOCKS": 32, "NESTED_BLOCK_SIZE": 256, "NESTED": True, "ROUTED": True},

@@ -119,6 +119,51 @@ def test_activations_that_wait_on_the_host_change_nothing(keep, device):
     assert offload.host_bytes >= 2 * 2 * 6 * 16 * 4  # at least the two layers' inputs
 
 
+@pytest.mark.parametrize("adapter", [True, False])
+@pytest.mark.parametrize("keep", KEEP)
+def test_layers_that_stay_on_the_device_beside_others_on_the_host_change_no_bit(keep, adapter, device):
+    expected_model = make(device, adapter=adapter)
+    fuse_blocks(expected_model, keep=keep, implementation="reference")
+    expected, expected_grads = step(expected_model, device)
+    for staying in (1, 2):
+        offload = HostOffload(min_bytes=1, spare_bytes=512)
+        model = make(device, adapter=adapter)
+        fuse_blocks(model, keep=keep, offload=offload, implementation="reference", staying=staying)
+        assert [layer.options.offload is None for layer in model.blocks] == [index >= 2 - staying for index in (0, 1)]
+        for _ in range(2):
+            model.zero_grad()
+            actual, grads = step(model, device)
+            assert torch.equal(actual, expected)
+            assert all(torch.equal(grad, expected_grads[name]) for name, grad in grads.items())
+        assert offload.num_stored == 0
+        assert (offload.host_bytes > 0) == (staying == 1)
+
+
+def test_the_last_layers_let_the_others_tensors_leave_and_have_them_brought_back_in_time(device, monkeypatch):
+    model, calls = make(device), []
+    offload = HostOffload(min_bytes=1, spare_bytes=300)
+    fuse_blocks(model, keep="mixer", offload=offload, implementation="reference", staying=1)
+    for name in ("store", "stay", "bring", "fetch"):
+        method = getattr(offload, name)
+
+        def noted(*given, name=name, method=method):
+            calls.append((name, *given) if name == "stay" else name)
+            return method(*given)
+
+        monkeypatch.setattr(offload, name, noted)
+    ids = torch.tensor([[1, 2, 3]], device=device)
+    output = model(ids)
+    assert calls.index(("stay", 300)) == len(calls) - 1 == calls.count("store")
+    num_forward = len(calls)
+    output.sum().backward()
+    assert calls[num_forward] == "bring"
+    assert set(calls[num_forward + 1 :]) == {"fetch"}
+    num_both = len(calls)
+    with torch.no_grad():  # what runs without a backward keeps nothing
+        model(ids)
+    assert len(calls) == num_both
+
+
 def test_without_gradients_nothing_is_stored(device):
     offload = HostOffload(min_bytes=1)
     model = make(device)

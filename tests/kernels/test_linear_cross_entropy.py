@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from stoker.kernels.linear_cross_entropy import (
+    SCALE_BLOCK,
     LossOptions,
+    _scaled,
     linear_cross_entropy,
     linear_cross_entropy_reference,
     token_log_probabilities,
@@ -118,6 +120,42 @@ def test_large_logits_neither_overflow_nor_lose_the_loss(draw, device):
     actual = linear_cross_entropy(hidden, weight, targets, implementation="triton")
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
     assert torch.autograd.grad(actual, hidden)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, SCALE_BLOCK, 2 * SCALE_BLOCK + 5])
+def test_a_trained_heads_gradient_is_scaled_and_rounded_as_pytorch_does(count, dtype, draw, device):
+    values, factor = draw(count).float().to(device), torch.tensor(1 / 3, device=device)
+    expected = (values * factor).to(dtype)
+    assert torch.equal(_scaled(values.clone(), factor, dtype, uses_triton=False), expected)
+    if dtype == torch.bfloat16 and not values.is_cuda:  # the interpreter cuts where a GPU rounds
+        expected = ((values * factor).view(torch.int32) & -65536).view(torch.float32).to(dtype)
+    assert torch.equal(_scaled(values.clone(), factor, dtype, uses_triton=True), expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_that_were_scaled_in_place_are_not_scaled_again(implementation, draw, device):
+    hidden, weight = draw(6, 8).float().requires_grad_(), draw(37, 8).float().requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, some_targets(6, 37, device), implementation=implementation)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("num_rows", [None, 4, 6])
+@pytest.mark.parametrize("chunk_tokens", [2, 6])
+def test_rows_that_are_overwritten_are_the_heads_own(chunk_tokens, num_rows, implementation, draw, device):
+    targets = some_targets(6, 37, device)
+    hidden, weight = draw(6, 8).float().requires_grad_(), draw(37, 8).float().requires_grad_()
+    before = hidden.detach().clone()
+    options = {"chunk_tokens": chunk_tokens, "num_rows": num_rows, "implementation": implementation}
+    loss = linear_cross_entropy(hidden, weight, targets, **options)
+    assert torch.equal(hidden.detach(), before)
+    expected = linear_cross_entropy_reference(hidden, weight, targets)
+    pairs = zip(*(torch.autograd.grad(one, (hidden, weight)) for one in (loss, expected)), strict=True)
+    for actual, truth in pairs:
+        torch.testing.assert_close(actual, truth, rtol=1e-4, atol=1e-5)
 
 
 def test_a_frozen_head_gets_no_gradient(draw, device):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stoker.kernels.offload import HostOffload, is_dense
+from stoker.kernels.offload import MAX_LEAVING, HostOffload, is_dense
 
 
 def test_tensors_come_back_with_their_values_shapes_and_strides(draw):
@@ -37,6 +37,49 @@ def test_clear_releases_everything(draw):
         offload.store(draw(4).float())
     offload.clear()
     assert offload.num_stored == 0
+
+
+class _Stream:
+    """Takes note of what is waited for."""
+
+    def __init__(self):
+        self.waited = []
+
+    def wait_event(self, event):
+        self.waited.append(event)
+
+
+def test_copies_lag_by_what_layers_will_keep_that_have_not_run(monkeypatch):
+    stream = _Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    offload = HostOffload(spare_bytes=2 * 800)
+
+    def leave(*numbers):
+        for number in numbers:
+            offload._leaving.append((torch.empty(100), number))  # 400 bytes each
+            offload._make_room(MAX_LEAVING)
+
+    leave(*range(8))
+    assert stream.waited == []  # the newest four, and 1,600 bytes before them
+    leave(8)
+    assert stream.waited == [0]
+    offload.stay(800)
+    assert stream.waited == [0, 1, 2]
+    offload.stay(800)
+    assert stream.waited == list(range(9))  # nothing is spare any more
+    offload.clear()
+    leave(*range(10, 18))
+    assert stream.waited == list(range(9))
+
+
+def test_without_spare_memory_all_but_the_newest_have_left(monkeypatch):
+    stream = _Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    offload = HostOffload()
+    for number in range(6):
+        offload._leaving.append((torch.empty(100), number))
+        offload._make_room(MAX_LEAVING)
+    assert stream.waited == [0, 1]
 
 
 def test_tensors_with_gaps_are_told_from_dense_ones(draw):

@@ -1,7 +1,7 @@
 """Runs a model's layers through the layer kernel, which decides by itself what to keep for the backward."""
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -20,20 +20,40 @@ from stoker.nn.norm import Norm, RmsNorm
 from stoker.nn.rotary import Documents
 
 
+class Beside(NamedTuple):
+    """A layer that keeps its tensors on the device, after layers whose tensors wait on the host.
+
+    `num_bytes` of those that are still leaving have to be gone when it has run. `is_first`: the backward of those
+    layers follows its own.
+    """
+
+    offload: HostOffload
+    num_bytes: int
+    is_first: bool
+
+    def runs(self, output: Tensor) -> None:
+        """Makes room after the forward that gave `output`, and has the layer before find its tensors in time."""
+        self.offload.stay(self.num_bytes)
+        if self.is_first:
+            offload = self.offload
+            output.register_hook(lambda grad: offload.bring())  # as the backward begins
+
+
 class FusedBlock(Block):
     """A Llama-shaped `Block` with the same submodules under the same names, whose training forward is one operation.
 
-    The layer itself rebuilds what it drops. With a cache, as in decoding, it runs op by op.
+    The layer itself rebuilds what it drops. With a cache, as in decoding, it runs op by op. `beside`: what it keeps
+    stays on the device, where layers before it let theirs wait on the host.
     """
 
-    def __init__(self, original: Block, options: BlockOptions) -> None:
+    def __init__(self, original: Block, options: BlockOptions, *, beside: Beside | None = None) -> None:
         super().__init__(
             cast("Attention", original.attention),
             cast("nn.Module", original.feed_forward),
             attention_norm=cast("Norm", original.attention_norm),
             feed_forward_norm=cast("Norm", original.feed_forward_norm),
         )
-        self.options = options
+        self.options, self.beside = options, beside
 
     def forward(
         self,
@@ -59,7 +79,10 @@ class FusedBlock(Block):
             _projection(feed_forward.down),
             *(None if norm is None else cast("RmsNorm", norm).factor for norm in (attention.q_norm, attention.k_norm)),
         )
-        return block(x, cos, sin, weights=weights, options=self.options, document_lengths=document_lengths)
+        output = block(x, cos, sin, weights=weights, options=self.options, document_lengths=document_lengths)
+        if self.beside is not None and output.requires_grad:
+            self.beside.runs(output)
+        return output
 
 
 def why_not_fused(model: nn.Module) -> str | None:
@@ -97,14 +120,16 @@ def fuse_blocks(
     implementation: str = "triton",
     offload: HostOffload | None = None,
     tile_tokens: int | None = None,
+    staying: int = 0,
 ) -> None:
     """Replaces the layers of `model.blocks` by `FusedBlock`s on this instance; parameters keep their names.
 
     Layers that the kernel cannot run stay as they are, and are run again as a whole unless they keep "all".
     `keep` is one rung (`stoker.kernels.block.KEEP`) for all layers or one for each; with `offload`, the inputs of all
-    layers and what attention keeps wait in pinned host memory for the backward; `tile_tokens` is that of
-    `BlockOptions`. Raises ValueError when the number of rungs differs from that of the layers, for an unknown rung, and
-    where `why_not_fused` gives a reason. Call it after adapters are added and weights are quantised.
+    layers and what attention keeps wait in pinned host memory for the backward, but for those of the last `staying`
+    layers, for which its `spare_bytes` are; `tile_tokens` is that of `BlockOptions`. Raises ValueError when the number
+    of rungs differs from that of the layers, for an unknown rung, and where `why_not_fused` gives a reason. Call it
+    after adapters are added and weights are quantised.
     """
     blocks = cast("nn.ModuleList", model.blocks)
     rungs = [keep] * len(blocks) if isinstance(keep, str) else list(keep)
@@ -112,6 +137,7 @@ def fuse_blocks(
         raise ValueError(f"{len(rungs)} rungs for {len(blocks)} layers")
     if reason := why_not_fused(model):
         raise ValueError(f"the layer kernel cannot run {reason}")
+    num_away = max(0, len(blocks) - staying)
     for index, rung in enumerate(rungs):
         original = cast("Block", blocks[index])
         if _why_not(original) is not None:
@@ -126,7 +152,7 @@ def fuse_blocks(
             attention.window,
             implementation,
             rung,
-            offload,
+            offload if index < num_away else None,
             tile_tokens,
             activation=cast("GatedFeedForward", original.feed_forward).activation,
             interleaved=attention.interleaved,
@@ -134,7 +160,10 @@ def fuse_blocks(
             head_epsilon=0.0 if attention.q_norm is None else cast("RmsNorm", attention.q_norm).epsilon,
             exchange=attention.exchange,
         )
-        blocks[index] = FusedBlock(original, options)
+        beside = None
+        if offload is not None and index >= num_away:
+            beside = Beside(offload, offload.spare_bytes // staying, is_first=index == num_away)
+        blocks[index] = FusedBlock(original, options, beside=beside)
 
 
 def freeze_into(model: nn.Module, make: Callable[[Tensor, tuple[int, ...]], nn.Module]) -> int:

@@ -25,7 +25,9 @@ def set_up_layers(decoder: "Model", plan: Plan) -> "HostOffload | None":
     from stoker.nn.mamba1 import Mamba1
 
     take_apart(decoder)
-    offload = HostOffload() if plan.offload_activations else None
+    ladder, offload = plan.ladder, None
+    if ladder.num_away:
+        offload = HostOffload(spare_bytes=ladder.staying * (plan.host_bytes // ladder.num_away))
     if plan.layers == "fused":
         fuse_blocks(
             decoder,
@@ -33,6 +35,7 @@ def set_up_layers(decoder: "Model", plan: Plan) -> "HostOffload | None":
             implementation=plan.kernels,
             offload=offload,
             tile_tokens=plan.tile_tokens,
+            staying=ladder.staying,
         )
     for block, rung in zip(decoder.blocks, plan.keep, strict=True):
         if isinstance(block, FusedBlock):

@@ -37,7 +37,11 @@ class Layers:
             return ""
         before = self.plan.recompute
         self.plan = replace(
-            self.plan, keep=ladder.keep, offload_activations=ladder.offload, tile_tokens=ladder.tile_tokens
+            self.plan,
+            keep=ladder.keep,
+            offload_activations=ladder.offload,
+            tile_tokens=ladder.tile_tokens,
+            staying_layers=ladder.staying,
         )
         self.clear()
         self._set_up()

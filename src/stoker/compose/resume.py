@@ -79,9 +79,12 @@ def ladder_before(config: RunConfig, folder: RunFolder, device_name: str) -> Lad
     plan, asked = _plan_before(folder, device_name), config.engine
     if asked.recompute != "auto" or not {"keep", "layers", "tile_tokens", "offload_activations"} <= plan.keys():
         return None
-    if asked.offload_activations not in ("auto", plan["offload_activations"]):
-        return None
-    return Ladder(tuple(plan["keep"]), plan["offload_activations"], plan["layers"], plan["tile_tokens"])
+    rungs, staying = tuple(plan["keep"]), plan.get("staying_layers", 0)
+    before = Ladder(rungs, plan["offload_activations"], plan["layers"], plan["tile_tokens"], staying)
+    wanted = asked.offload_activations
+    if isinstance(wanted, bool):
+        wanted = len(rungs) if wanted else 0
+    return before if wanted in ("auto", before.num_away) else None
 
 
 def _plan_before(folder: RunFolder, device_name: str) -> dict[str, Any]:

@@ -261,8 +261,10 @@ def remote_code_is_pinned(config: RunConfig) -> Iterator[Finding]:
 
 def offloading_needs_a_gpu(config: RunConfig) -> Iterator[Finding]:
     """Activations leave a GPU's memory for the host's; elsewhere there is no other memory to go to."""
-    if config.engine.offload_activations is True and config.engine.device in ("cpu", "mps"):
-        what = f"engine.offload_activations = true needs a CUDA GPU, but engine.device is {config.engine.device}."
+    asked = config.engine.offload_activations
+    if asked not in ("auto", False) and config.engine.device in ("cpu", "mps"):
+        shown = str(asked).lower()
+        what = f"engine.offload_activations = {shown} needs a CUDA GPU, but engine.device is {config.engine.device}."
         yield Finding(("engine", "offload_activations"), what, "Use false, or auto and let the plan choose.")
 
 

@@ -70,6 +70,7 @@ class Backward:
         self.scale_grads: list[Tensor | None] = [None] * len(scales)
         self.norm_grads: list[Tensor | None] = [None, None, None, None]
         self.grads: list[Tensor | None] = [None] * len(tensors)
+        self.num_tiles = 1
 
     def __call__(self, grad: Tensor, attended: KeptAttention | None, kept: Kept) -> Tensor | None:
         """Gradient of x (None where nothing needs it, as below the first layer), from that of the output [B, T, D].
@@ -177,6 +178,7 @@ class Backward:
         The same in fp8 where `out` reads it so and it is made at once.
         """
         pieces = tiles(mid.shape[0], self.layout.options)
+        self.num_tiles = len(pieces)
         if len(pieces) == 1:
             rounded = self._room(1, mid.shape[0])
             grad_mid = self._feed_forward_tile(grad, mid, kept, pieces[0], rounded=rounded)
@@ -279,12 +281,28 @@ class Backward:
         """Adds the gradients of weight and bias that are needed, and that of A where dP and the input are given."""
         first = 4 * index
         if self.needs[first] and x is not None:
-            self._add(first, grad.t() @ x)
+            self._add_product(first, grad, x)
         if self.needs[first + 1]:
             scale, total = self.projections[index].scale, grad.sum(0, dtype=torch.float32)
             self._add(first + 1, total if scale is None else total / scale)
         if grad_p is not None and x is not None:
             self._add(first + 2, grad_a(self.projections[index], x, grad_p, piece))
+
+    def _add_product(self, index: int, grad: Tensor, x: Tensor) -> None:
+        """Adds gradᵀ x [out, in], a weight's gradient, of all tokens or of a tile's.
+
+        Of two tiles the second product adds to the first, in fp32 inside of itself: one rounding more than a product
+        over all tokens, and the sum of two rounded ones would be one more again, in passes of their own. Of more, the
+        sum so far is kept in fp32.
+        """
+        before = self.grads[index]
+        if before is None:
+            self.grads[index] = grad.t() @ x
+        elif self.num_tiles == 2:
+            before.addmm_(grad.t(), x)
+        else:
+            before = before.float()
+            self.grads[index] = before.add_(grad.t() @ x)
 
     def _add_scale(self, index: int, grad: Tensor | None) -> None:
         """The same for a projection's scale, whose gradient is in fp32."""

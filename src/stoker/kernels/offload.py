@@ -3,6 +3,9 @@
 Copies run on a stream of their own, beside the compute: a layer's tensors leave while the next layers compute, and come
 back, one layer ahead, while the layers after it run their backward. At 50 GB/s the 64 MB that 8,192 tokens of width
 4,096 take each way need 1.3 ms, a layer of an 8B model some 5 ms of compute (H200).
+
+Where copies take longer than a layer's compute, the compute would wait for them. If the last layers keep theirs on the
+device, copies may lag: what is late lies, until those layers run, in the memory that they will need.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 from stoker.kernels.ahead import is_compiling_ahead
 from stoker.kernels.pinned import empty_pinned
 
-# Copies under way at a time: the tensors of the layer before may still be leaving while this one's are handed over.
+# Copies that may always be under way: tensors of the layer before are still leaving while this one's are handed over.
 MAX_LEAVING = 4
 
 
@@ -38,12 +41,14 @@ class HostOffload:
 
     `prefetch` is how many of the handles just below a fetched one are brought along. Host buffers are kept and used
     again, so that the pinned memory is that of the largest step. Tensors below `min_bytes` are not worth a copy of
-    their own. On a CPU it only copies: the logic, not the effect.
+    their own. Of the tensors that have not left yet, all but the newest `MAX_LEAVING` may take `spare_bytes` of the
+    device, less what `stay` was told since. On a CPU it only copies: the logic, not the effect.
     """
 
-    def __init__(self, *, prefetch: int = 3, min_bytes: int = 2**20) -> None:
+    def __init__(self, *, prefetch: int = 3, min_bytes: int = 2**20, spare_bytes: int = 0) -> None:
         self._prefetch = prefetch
         self._min_bytes = min_bytes
+        self.spare_bytes = self._left_to_spare = spare_bytes
         self._entries: dict[int, _Entry] = {}
         self._next = 0
         self._free: dict[tuple[torch.dtype, int], list[Tensor]] = {}
@@ -68,7 +73,7 @@ class HostOffload:
         """
         if is_compiling_ahead():
             return False
-        return tensor.numel() * tensor.element_size() >= self._min_bytes and is_dense(tensor)
+        return _num_bytes(tensor) >= self._min_bytes and is_dense(tensor)
 
     def store(self, tensor: Tensor) -> int:
         """Starts moving `tensor` to the host and returns its handle; the caller drops its own references.
@@ -88,11 +93,26 @@ class HostOffload:
         self._entries[handle] = entry
         return handle
 
-    def fetch(self, handle: int) -> Tensor:
-        """Returns the stored tensor on its device, with its shape and strides; also after an earlier `fetch`."""
-        for wanted in range(handle, handle - self._prefetch - 1, -1):
+    def stay(self, num_bytes: int) -> None:
+        """Says that a layer keeps `num_bytes` on the device, which are spare no longer; with the last of them
+        everything has left."""
+        self._left_to_spare = max(0, self._left_to_spare - num_bytes)
+        self._make_room(0 if self._left_to_spare == 0 else MAX_LEAVING)
+
+    def bring(self) -> None:
+        """Starts to bring back what was stored last, which is needed first."""
+        if self._entries:
+            self._bring(max(self._entries))
+
+    def _bring(self, newest: int) -> None:
+        self._left_to_spare = self.spare_bytes  # no forward is under way
+        for wanted in range(newest, newest - self._prefetch - 1, -1):
             if wanted in self._entries:
                 self._copy_back(self._entries[wanted])
+
+    def fetch(self, handle: int) -> Tensor:
+        """Returns the stored tensor on its device, with its shape and strides; also after an earlier `fetch`."""
+        self._bring(handle)
         entry = self._entries[handle]
         if entry.arrived is not None:
             torch.cuda.current_stream(entry.device).wait_event(entry.arrived)
@@ -108,6 +128,7 @@ class HostOffload:
     def clear(self) -> None:
         """Releases everything, as after a step that was broken off."""
         self._leaving.clear()
+        self._left_to_spare = self.spare_bytes
         for handle in list(self._entries):
             self.release(handle)
 
@@ -124,9 +145,15 @@ class HostOffload:
             done = side.record_event()
         # The tensor's memory must not be given to others before it has left; a few at a time wait for that.
         self._leaving.append((tensor, done))
-        while len(self._leaving) > MAX_LEAVING:
-            _, left = self._leaving.popleft()
-            current.wait_event(left)
+        self._make_room(MAX_LEAVING)
+
+    def _make_room(self, count: int) -> None:
+        """Waits for tensors to leave until those before the newest `count` take no more than is spare."""
+        late = sum(_num_bytes(tensor) for tensor, _ in list(self._leaving)[: max(0, len(self._leaving) - count)])
+        while len(self._leaving) > count and late > self._left_to_spare:
+            tensor, left = self._leaving.popleft()
+            torch.cuda.current_stream(tensor.device).wait_event(left)
+            late -= _num_bytes(tensor)
 
     def _copy_back(self, entry: _Entry) -> None:
         if entry.back is not None:
@@ -136,18 +163,19 @@ class HostOffload:
         if entry.device.type != "cuda":
             entry.back.copy_(source)
             return
-        self._let_go(entry.device)
+        # In the backward nothing leaves any more: the last tensors of the forward are freed.
+        while self._leaving:
+            _, left = self._leaving.popleft()
+            torch.cuda.current_stream(entry.device).wait_event(left)
         side = self._stream(entry.device)
         side.wait_stream(torch.cuda.current_stream(entry.device))  # who used this memory before is done
         with torch.cuda.stream(side):
             entry.back.copy_(source, non_blocking=True)
             entry.arrived = side.record_event()
 
-    def _let_go(self, device: torch.device) -> None:
-        """In the backward nothing leaves any more: the last tensors of the forward are freed."""
-        while self._leaving:
-            _, left = self._leaving.popleft()
-            torch.cuda.current_stream(device).wait_event(left)
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _host_buffer(tensor: Tensor) -> Tensor:

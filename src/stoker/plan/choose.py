@@ -153,6 +153,7 @@ def _plan(choice: Choice) -> Plan:
         keep=best.ladder.keep,
         tile_tokens=best.ladder.tile_tokens,
         offload_activations=best.ladder.offload,
+        staying_layers=best.ladder.staying,
         cuda_graphs=graphs,
         num_threads=num_threads,
         row_tokens=job.row_tokens,
@@ -361,7 +362,7 @@ def _recompute_reason(best: Candidate) -> str:
         return "set in the configuration"
     if set(best.ladder.keep) <= {"all"}:
         return "all that the backward needs fits in memory"
-    whole = replace(best.ladder, keep=("all",) * len(job.spec.layers), offload=False, tile_tokens=None)
+    whole = replace(best.ladder, keep=("all",) * len(job.spec.layers), offload=False, tile_tokens=None, staying=0)
     needed, allowed = best.size.candidate(whole).memory.total, job.machine.device.memory_bytes
     return f"as much as fits: keeping all needs {size(needed)} of {size(allowed)}"
 
@@ -376,11 +377,12 @@ def _tiles_reason(best: Candidate) -> str:
 
 
 def _offload_reason(best: Candidate) -> str:
-    job = best.size.job
+    job, ladder = best.size.job, best.ladder
+    count = f"of the first {ladder.num_away} of {len(ladder.keep)} layers" if ladder.offload and ladder.staying else ""
     if job.config.engine.offload_activations != "auto":
-        return "set in the configuration"
-    if best.ladder.offload:
-        return f"{size(best.host_bytes)} of what layers keep wait in pinned host memory"
+        return f"set in the configuration: {count}" if count else "set in the configuration"
+    if ladder.offload:
+        return f"{size(best.host_bytes)} {count or 'of what layers keep'} wait in pinned host memory"
     on_gpu = job.machine.device.kind == "cuda"
     return "it fits on the device" if on_gpu else "only a CUDA GPU has another memory beside it"
 

@@ -158,16 +158,11 @@ def refuse_unknown_rungs(config: RunConfig, spec: AnySpec, device: Device) -> No
             f"engine.recompute = {engine.recompute} is a rung of the layer kernel, which cannot run here: {why}.",
             fix="Use none, input or auto.",
         )
-    if engine.offload_activations is True and device.kind != "cuda":
-        raise PlanError(
-            f"engine.offload_activations = true needs a CUDA GPU; this run uses {device.name}.",
-            fix="Use false or auto.",
-        )
-    if engine.offload_activations is True and why:
-        raise PlanError(
-            f"engine.offload_activations = true needs the layer kernel, which cannot run here: {why}.",
-            fix="Use false or auto.",
-        )
+    offload = f"engine.offload_activations = {str(engine.offload_activations).lower()}"
+    if engine.offload_activations not in ("auto", False) and device.kind != "cuda":
+        raise PlanError(f"{offload} needs a CUDA GPU; this run uses {device.name}.", fix="Use false or auto.")
+    if engine.offload_activations not in ("auto", False) and why:
+        raise PlanError(f"{offload} needs the layer kernel, which cannot run here: {why}.", fix="Use false or auto.")
 
 
 def _op_by_op_rungs(spec: AnySpec) -> set[str]:

@@ -26,13 +26,21 @@ TILE_TOKENS = 8192
 class Ladder:
     """The rung of each layer, whether what they keep waits on the host, and how the layers run.
 
-    `tile_tokens`: the feed-forward goes through so many tokens at a time (None: through all at once).
+    `tile_tokens`: the feed-forward goes through so many tokens at a time (None: through all at once). `staying`: with
+    `offload`, so many of the last layers keep theirs on the device. Their backward comes first: nothing has to be
+    waited for there, and what they hold is gone when the others' gradients have come.
     """
 
     keep: tuple[Keep, ...]
     offload: bool
     layers: Layers
     tile_tokens: int | None = None
+    staying: int = 0
+
+    @property
+    def num_away(self) -> int:
+        """How many layers, from the first, have what they keep wait on the host."""
+        return len(self.keep) - self.staying if self.offload else 0
 
     def tiled(self, spec: AnySpec, micro: Micro) -> "Ladder":
         """Returns the same with the feed-forward in tiles if that lowers the peak, and without if not."""
@@ -65,23 +73,43 @@ class Ladder:
         """Returns what layers hold, in their order, each with how many alike follow one another."""
         # Most layers are one and the same object.
         objects = {id(layer): layer for layer in spec.layers}
-        way = (self.layers, self.offload, self.tile_tokens)
-        pairs = itertools.groupby(zip(map(id, spec.layers), self.keep, strict=True))
+        away, count = self.num_away, len(self.keep)
+        first: _Place = "all away" if away == count else "away"
+        places: list[_Place] = [first if index < away else "here" for index in range(count)]
+        if 0 < away < count:
+            places[away] = "first here"
+        runs = itertools.groupby(zip(map(id, spec.layers), self.keep, places, strict=True))
         return [
-            (_held(objects[identity], spec.hidden_size, micro, rung, way), len(list(same)))
-            for (identity, rung), same in pairs
+            (
+                _held(objects[identity], spec.hidden_size, micro, rung, (self.layers, place, self.tile_tokens)),
+                len(list(same)),
+            )
+            for (identity, rung, place), same in runs
         ]
 
 
+_Place = Literal["here", "all away", "away", "first here"]
+
+
 @remember(0)
-def _held(layer: LayerSpec, hidden_size: int, micro: Micro, rung: Keep, way: tuple[Layers, bool, int | None]) -> Held:
-    """Returns what a layer holds; `way`: how the layers run, whether they offload, and the tokens of a tile."""
-    how, offload, tile_tokens = way
+def _held(layer: LayerSpec, hidden_size: int, micro: Micro, rung: Keep, way: tuple[Layers, _Place, int | None]) -> Held:
+    """Returns what a layer holds; `way`: how the layers run, where what they keep waits, and the tokens of a tile.
+
+    "away" is on the host, as far as it can be: for this layer and those before it, or for all. "first here" is the
+    device, for the layer after those.
+    """
+    how, place, tile_tokens = way
     if how == "op by op" or why_not_llama(layer):
         # Among layers that the layer kernel runs, the residual stream is as those hand it on.
         held = activations.op_by_op(layer, hidden_size, micro if how == "op by op" else micro.narrow(), rung)
     else:
-        held = activations.fused(layer, hidden_size, micro, rung, offload=offload, tile_tokens=tile_tokens)
+        is_away = place in ("away", "all away")
+        held = activations.fused(layer, hidden_size, micro, rung, offload=is_away, tile_tokens=tile_tokens)
+        if place == "away":  # all has left when the last of those that stay has run
+            held = replace(held, leaving=0)
+        elif place == "first here":  # what the layer before it needs comes back beside its backward
+            others = activations.fused(layer, hidden_size, micro, rung, offload=True, tile_tokens=tile_tokens)
+            held = replace(held, passing=held.passing + min(others.leaving, others.host))
     return replace(held, arriving=activations.arriving(layer, hidden_size, micro))
 
 
@@ -141,7 +169,7 @@ def ladders(
     layers: Sequence[LayerSpec],
     *,
     asked: str,
-    offload: bool | Literal["auto"],
+    offload: bool | int | Literal["auto"],
     can_fuse: bool,
     can_offload: bool,
     fuses_all: bool,
@@ -150,23 +178,31 @@ def ladders(
 
     A layer that the layer kernel cannot run among others that it can keeps all, or its input alone.
     `asked` and `offload` are the user's settings, "auto" for the plan's choice. `can_fuse`: the layer kernel can run
-    this model; `fuses_all`: it is the faster one even where nothing is computed again. With an automatic offload,
-    what attention keeps waits on the host before any layer computes attention again: with q, k and v first, which are
-    then not computed again either, and without them where that is still too much.
+    this model; `fuses_all`: it is the faster one even where nothing is computed again. With an automatic offload, what
+    layers keep on the rung "mixer" waits on the host, one layer after the other, before any layer computes q, k and v
+    again, and what they keep of attention before any computes attention again.
     """
     everything = ("all",) * len(layers)
     if not can_fuse:
         yield from _mixtures(layers, LADDER, asked, offload=False, how="op by op")
         return
-    if not fuses_all and asked in ("auto", "none") and offload is not True:
+    if not fuses_all and asked in ("auto", "none") and offload in ("auto", False):
         yield Ladder(everything, offload=False, layers="op by op")
         if asked == "none":
             return
     if offload != "auto" or not can_offload:
-        yield from _mixtures(layers, LADDER, asked, offload=offload is True, how="fused")
+        is_away = can_offload and offload is not False
+        staying = max(0, len(layers) - offload) if is_away and not isinstance(offload, bool | str) else 0
+        for one in _mixtures(layers, LADDER, asked, offload=is_away, how="fused"):
+            yield replace(one, staying=staying)
         return
-    yield from _mixtures(layers, LADDER[:3], asked, offload=False, how="fused")
-    yield from _mixtures(layers, LADDER[1:], asked, offload=True, how="fused")
+    kept = list(_mixtures(layers, LADDER[:2], asked, offload=False, how="fused"))
+    yield from kept
+    for staying in reversed(range(len(layers))):
+        yield replace(kept[-1], offload=True, staying=staying)
+    if asked == "auto":
+        yield from itertools.islice(_mixtures(layers, LADDER[1:3], asked, offload=False, how="fused"), 1, None)
+        yield from itertools.islice(_mixtures(layers, LADDER[1:], asked, offload=True, how="fused"), 1, None)
 
 
 def _mixtures(
@@ -191,8 +227,11 @@ def _mixtures(
 def lower(ladder: Ladder, *, can_offload: bool) -> Ladder | None:
     """Returns the ladder with every layer on the rung below its lowest, or what waits on the host; None below that.
 
-    For a run whose memory was not what the plan thought. Layers that run op by op keep their input alone at once.
+    For a run whose memory was not what the plan thought. Layers that run op by op keep their input alone at once; where
+    some offload, all do first.
     """
+    if ladder.num_away and ladder.staying:
+        return replace(ladder, staying=0)
     lowest = max(LADDER.index(rung) for rung in ladder.keep) if ladder.keep else len(LADDER)
     is_fused = ladder.layers == "fused"
     if lowest + 1 < len(LADDER):

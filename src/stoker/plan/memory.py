@@ -32,8 +32,9 @@ BASE_BYTES = {"cpu": GIB // 2, "cuda": GIB, "mps": GIB}
 _WORKSPACES, _WORKSPACE_BYTES, _WIDE_WORKSPACE_BYTES = 2, 8 * 2**20 + 2**17, 32 * 2**20
 # The head's logits are made in chunks of at most this many bytes, with as much again for their gradient.
 _LOGITS_BYTES = 2 * 128 * 2**20
-# Tensors [N, D] about the head: its norm's input and output, the trained rows of those, and their gradient twice.
-_HEAD_TENSORS = 5
+# Tensors [N, D] about the head: its norm's input and output, the trained rows of those, whose place their gradient
+# takes, and that among all rows.
+_HEAD_TENSORS = 4
 # Freed blocks of odd sizes that the allocator cannot hand out again, as a share of everything else.
 _FRAGMENTATION = 0.05
 # Layers that are gathered at a time where devices share weights: the one at work and the next.
@@ -186,7 +187,7 @@ def estimate(
     logits = head_bytes(spec, tokens, value_bytes)
     if is_narrow and not shares_by_layer:
         # Beside the logits there is the head's gradient alone, in fp32 and then rounded: more than all of them or not.
-        logits = max(0, logits + _head_gradient_bytes(spec) - gradients)
+        logits = max(0, _trained_head_bytes(spec, tokens, value_bytes) - gradients)
     scratch = scratch_bytes(spec, quantization, value_bytes)
     held = weights + gradients + state + logits + scratch + communication
     reserve = BASE_BYTES[device] + round(_FRAGMENTATION * held)
@@ -215,21 +216,26 @@ def _on_host(states: Mapping[str, int], spread: Spread) -> int:
 
 def head_bytes(spec: AnySpec, tokens: int, value_bytes: int) -> int:
     """Returns what the head and the loss hold: chunks of logits with their gradient, and the rows about them."""
-    logits = min(_LOGITS_BYTES, 2 * 4 * tokens * spec.vocab_size)
-    return logits + _HEAD_TENSORS * tokens * spec.hidden_size * value_bytes
+    return _logits_bytes(spec, tokens) + _HEAD_TENSORS * tokens * spec.hidden_size * value_bytes
 
 
-def _head_gradient_bytes(spec: AnySpec) -> int:
-    """Bytes of a trained head's gradient while it is made, in fp32, and of two bytes a weight beside it.
-
-    Those are the gradient again, rounded, where weights are bf16, or else the weights in the compute type.
-    """
-    return (4 + 2) * spec.vocab_size * spec.hidden_size
+def _logits_bytes(spec: AnySpec, tokens: int) -> int:
+    return min(_LOGITS_BYTES, 2 * 4 * tokens * spec.vocab_size)
 
 
 def trained_head_bytes(spec: AnySpec, micro: Micro) -> int:
-    """Returns what the head and the loss hold of a micro-batch where the head is trained: its gradient, too."""
-    return head_bytes(spec, micro.tokens, micro.value_bytes) + _head_gradient_bytes(spec)
+    """Returns what the head and the loss hold of a micro-batch where the head is trained.
+
+    That is its gradient in fp32, and two bytes a weight beside it: while the gradient is made, the weights in the
+    compute type or, where they are bf16, a chunk of logits of that size; when it is rounded to bf16, the rounded one.
+    """
+    return _trained_head_bytes(spec, micro.tokens, micro.value_bytes, is_narrow=micro.gradient_bytes == 2)
+
+
+def _trained_head_bytes(spec: AnySpec, tokens: int, value_bytes: int, *, is_narrow: bool = True) -> int:
+    weights, logits = spec.vocab_size * spec.hidden_size, _logits_bytes(spec, tokens)
+    beside = max(2 * weights, logits) if is_narrow else 2 * weights + logits
+    return 4 * weights + beside + _HEAD_TENSORS * tokens * spec.hidden_size * value_bytes
 
 
 def last_gradient_bytes(spec: AnySpec, micro: Micro) -> int:

@@ -38,7 +38,8 @@ class Plan:
     `keep_transposed`: transposed copies of fp8 weights stay beside them (None: no fp8). `layers`: each is one fused
     operation, or runs op by op. `keep`: what each layer keeps for the backward (`arch.activations.LADDER`).
     `tile_tokens`: the feed-forward goes through so many tokens at a time (None: through a whole micro-batch).
-    `cuda_graphs`: micro-batches are captured and replayed. `host_bytes`: pinned host memory in which kept tensors wait.
+    `cuda_graphs`: micro-batches are captured and replayed. `host_bytes`: pinned host memory in which kept tensors wait;
+    `staying_layers`: those of so many layers, the last ones, do not.
     Sizes and memory are those of one of `num_processes`, of which `per_node` are in each node; `stage`: of ZeRO.
     `reshards`: FSDP2 lets a layer's weights go after its forward (None: another strategy). The other fields of `spread`
     stand for themselves.
@@ -78,6 +79,7 @@ class Plan:
     bucket_values: int | None = None
     param_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    staying_layers: int = 0
 
     @property
     def spread(self) -> Spread:
@@ -105,7 +107,7 @@ class Plan:
     @property
     def ladder(self) -> ladder.Ladder:
         """What the layers keep, and how they run."""
-        return ladder.Ladder(self.keep, self.offload_activations, self.layers, self.tile_tokens)
+        return ladder.Ladder(self.keep, self.offload_activations, self.layers, self.tile_tokens, self.staying_layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as JSON values."""

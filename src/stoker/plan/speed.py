@@ -162,12 +162,12 @@ class _Clock:
         """Returns all parts, of all micro-batches and the update."""
         on_cpu = self.plan.device == "cpu"
         times = self._micro_batch_on_cpu() if on_cpu else self._micro_batch(self.amounts)
-        copies = 2 * self.plan.host_bytes / (self.found.host_link * self.device.host_link or 1.0)
+        copies = self.plan.host_bytes / (self.found.host_link * self.device.host_link or 1.0)  # each way
         # A CPU makes its calls and does their work one after the other: they are in the micro-batch's times.
         launches = 0.0 if self.plan.cuda_graphs or on_cpu else self._launches()
         calls = times.pop("waiting", 0.0)
         work = sum(times.values())
-        waiting = calls if on_cpu else max(0.0, copies - work, launches - work)
+        waiting = calls if on_cpu else max(self._waiting_for_copies(copies, times), launches - work)
         micro = self.plan.accumulation_steps
         collectives, exposed = self._communication(work)
         return Step(
@@ -176,11 +176,21 @@ class _Clock:
             communication=exposed,
             waiting=micro * waiting + (cpu.step_seconds(self.found.cpu) if on_cpu else 0.0),
             hidden={
-                "copies to the host": micro * copies,
+                "copies to the host": micro * 2 * copies,
                 "launches": micro * launches,
                 "collectives": collectives - exposed,
             },
         )
+
+    def _waiting_for_copies(self, copies: float, times: dict[str, float]) -> float:
+        """Seconds that layers wait for copies of so many seconds each way; `times`: of a micro-batch, by part.
+
+        What leaves does so beside the layers' forward, and comes back beside their backward.
+        """
+        products = 2 if self.is_frozen else 3
+        forward = times["matmul"] / products + (times["attention"] + times["elementwise"] + times["adapters"]) / 3
+        backward = sum(times.values()) - times["head"] - forward
+        return max(0.0, copies - forward) + max(0.0, copies - backward)
 
     def _micro_batch(self, work: Amounts) -> dict[str, float]:
         """Seconds of a micro-batch, by part."""

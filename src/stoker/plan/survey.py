@@ -426,6 +426,7 @@ def _why(best: Candidate, step: Step, spec: AnySpec) -> str:
     """One line: what the plan does, and what most of its time goes into."""
     parts = sorted(step.parts().items(), key=lambda item: -item[1])
     most = ", ".join(f"{name} {seconds / step.seconds:.0%}" for name, seconds in parts[:2])
-    offload = " and on the host" if best.ladder.offload else ""
+    count = best.ladder.num_away
+    offload = f", on the host in {count}" if count and best.ladder.staying else " and on the host" if count else ""
     coarse = "; a coarser estimate (not native)" if isinstance(spec, BorrowedSpec) else ""
     return f"{words(best.keep)}{offload}; time: {most}{coarse}"

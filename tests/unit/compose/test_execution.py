@@ -121,12 +121,23 @@ def test_offloaded_layers_share_one_place_on_the_host(decoder, plan):
     assert offload.num_stored == 0
 
 
+def test_the_last_layers_may_keep_theirs_on_the_device(decoder, plan):
+    expected = gradients(decoder)
+    settings = {"offload_activations": True, "staying_layers": 1, "host_bytes": 2 * 1000}
+    offload = set_up_layers(decoder, plan(layers="fused", keep=("attention",) * 3, **settings))
+    assert [block.options.offload for block in decoder.blocks] == [offload, offload, None]
+    assert decoder.blocks[2].beside == (offload, 1000, True)  # what a layer has on the host, the last one has here
+    torch.testing.assert_close(gradients(decoder), expected, rtol=1e-4, atol=1e-5)
+    assert offload.num_stored == 0
+
+
 @pytest.mark.parametrize("keep", ["mixer", "attention", "input"])
 @pytest.mark.parametrize("train_base", [False, True])
-def test_tiles_give_the_same_loss_and_gradients(plan, keep, train_base):
+@pytest.mark.parametrize("size", [5, 7])  # of twelve tokens: two full tiles and a shorter one, or one and a shorter one
+def test_tiles_give_the_same_loss_and_gradients(plan, keep, train_base, size):
     ids = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))
     runs = []
-    for tile_tokens in (None, 5):  # of twelve tokens: two full tiles and a shorter one
+    for tile_tokens in (None, size):
         decoder = native.build(SPEC)
         if not train_base:
             add_lora(decoder, rank=2, alpha=4)

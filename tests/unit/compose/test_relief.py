@@ -104,6 +104,8 @@ def test_rungs_go_down_to_what_waits_on_the_host():
         ("input", "input", "input", False),
         ("input", "input", "input", True),
     ]
+    beside = Ladder(("mixer",) * 3, offload=True, layers="fused", staying=2)
+    assert lower(beside, can_offload=True) == Ladder(("mixer",) * 3, offload=True, layers="fused")
     op_by_op = lower(Ladder(("all", "input"), offload=False, layers="op by op"), can_offload=True)
     assert op_by_op.keep == ("input", "input")
     assert lower(op_by_op, can_offload=True) is None

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from stoker.compose.resume import engine_before
+from stoker.compose.resume import engine_before, ladder_before
 from stoker.compose.run_folder import RunFolder
 from stoker.config.load import parse
 
@@ -25,3 +25,32 @@ def test_a_micro_batch_is_kept_where_one_processs_rows_still_fill_it(tmp_path, r
     assert found.get("micro_batch_size") == kept
     assert found["precision"] == "bf16"
     assert engine_before(config, RunFolder.of(str(tmp_path)), "another") == {}
+
+
+@pytest.mark.parametrize(
+    ("staying", "asked", "kept"),
+    [
+        ({"staying_layers": 2}, "auto", 1),
+        ({"staying_layers": 2}, 1, 1),
+        ({"staying_layers": 2}, True, None),
+        ({"staying_layers": 2}, 2, None),
+        ({}, "auto", 3),  # a run of before there were such layers
+        ({}, True, 3),
+        ({}, 1, None),
+        ({}, False, None),
+    ],
+)
+def test_as_many_layers_wait_on_the_host_as_when_the_run_began(tmp_path, staying, asked, kept):
+    ladder = {"keep": ["mixer"] * 3, "layers": "fused", "tile_tokens": None, "offload_activations": True}
+    (tmp_path / "plan.json").write_text(json.dumps({"device_name": "a GPU", **ladder, **staying}))
+    config = parse(
+        {
+            "model": {"base": "folder"},
+            "data": {"train": [{"path": "rows.jsonl"}]},
+            "train": {"learning_rate": 1e-4},
+            "engine": {"offload_activations": asked},
+            "output": {"folder": str(tmp_path)},
+        }
+    )
+    before = ladder_before(config, RunFolder.of(str(tmp_path)), "a GPU")
+    assert (None if before is None else before.num_away) == kept

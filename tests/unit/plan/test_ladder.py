@@ -25,7 +25,8 @@ def test_no_step_down_takes_more_memory(llama_8b, changes):
     for upper, lower in itertools.pairwise(steps):
         # But for the last layer's: its backward comes first, when all that the others keep is still there.
         # And but for attention made again where its result waited on the host: that spares the host's memory.
-        if upper.keep[-1] == lower.keep[-1] and not (lower.offload and "input" in lower.keep):
+        # And but for the start anew on the device, with q, k and v made again instead of waiting on the host.
+        if upper.keep[-1] == lower.keep[-1] and upper.offload <= lower.offload and "input" not in lower.keep:
             assert lower.device_bytes(llama_8b, Micro(8192, 2)) <= upper.device_bytes(llama_8b, Micro(8192, 2))
     assert steps[-1].device_bytes(llama_8b, Micro(8192, 2)) < steps[0].device_bytes(llama_8b, Micro(8192, 2)) / 4
     assert len(set(steps)) == len(steps)
@@ -40,9 +41,37 @@ def test_the_ladder_goes_down_one_layer_at_a_time():
 
 def test_a_rung_that_is_set_is_the_only_one():
     assert [step.keep for step in _ladders(asked="mixer", offload=False)] == [("mixer",) * 3]
-    assert [step.offload for step in _ladders(asked="mixer")] == [False, True]
-    assert [step.offload for step in _ladders(asked="none", offload=True)] == [True]
+    assert [step.num_away for step in _ladders(asked="mixer")] == [0, 1, 2, 3]
+    assert [step.num_away for step in _ladders(asked="none", offload=True)] == [3]
     assert _ladders(asked="none", fuses_all=False) == [Ladder(("all",) * 3, False, "op by op")]
+
+
+def test_what_layers_keep_waits_on_the_host_one_layer_after_the_other():
+    steps = _ladders()
+    assert [(step.keep, step.num_away) for step in steps[3:7]] == [(("mixer",) * 3, count) for count in range(4)]
+    assert [(step.keep[0], step.num_away) for step in steps[7:10]] == [("attention", 0)] * 3
+    assert [(step.keep[0], step.num_away) for step in steps[10:]] == [("attention", 3)] * 3 + [("input", 3)] * 3
+
+
+@pytest.mark.parametrize(("count", "num_away"), [(1, 1), (2, 2), (3, 3), (7, 3), (True, 3), (False, 0)])
+def test_so_many_layers_have_theirs_wait_as_are_asked_for(count, num_away):
+    assert [step.num_away for step in _ladders(asked="mixer", offload=count)] == [num_away]
+    assert {step.num_away for step in _ladders(offload=count)} == {num_away}
+
+
+def test_each_layer_more_on_the_host_spares_what_it_keeps(llama_8b):
+    micro, keep = Micro(8192, 2), ("mixer",) * 32
+    one = (4096 + 6144 + 4096) * 2 * 8192 + 4 * 32 * 8192  # x, q with k and v, attention's output and its statistics
+    assert Ladder(keep, True, "fused", staying=0).host_bytes(llama_8b, micro) == 32 * one
+    away = [Ladder(keep, True, "fused", staying=staying) for staying in range(33)]
+    assert [ladder.host_bytes(llama_8b, micro) for ladder in away] == [one * count for count in range(32, -1, -1)]
+    forward = [ladder.bytes_after_forward(llama_8b, micro) for ladder in away]
+    # Where some stay all others have left by then, and not only those before the last four tensors.
+    assert forward[1] == forward[0] + one - 4 * 4096 * 2 * 8192
+    assert [upper - lower for upper, lower in itertools.pairwise(reversed(forward[1:]))] == [one] * 31
+    peaks = [ladder.device_bytes(llama_8b, micro) for ladder in away]
+    assert peaks == sorted(peaks)
+    assert away[32].device_bytes(llama_8b, micro) == Ladder(keep, False, "fused").device_bytes(llama_8b, micro)
 
 
 def test_without_the_layer_kernel_there_are_two_rungs():

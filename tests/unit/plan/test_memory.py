@@ -90,9 +90,9 @@ def test_layers_that_cast_on_their_own_hold_the_copies_of_one(llama_8b):
 
 
 def test_logits_are_bounded_however_many_tokens(llama_8b):
-    # Only what is as large as the hidden states grows: five tensors of 4096 channels a token.
+    # Only what is as large as the hidden states grows: four tensors of 4096 channels a token.
     growth = _estimate(llama_8b, tokens=65536).logits - _estimate(llama_8b, tokens=32768).logits
-    assert growth == 32768 * 4096 * 2 * 5
+    assert growth == 32768 * 4096 * 2 * 4
 
 
 def test_the_total_is_the_sum(llama_8b):
@@ -136,4 +136,4 @@ def test_logits_count_where_they_outweigh_all_gradients():
     config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     spec = families.read(config | {"num_attention_heads": 4, "vocab_size": 128256}, "config.json")
     memory = _estimate(spec, trained=arithmetic.num_parameters(spec), frozen=0, weight_dtype="bf16")
-    assert memory.logits > 2 * 2**28 // 2 - memory.gradients + 6 * 64 * 128256 > 0
+    assert memory.logits > 2 * 2**28 // 2 - memory.gradients + 4 * 64 * 128256 > 0

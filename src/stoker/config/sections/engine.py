@@ -66,8 +66,9 @@ class Engine(Section):
     """What a layer keeps for the backward, which computes the rest again: `none` keeps all; `mixer` what attention
     made, but not the wide feed-forward; `attention` its input and attention's output; `input` its input alone. `auto`
     keeps as much as fits, layer by layer."""
-    offload_activations: Literal["auto"] | bool = "auto"
-    """Let what layers keep wait in pinned host memory (CUDA only); `auto` when the GPU's memory demands it."""
+    offload_activations: Literal["auto"] | bool | Count = "auto"
+    """Let what layers keep wait in pinned host memory (CUDA only): of all layers, or of so many, from the first; those
+    after them keep theirs on the GPU. `auto`: of as many as the GPU's memory demands."""
     memory_limit_gib: Positive | None = None
     """Use at most so much of the device's memory, in GiB; all that is free unless set."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
