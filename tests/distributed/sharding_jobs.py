@@ -1,5 +1,6 @@
 """What each of two processes does for the tests of sharding and of checkpoints: all of it once, in one go."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jobs
@@ -11,6 +12,7 @@ from stoker.adapters.lora import Awaited, add_lora
 from stoker.arch import families
 from stoker.checkpoint.read import load_latest
 from stoker.checkpoint.saver import Saver
+from stoker.compose.trainer import widen_vectors
 from stoker.distributed.ddp import DataParallel
 from stoker.distributed.fsdp2 import Sharded, Sharding
 from stoker.distributed.strategy import StrategyState
@@ -24,6 +26,7 @@ STEPS = 3
 SPEC = families.read({**jobs.CASES["full"].config.to_dict(), "architectures": None}, "config.json")
 CHECKPOINTED = {"ddp": ("full", "nf4"), "fsdp2": ("full", "nf4", "8-bit", "adafactor")}
 NARROW = ("full", "tied", "mixture", "mamba")
+BF16 = ("full", "tied", "opt", "head with a bias")
 KINDS = ("none", "nf4", "int8")
 SETTINGS = {
     "kept": Sharding(reshard_after_forward=False),
@@ -111,9 +114,25 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
-def narrow(strategy_of):
-    """Trains every weight in bf16; returns the losses and each rank's own weights as bytes."""
-    model = jobs.build(jobs.CASES["full"]).to(torch.bfloat16)
+def loaded_between_evaluations(strategy_of):
+    """The loss of one batch before and after other weights are loaded."""
+    model = jobs.build(jobs.CASES["full"])
+    strategy = strategy_of(model)
+    strategy.prepare(SupervisedTask(model), jobs.adamw)
+    others = SupervisedTask(jobs.build(jobs.CASES["full"])).named_parameters()
+    batch = next(iter(jobs.loader(jobs.CASES["full"], strategy).all()))
+    before = float(strategy.evaluate(batch).loss_sum)
+    strategy.load_weights({name: 1.5 * parameter.detach() for name, parameter in others})
+    return before, float(strategy.evaluate(batch).loss_sum)
+
+
+def narrow(strategy_of, name="full"):
+    """Trains every weight in bf16, vectors in fp32; returns the losses and each rank's own weights as bytes."""
+    if name == "head with a bias":
+        model, name = native.build(replace(SPEC, head_bias=True), seed=0, initializer_range=0.1), "full"
+    else:
+        model = jobs.build(jobs.CASES[name])
+    widen_vectors(model.to(torch.bfloat16))
     strategy = strategy_of(model)
 
     def update(weight, grad, average, square, *, number, betas, **values):
@@ -124,7 +143,7 @@ def narrow(strategy_of):
         group = {"params": [parameter for _, parameter in named]}
         return StochasticAdamW([group], lr=1e-2, betas=(0.9, 0.99), eps=1e-8, update=update)
 
-    result = jobs.train("full", "", model=model, strategy=strategy, optimizer=optimizer, precision="bf16", steps=STEPS)
+    result = jobs.train(name, "", model=model, strategy=strategy, optimizer=optimizer, precision="bf16", steps=STEPS)
     held = [one.to_local() if isinstance(one, DTensor) else one for one in model.parameters()]
     return result["losses"], [one.detach().float().sum().item() for one in held]
 
@@ -149,6 +168,9 @@ def everything(ranks, folder, checkpoints):
     found["streamed whole"] = streamed_whole(ranks, folder)
     found |= {name: with_settings(ranks, sharding) for name, sharding in SETTINGS.items()}
     found["overflow"] = overflow(ranks)
+    found["loaded"] = loaded_between_evaluations(
+        lambda model: Sharded(ranks, "cpu", model=model, layers=list(model.blocks))
+    )
     losses, sums = narrow(lambda model: DataParallel(ranks, "cpu", precision="bf16"))
     found["bf16 ddp"] = losses, ranks.gather(sums)
     found["products in bf16"] = {
@@ -157,9 +179,12 @@ def everything(ranks, folder, checkpoints):
         )
         for name in NARROW
     }
-    found["bf16"] = narrow(
-        lambda model: Sharded(ranks, "cpu", model=model, layers=list(model.blocks), precision="bf16")
-    )
+    found["bf16"] = {
+        name: narrow(
+            lambda model: Sharded(ranks, "cpu", model=model, layers=list(model.blocks), precision="bf16"), name
+        )
+        for name in BF16
+    }
     found["checkpoints"] = {
         kind: all_of(ranks, kind, names, f"{checkpoints}/{kind}") for kind, names in CHECKPOINTED.items()
     }

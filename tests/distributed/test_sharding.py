@@ -7,7 +7,18 @@ from functools import cache
 import jobs
 import pytest
 import torch
-from sharding_jobs import KINDS, NARROW, SPEC, STEPS, in_bf16, lora, narrow, with_settings
+from sharding_jobs import (
+    BF16,
+    KINDS,
+    NARROW,
+    SPEC,
+    STEPS,
+    in_bf16,
+    loaded_between_evaluations,
+    lora,
+    narrow,
+    with_settings,
+)
 
 from stoker.distributed.fsdp2 import Sharded, Sharding
 from stoker.distributed.single import SingleDevice
@@ -87,16 +98,27 @@ def test_products_in_bf16_have_the_loss_and_the_gradients_of_one_device(shared, 
             assert (gradient - theirs[key]).norm() <= bound * theirs[key].norm(), key
 
 
+def test_weights_that_are_loaded_after_an_evaluation_are_those_of_the_next(shared):
+    alone = loaded_between_evaluations(lambda model: SingleDevice("cpu"))
+    assert abs(alone[1] - alone[0]) > 0.02
+    assert shared["loaded"] == pytest.approx(alone, abs=1e-4)
+
+
 def test_an_overflow_on_one_rank_lowers_every_ranks_loss_scale(shared):
     assert shared["overflow"] == [(True, 65536.0, 32768.0)] * 2
 
 
-def test_bf16_weights_round_alike_where_ranks_hold_the_same_and_go_on_where_they_share(shared):
+def test_bf16_weights_round_alike_where_ranks_hold_the_same(shared):
     alone, _ = narrow(lambda model: SingleDevice("cpu", precision="bf16"))
     losses, (first, second) = shared["bf16 ddp"]
     assert first == second
     assert losses == pytest.approx(alone, abs=0.02)
-    assert shared["bf16"][0] == pytest.approx(alone, abs=0.02)
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_bf16_weights_beside_fp32_norms_train_in_parts_as_on_one_device(shared, name):
+    alone, _ = narrow(lambda model: SingleDevice("cpu", precision="bf16"), name)
+    assert shared["bf16"][name][0] == pytest.approx(alone, abs=0.02)
     assert alone[-1] < alone[0] - 0.05
 
 

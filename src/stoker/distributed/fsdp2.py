@@ -7,7 +7,7 @@ is gathered: half the bytes pass, and no product has to cast a whole weight; its
 """
 
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -107,14 +107,17 @@ class Sharded(SingleDevice):
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         for layer in self._layers:
             buffers_to_parameters(layer)
-        products = self._products()
-        if products:
-            # All gradients of a group have one dtype, that in which it is gathered. So the layers' norms, and whatever
-            # else of them stays fp32 (a ten-thousandth of the weights), go with embedding and head. First, that these
-            # find them in layers that are not shared yet.
-            self._share_rest(ignored_params=set(products))
+        # What a group trains is kept in one dtype and gathered in one. So the layers' norms, and whatever else of them
+        # stays fp32 (a ten-thousandth of the weights), go with embedding and head; and these have groups of their own
+        # where they are in bf16.
+        apart = self._mixed() or self._products()
+        if apart:
+            tables = self._tables(apart)
+            # First, that it finds norms in layers that are not shared yet, and so a head's bias.
+            self._share_rest(ignored_params={*apart, *tables})
+            self._share_tables(tables)
         rest = set[nn.Parameter](one for one in self._model.parameters() if isinstance(one, DTensor))
-        policy = self._policy(self._dtype if products else self._sharding.param_dtype)
+        policy = self._policy(self._sharding.param_dtype or (self._dtype if apart else None))
         reshards = self._sharding.reshard_after_forward
         for layer in self._layers:
             with compat.bytes_may_be_shared():
@@ -124,7 +127,7 @@ class Sharded(SingleDevice):
             if hasattr(layer, "recomputed"):
                 # The decoder calls it in place of the layer where that is run again in the backward.
                 register_fsdp_forward_method(layer, "recomputed")
-        if not products:
+        if not apart:
             self._share_rest()
         if self._fill is not None:
             with torch.no_grad():
@@ -133,6 +136,40 @@ class Sharded(SingleDevice):
             owner, _, short = name.rpartition(".")
             self._model.get_submodule(owner)._buffers[short] = buffer.to(self.device)
         return task
+
+    def _mixed(self) -> list[nn.Parameter]:
+        """Returns the layers' weights that are not fp32, where a layer or the rest trains some of both kinds."""
+        of_layers = [set(layer.parameters()) for layer in self._layers]
+        rest = set(self._model.parameters()).difference(*of_layers)
+        if not any(map(_trains_both_kinds, [*of_layers, rest])):
+            return []
+        return [one for layer in self._layers for one in layer.parameters() if one.dtype != torch.float32]
+
+    def _tables(self, apart: Sequence[nn.Parameter]) -> dict[nn.Parameter, list[nn.Module]]:
+        """Returns what is not fp32 among the rest, where that trains some of both kinds, with the modules it is in: a
+        tied table is in two."""
+        rest, tables = set(self._model.parameters()) - set(apart), {}
+        if _trains_both_kinds(rest):
+            for module in self._model.modules():
+                for parameter in module.parameters(recurse=False):
+                    if parameter in rest and parameter.dtype != torch.float32:
+                        tables.setdefault(parameter, []).append(module)
+        return tables
+
+    def _share_tables(self, tables: Mapping[nn.Parameter, list[nn.Module]]) -> None:
+        """Shares tables in groups of their own, which stay gathered as the rest does."""
+        policy, firsts = self._policy(self._sharding.param_dtype), []
+        for modules in {tuple(modules): modules for modules in tables.values()}.values():
+            shared = set[nn.Parameter](one for each in modules for one in each.parameters() if isinstance(one, DTensor))
+            fully_shard(modules, reshard_after_forward=False, mp_policy=policy, ignored_params=shared, **self._options)
+            firsts.append(cast("FSDPModule", modules[0]))
+
+        def gather(*_: object) -> None:
+            for table in firsts:  # the loss reads the head's weight without a call of the head
+                table.unshard()
+
+        if firsts:
+            self._model.register_forward_pre_hook(gather)
 
     def _products(self) -> list[nn.Parameter]:
         """Returns the layers' weights that are cast before they are gathered; none where it is told how to gather."""
@@ -193,6 +230,17 @@ class Sharded(SingleDevice):
         rows = tensors.rows(name, first, stop) if isinstance(tensors, Rows) else tensors[name][first:stop]
         return _part_of(parameter, rows.to(local.device), torch.Size(optimizer_state.shape_of(tensors, name)))
 
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """As `SingleDevice.load_weights`."""
+        self._let_go()  # what an evaluation left gathered would be read again as it was
+        super().load_weights(weights)
+
+    def _let_go(self) -> None:
+        """Frees what is gathered."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def _first_row(self, parameter: DTensor) -> int:
         """The first row of a parameter that this rank holds: torch.chunk's parts are as long as the first but the last
         ones."""
@@ -204,9 +252,7 @@ class Sharded(SingleDevice):
     @contextmanager
     def gathered(self, *, trained_only: bool) -> Generator[None]:
         """Within it the first rank's module holds whole parameters on the host (of the trained ones if told so)."""
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        self._let_go()
         held: list[tuple[nn.Module, str, nn.Parameter]] = []
         whole: dict[int, nn.Parameter] = {}  # one that several modules share is gathered once, and stays one
         try:
@@ -232,6 +278,11 @@ def _part_of(whole: DTensor, local: Tensor, shape: torch.Size) -> DTensor:
     """
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, whole.device_mesh, whole.placements, run_check=False, shape=shape, stride=stride)
+
+
+def _trains_both_kinds(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether some of those that are trained are fp32, and others are not."""
+    return len({parameter.dtype == torch.float32 for parameter in parameters if parameter.requires_grad}) > 1
 
 
 def product_weights(layer: nn.Module) -> list[nn.Parameter]:
