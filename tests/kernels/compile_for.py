@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from stoker.kernels import (
+    adamw,
     adamw_8bit,
     dropout,
     fp8,
@@ -92,7 +93,9 @@ ADAMW |= {"a_ptr": "*i8", "b_ptr": "*u8"} | dict.fromkeys(
 ROUNDED = {"rounded_ptr": "*fp8e4nv", "rounded_scale_ptr": "*fp32"}
 NF4 = {"packed_ptr": "*u8", "absmax_ptr": "*u8"}
 NF4 |= dict.fromkeys(("code_ptr", "nested_code_ptr", "nested_absmax_ptr", "nested_offset_ptr"), "*fp32")
+STEP = {name: kind for name, kind in ADAMW.items() if kind == "fp32"} | {"number": "i64", "seed": "i64"}
 CASES = [
+    (adamw._step_kernel, {"LANES": adamw.LANES, "ROUNDS": True}, 4, STEP),
     *((adamw_8bit._step_kernel, {"BLOCK": 256, "LANES": n, "BLOCKS": 1024 // n}, 4, ADAMW) for n in (16, 256)),
     *(
         (rms_norm._forward_kernel, {"BLOCK": 4096, "HAS_RESIDUAL": True, "ROUNDS": r}, 8, ROUNDED if r else {})

@@ -73,13 +73,12 @@ def feed_forward(
     kept = None
     for tile in pieces:
         piece = Piece(options.implementation, tile.start)
+        room = None if output is None else output[tile]
         part, gate_up, product_gate_up, product_down = _run_tile(
-            projections, normed[tile], mid[tile], options.activation, piece, rounded=rows_of(rounded, tile)
+            projections, normed[tile], mid[tile], options.activation, piece, rounded=rows_of(rounded, tile), out=room
         )
         if output is None:
             output = part
-        else:
-            output[tile] = part
         products[0].extend([] if product_gate_up is None else [product_gate_up])
         products[1].extend([] if product_down is None else [product_down])
         kept = gate_up if options.keep == "all" else None
@@ -98,8 +97,9 @@ def _run_tile(
     piece: Piece,
     *,
     rounded: Rounded | None,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(mid + output, gate_up, the adapters' products)."""
+    """(mid + output, in `out` if given; gate_up; the adapters' products)."""
     _, _, gate_up, down = projections
     values, product = project(gate_up, normed, piece, rounded=rounded)
     implementation, rounded = piece.implementation, rounded_input(down, normed.shape[0], piece.implementation)
@@ -108,7 +108,7 @@ def _run_tile(
     else:
         activated = gated_rounded(values, rounded, activation=activation)
     product_down = product_of(down, activated, piece)
-    output = project_onto(down, activated, mid, product_down, implementation=implementation, rounded=rounded)
+    output = project_onto(down, activated, mid, product_down, implementation=implementation, rounded=rounded, out=out)
     return output, values, product, product_down
 
 

@@ -199,11 +199,30 @@ def project_onto(
     *,
     implementation: str = "reference",
     rounded: Rounded | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Returns `residual` plus the layer's output [N, out], with `product` = P; for a layer of one part.
 
-    `rounded`: x in fp8 if that is there (`rounded_input`).
+    `rounded`: x in fp8 if that is there (`rounded_input`). `out`: where the result is written, if given.
     """
+    weight = projection.weight
+    if isinstance(weight, Tensor) and _is_plain(projection, residual):
+        # The product adds to a copy of the residual: less is moved than by a pass that reads both, and it is rounded
+        # once.
+        return torch.addmm(residual, x, weight.t(), out=out)
+    output = _project_onto(projection, x, residual, product, implementation=implementation, rounded=rounded)
+    return output if out is None else out.copy_(output)
+
+
+def _project_onto(
+    projection: Projection,
+    x: Tensor,
+    residual: Tensor,
+    product: Tensor | None,
+    *,
+    implementation: str,
+    rounded: Rounded | None,
+) -> Tensor:
     if projection.scale is not None:
         return project(projection, x, Piece(implementation), product=product)[0].add_(residual)
     if product is None or projection.b is None:
@@ -219,6 +238,12 @@ def project_onto(
         return _matmul_onto(update, projection.weight, x)
     output = project_base(projection, x)
     return low_rank.add_update(output, residual, product, b, scaling=scaling, implementation=implementation)
+
+
+def _is_plain(projection: Projection, residual: Tensor) -> bool:
+    """Whether there is a weight in the residual's dtype, and nothing else."""
+    is_alone = projection.b is None and projection.bias is None and projection.scale is None
+    return is_alone and isinstance(projection.weight, Tensor) and projection.weight.dtype == residual.dtype
 
 
 def _scaled_matrix(projection: Projection, implementation: str) -> ScaledMatrix | None:
