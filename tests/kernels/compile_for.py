@@ -95,7 +95,7 @@ NF4 = {"packed_ptr": "*u8", "absmax_ptr": "*u8"}
 NF4 |= dict.fromkeys(("code_ptr", "nested_code_ptr", "nested_absmax_ptr", "nested_offset_ptr"), "*fp32")
 STEP = {name: kind for name, kind in ADAMW.items() if kind == "fp32"} | {"number": "i64", "seed": "i64"}
 CASES = [
-    (adamw._step_kernel, {"LANES": adamw.LANES, "ROUNDS": True}, 4, STEP),
+    (adamw._step_kernel, {"LANES": adamw.LANES, "ROUNDS": True}, 8, STEP),
     *((adamw_8bit._step_kernel, {"BLOCK": 256, "LANES": n, "BLOCKS": 1024 // n}, 4, ADAMW) for n in (16, 256)),
     *(
         (rms_norm._forward_kernel, {"BLOCK": 4096, "HAS_RESIDUAL": True, "ROUNDS": r}, 8, ROUNDED if r else {})

@@ -179,13 +179,23 @@ def _step_kernel(  # noqa: PLR0917
     zero = counter * 0
     words = tl.philox(seed, counter, zero + step.to(tl.uint32), zero + number.to(tl.uint32), zero)
     first = program.to(tl.int64) * (4 * LANES) + lane
+    # All is read before anything is written: a read would otherwise wait for the writes before it (2^28 bf16 weights on
+    # an H200: 3.67 TB/s with four warps; so 3.99, and 4.16 with eight).
+    w0, g0, m0, v0 = _read(weight_ptr, grad_ptr, average_ptr, square_ptr, first, num_values)
+    w1, g1, m1, v1 = _read(weight_ptr, grad_ptr, average_ptr, square_ptr, first + LANES, num_values)
+    w2, g2, m2, v2 = _read(weight_ptr, grad_ptr, average_ptr, square_ptr, first + 2 * LANES, num_values)
+    w3, g3, m3, v3 = _read(weight_ptr, grad_ptr, average_ptr, square_ptr, first + 3 * LANES, num_values)
+    weights, grads = (w0, w1, w2, w3), (g0, g1, g2, g3)
+    averages, squares = (m0, m1, m2, m3), (v0, v1, v2, v3)
     for word in tl.static_range(4):
         place = first + word * LANES
         mask = place < num_values
-        weight = tl.load(weight_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32) * grad_scale
-        average = tl.load(average_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        square = tl.load(square_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        weight, average, square = (
+            weights[word].to(tl.float32),
+            averages[word].to(tl.float32),
+            squares[word].to(tl.float32),
+        )
+        grad = grads[word].to(tl.float32) * grad_scale
         average += (grad - average) * first_weight
         square += (grad * grad - square) * second_weight
         weight = weight * kept - size * (average / (tl.sqrt(square) * inverse_root + epsilon))
@@ -197,6 +207,23 @@ def _step_kernel(  # noqa: PLR0917
         tl.store(weight_ptr + place, weight.to(weight_ptr.dtype.element_ty), mask=mask)
         tl.store(average_ptr + place, average.to(average_ptr.dtype.element_ty), mask=mask)
         tl.store(square_ptr + place, square.to(square_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _read(  # noqa: PLR0917
+    weight_ptr: tl.tensor,
+    grad_ptr: tl.tensor,
+    average_ptr: tl.tensor,
+    square_ptr: tl.tensor,
+    place: tl.tensor,
+    num_values: tl.tensor,
+) -> tuple:
+    mask = place < num_values
+    weight = tl.load(weight_ptr + place, mask=mask, other=0.0)
+    grad = tl.load(grad_ptr + place, mask=mask, other=0.0)
+    average = tl.load(average_ptr + place, mask=mask, other=0.0)
+    square = tl.load(square_ptr + place, mask=mask, other=0.0)
+    return weight, grad, average, square
 
 
 @jit
@@ -224,5 +251,5 @@ def _launch(
         *numbers.factors,
         LANES=LANES,
         ROUNDS=weight.dtype == torch.bfloat16,
-        num_warps=4,
+        num_warps=8,
     )
