@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from stoker.kernels import low_rank
 from stoker.kernels.low_rank import (
     ROWS_A_PROGRAM,
     add_update,
@@ -48,6 +49,26 @@ def test_more_rows_than_a_program_takes_are_summed_and_strides_are_followed(draw
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)  # float32 sums of 521 products, reordered
     again = grad_pair(grad, product, b, **options, implementation="triton")
     assert all(torch.equal(x, y) for x, y in zip(actual, again, strict=True))
+
+
+@pytest.mark.parametrize(("many", "rows_a_program"), [(1, 128), (100, 64)])
+def test_a_program_takes_twice_the_rows_where_programs_are_many(many, rows_a_program, draw, monkeypatch):
+    monkeypatch.setattr(low_rank, "ROWS_A_PROGRAM", 64)
+    monkeypatch.setattr(low_rank, "MANY_PROGRAMS", many)
+    shares, plain = [], low_rank.sum_shares
+
+    def summed(share_p, share_b, *args, **options):
+        shares.append(share_b)
+        return plain(share_p, share_b, *args, **options)
+
+    monkeypatch.setattr(low_rank, "sum_shares", summed)
+    grad, product, b = draw(200, 32).float(), draw(200, 2).float(), draw(32, 2).float()
+    options = {"slices": [slice(0, 32)], "scaling": 1.0}
+    actual = grad_pair(grad, product, b, **options, implementation="triton")
+    expected = grad_pair_reference(grad, product, b, **options)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)  # float32 sums, reordered
+    first = grad[:rows_a_program].t() @ product[:rows_a_program]
+    torch.testing.assert_close(shares[0][0], first, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
