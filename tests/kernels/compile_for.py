@@ -28,6 +28,7 @@ from stoker.kernels import (
     rms_norm,
     rope,
     rounded_glu,
+    rounded_rotation,
     routed_rows,
     routing,
     scaled_update,
@@ -78,12 +79,11 @@ def outer(tile: grouped_matmul.Tile) -> tuple:
     return (grouped_outer._outer_kernel, constants, tile.warps, ROUTES, tile.stages)
 
 
-def rotation(half: int, rest: int, *, interleaved: bool, rounds: bool = False) -> tuple:
+def rotation(half: int, rest: int, *, interleaved: bool) -> tuple:
     """A case of the rotation of heads of 128 channels with an unturned rest, backward."""
     constants = {"HEADS": 32, "HALF": half, "REST": rest, "CHANNELS": 128, "FROM_PAIRS": False}
     constants |= {"TO_PAIRS": interleaved, "BACKWARD": True, "WITH_VALUES": True}
-    constants["ROUNDED_WIDTH"] = 8192 if rounds else 0
-    return (rope._rotate_kernel, constants, 8 if rounds else 4, ROUNDED if rounds else {})
+    return (rope._rotate_kernel, constants, 4, {})
 
 
 ADAMW = dict.fromkeys(("weight_ptr", "grad_ptr", "a_scale_ptr", "b_scale_ptr"), "*fp32")
@@ -116,7 +116,15 @@ CASES = [
     ),
     *(rotation(64, 0, interleaved=interleaved) for interleaved in (False, True)),
     rotation(16, 128, interleaved=False),
-    rotation(64, 0, interleaved=False, rounds=True),
+    *(
+        (
+            rounded_rotation._rotate_back_kernel,
+            {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "PAIRS": interleaved},
+            8,
+            ROUNDED,
+        )
+        for interleaved in (False, True)
+    ),
     *((glu._forward_kernel, {"BLOCK": 1024, "ACTIVATION": name}, 4, {}) for name in glu.ACTIVATIONS),
     *(
         (glu._backward_kernel, {"BLOCK": 1024, "ACTIVATION": name, "WITH_ACTIVATED": True}, 4, {})

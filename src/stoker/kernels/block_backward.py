@@ -100,7 +100,7 @@ class Backward:
         del rounded_mid, values
         grad_heads = self._grad_heads(attended, grad_attended.view(*self.x.shape[:2], -1), heads)
         del heads, attended, grad_attended
-        rounded_qkv = None if self.turn.norms else self._room(0, rows.shape[0])
+        rounded_qkv = self._room(0, rows.shape[0]) if self.turn.rounds(grad_heads[0].shape[-1]) else None
         grad_qkv, *self.norm_grads[2:] = self.turn.backward(
             grad_heads, before, needs_weights=any(self.needs_norms[2:]), rounded=rounded_qkv
         )

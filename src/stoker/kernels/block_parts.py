@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stoker.kernels import head_norm, rms_norm, rope
+from stoker.kernels import head_norm, rms_norm, rope, rounded_rotation
 from stoker.kernels.attention import attention
 from stoker.kernels.documents import DocumentLengths
 from stoker.kernels.feed_forward import BlockOptions
 from stoker.kernels.fp8 import Rounded
 from stoker.kernels.kept_attention import Attend
 from stoker.kernels.projection import FrozenMatrix, Projection
+from stoker.kernels.rounded_rotation import rotate_back_rounded
 
 
 class Fixed(NamedTuple):
@@ -100,6 +101,13 @@ class Turn:
         """Whether heads are normed, so that the backward needs what the projection gave."""
         return self._weights is not None
 
+    def rounds(self, head_dim: int) -> bool:
+        """Whether Triton's backward can leave the projection's gradient in fp8 as well."""
+        options = self._options
+        return not self.norms and rounded_rotation.takes(
+            options.num_heads, options.num_kv_heads, head_dim, 2 * self._tables[0].shape[-1]
+        )
+
     def __call__(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """q, k and v [B, T, heads, E] of the projection's output [B, T, (H + 2K) · E]."""
         options = self._options
@@ -127,14 +135,17 @@ class Turn:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gradients of the projection's output and of the norms' weights, from those of q, k and v.
 
-        `rounded`, where heads are not normed, takes the first in fp8, times the factor beside it.
+        `rounded`, where the turn `rounds`, takes the first in fp8, times the factor beside it.
         """
         options = self._options
         if self._weights is None or qkv is None:
             interleaved, implementation = options.interleaved, options.implementation
-            grad = rope.split_and_rotate_backward(
-                grads, *self._tables, interleaved=interleaved, implementation=implementation, rounded=rounded
-            )
+            if rounded is not None:
+                grad = rotate_back_rounded(grads, *self._tables, *rounded, interleaved=interleaved)
+            else:
+                grad = rope.split_and_rotate_backward(
+                    grads, *self._tables, interleaved=interleaved, implementation=implementation
+                )
             return grad, None, None
         return head_norm.norm_split_and_rotate_backward(
             grads,

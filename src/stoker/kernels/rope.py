@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stoker.kernels.fp8 import Rounded, store_rounded
 from stoker.kernels.triton_support import check_implementation, contiguous_channels, jit, next_power_of_2, tl
 
 
@@ -165,12 +164,10 @@ def split_and_rotate_backward(
     *,
     interleaved: bool = False,
     implementation: str = "reference",
-    rounded: tuple[Rounded, Tensor] | None = None,
 ) -> Tensor:
     """Returns the gradient of qkv [B, T, (H + 2K) · E] from those of q, k and v, as `split_and_rotate` made them.
 
-    For callers that write their own backward; the arguments are those of `split_and_rotate`. `rounded`, which Triton's
-    alone fills, takes the same in fp8, rows [B · T, (H + 2K) · E] times the factor of columns beside it, fp32.
+    For callers that write their own backward; the arguments are those of `split_and_rotate`.
     """
     sizes = tuple(grad.shape[2] for grad in grads)
     batch, length, _, head_dim = grads[0].shape
@@ -178,7 +175,7 @@ def split_and_rotate_backward(
     q, k, v = _heads_of(grad_qkv, sizes)
     if check_implementation(implementation):
         sources = tuple(map(contiguous_channels, grads))
-        _rotate_triton(sources, (q, k, v), cos, sin, interleaved=interleaved, backward=True, rounded=rounded)
+        _rotate_triton(sources, (q, k, v), cos, sin, interleaved=interleaved, backward=True)
         return grad_qkv
     _turn(grads[0], cos, -sin, q, to_pairs=interleaved)
     _turn(grads[1], cos, -sin, k, to_pairs=interleaved)
@@ -287,9 +284,6 @@ def _rotate_kernel(  # noqa: PLR0917
     new_v_ptr: tl.tensor,
     cos_ptr: tl.tensor,
     sin_ptr: tl.tensor,
-    factor_ptr: tl.tensor,
-    rounded_ptr: tl.tensor,
-    rounded_scale_ptr: tl.tensor,
     q_batch: tl.tensor,
     q_token: tl.tensor,
     q_head: tl.tensor,
@@ -319,7 +313,6 @@ def _rotate_kernel(  # noqa: PLR0917
     TO_PAIRS: tl.constexpr,
     BACKWARD: tl.constexpr,
     WITH_VALUES: tl.constexpr,
-    ROUNDED_WIDTH: tl.constexpr,
 ) -> None:
     # One token a program: its angles are loaded once for all its heads.
     token = tl.program_id(0).to(tl.int64)
@@ -344,15 +337,6 @@ def _rotate_kernel(  # noqa: PLR0917
             mask = (head < num_kv_heads) & (all_channels < 2 * half + rest)
             values = tl.load(v + head * v_head + all_channels, mask=mask)
             tl.store(new_v + head * new_v_head + all_channels, values, mask=mask)
-    if ROUNDED_WIDTH > 0:
-        # The row that was just written, which begins with the queries: from a cache, as it does not fit in registers
-        # in the rotation's layout.
-        tl.debug_barrier()  # what other threads of the program wrote is there
-        width = (num_heads + 2 * num_kv_heads) * (2 * half + rest)
-        column = tl.arange(0, ROUNDED_WIDTH)
-        values = tl.load(new_q + column, mask=column < width, other=0.0).to(tl.float32)
-        values *= tl.load(factor_ptr + column, mask=column < width, other=0.0)
-        store_rounded(values, rounded_ptr, rounded_scale_ptr, token, column, width)
 
 
 def _rotate_triton(
@@ -363,12 +347,10 @@ def _rotate_triton(
     *,
     interleaved: bool,
     backward: bool,
-    rounded: tuple[Rounded, Tensor] | None = None,
 ) -> None:
     """Writes q, k and, where given, unturned v [B, T, heads, E] of `sources` into the like of `targets`, in one launch.
 
     Sources may be any views whose last dimension is contiguous; so may targets whose rows follow each other evenly.
-    `rounded`: room for fp8, and a factor of columns, where targets are views of whole rows that lie side by side.
     """
     q, k, v = (*sources, sources[1])[:3]
     new_q, new_k, new_v = (*targets, targets[1])[:3]
@@ -379,8 +361,6 @@ def _rotate_triton(
         raise ValueError(f"tables of {tuple(cos.shape)} must be contiguous with at most {head_dim // 2} columns")
     if batch * length == 0:
         return
-    width = (num_heads + 2 * k.shape[2]) * head_dim
-    room, factor = ((new_q, cos), cos) if rounded is None else rounded
     _rotate_kernel[(batch * length,)](
         q,
         k,
@@ -390,8 +370,6 @@ def _rotate_triton(
         new_v,
         cos,
         sin,
-        factor,
-        *room,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
@@ -413,8 +391,7 @@ def _rotate_triton(
         TO_PAIRS=interleaved and backward,
         BACKWARD=backward,
         WITH_VALUES=len(sources) == 3,
-        ROUNDED_WIDTH=0 if rounded is None else next_power_of_2(width),
-        num_warps=4 if rounded is None else 8,
+        num_warps=4,
     )
 
 
