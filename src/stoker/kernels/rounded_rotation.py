@@ -168,7 +168,8 @@ def _rotate_back_kernel(  # noqa: PLR0917
     channel = tl.arange(0, HALF)[None, :]
     angle = batch * table_batch + position * half + channel
     cos = tl.load(cos_ptr + angle, mask=channel < half, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=channel < half, other=0.0)
+    # Turned by -a, in the order of the other rotation, for the compiler to contract sums alike.
+    sin = -tl.load(sin_ptr + angle, mask=channel < half, other=0.0)
     q_first, q_second, in_q = _places(num_heads, half, HEADS, HALF, PAIRS)
     first, second, inside = _places(num_kv_heads, half, KV_HEADS, HALF, PAIRS)
     # Gradients come as halves; values were never turned, and stay in their order.
@@ -184,10 +185,10 @@ def _rotate_back_kernel(  # noqa: PLR0917
     to_v = to_k + num_kv_heads * 2 * half
     out, rounded = out_ptr + token * width, rounded_ptr + token * width
     q_low, q_high, highest = _store_heads(
-        q_low * cos + q_high * sin, q_high * cos - q_low * sin, out, factor_ptr, q_first, q_second, in_q
+        q_low * cos - q_high * sin, q_high * cos + q_low * sin, out, factor_ptr, q_first, q_second, in_q
     )
     k_low, k_high, highest_k = _store_heads(
-        k_low * cos + k_high * sin, k_high * cos - k_low * sin, out + to_k, factor_ptr + to_k, first, second, inside
+        k_low * cos - k_high * sin, k_high * cos + k_low * sin, out + to_k, factor_ptr + to_k, first, second, inside
     )
     v_low, v_high, highest_v = _store_heads(v_low, v_high, out + to_v, factor_ptr + to_v, first, second, inside)
     scale = scale_of(tl.maximum(highest, tl.maximum(highest_k, highest_v)))
