@@ -1,5 +1,7 @@
 """Mamba-2's gated norm."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -16,7 +18,10 @@ def norm(implementation, **options):
 @pytest.mark.parametrize("name", ["mamba2.modeling_mamba2.MambaRMSNormGated", "bamba.modeling_bamba.BambaRMSNormGated"])
 def test_reference_equals_transformers(name, draw):
     module, cls = name.rsplit(".", 1)
-    theirs = getattr(pytest.importorskip(f"transformers.models.{module}"), cls)(12, 4, EPSILON).to(draw(1).device)
+    made = getattr(pytest.importorskip(f"transformers.models.{module}"), cls)
+    if "group_size" not in inspect.signature(made).parameters:
+        pytest.skip("these Transformers know no groups")
+    theirs = made(12, 4, EPSILON).to(draw(1).device)
     y, z = draw(2, 5, 12).float(), draw(2, 5, 12).float()
     torch.testing.assert_close(norm("reference", groups=3)(y, z, theirs.weight), theirs(y, z))
 

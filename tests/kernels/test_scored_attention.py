@@ -20,6 +20,7 @@ CASES = {
     "Gemma 2's, of a part of a block": (200, None, {"softcap": 2.0, "window": 200}, False),
     "gpt-oss', packed": (640, PACKED, {"window": 40}, True),
     "both, whole rows": (256, None, {"softcap": 2.0}, True),
+    "another cap": (256, None, {"softcap": 3.0}, False),
 }
 
 

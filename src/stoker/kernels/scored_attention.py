@@ -103,9 +103,19 @@ def flex(q: Tensor, k: Tensor, v: Tensor, documents: DocumentLengths, scores: Sc
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., Any]:
+    import torch._dynamo.config as dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    compiled = torch.compile(flex_attention)
+    # The second cap that a process meets would be compiled as any, which its backward does not take. Entered
+    # in 14 us; one made for each call would cost 39.
+    each_cap = dynamo.patch(specialize_float=True)  # pyrefly: ignore[missing-attribute]
+
+    def call(*args: Any, **options: Any) -> Any:
+        with each_cap:
+            return compiled(*args, **options)
+
+    return call
 
 
 @lru_cache(maxsize=16)
