@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from stoker.adapters.fused_block import freeze_into, fuse_blocks
 from stoker.adapters.lora import add_lora
 from stoker.arch.families import read
-from stoker.kernels import fp8, glu, linear_cross_entropy, low_rank, rms_norm, rope, rounded_glu
+from stoker.kernels import fp8, glu, linear_cross_entropy, low_rank, rms_norm, rope, rounded_glu, turn_logits
 from stoker.kernels.attention import attention
 from stoker.kernels.offload import HostOffload
 from stoker.models.build import on_meta
@@ -181,8 +181,8 @@ def kernel_cases(tokens: int = 8192) -> Iterator[tuple[str, int, Callable[[str],
     logits, targets = random(1024, 128256), torch.randint(0, 128256, (1024,), device="cuda")
     options = linear_cross_entropy.LossOptions()
     turns = {
-        "triton": linear_cross_entropy._turn_logits_triton,
-        "reference": linear_cross_entropy._turn_logits_reference,
+        "triton": turn_logits.turn_logits_triton,
+        "reference": turn_logits.turn_logits_reference,
     }
     yield (
         "logits to loss and gradient (1,024 rows)",
@@ -486,7 +486,7 @@ LEVERS: dict[str, tuple[tuple[Patch, ...], dict[str, float]]] = {
     "fp8 gates in pieces of 1,024 columns": (((rounded_glu, "BLOCK", 1024), (rounded_glu, "WARPS", 4)), {}),
     "fp8 gates in pieces of 4,096 columns": (((rounded_glu, "BLOCK", 4096), (rounded_glu, "WARPS", 16)), {}),
     "logits by 16 warps": (
-        ((linear_cross_entropy, "TURN_BLOCK", 8192), (linear_cross_entropy, "TURN_WARPS", 16)),
+        ((turn_logits, "TURN_BLOCK", 8192), (turn_logits, "TURN_WARPS", 16)),
         {"A": -0.2, "E": -0.4, "F": -0.2},
     ),
 }

@@ -22,7 +22,6 @@ from stoker.kernels import (
     grouped_outer,
     head_norm,
     layer_norm,
-    linear_cross_entropy,
     low_rank,
     nf4,
     rms_norm,
@@ -32,6 +31,7 @@ from stoker.kernels import (
     routed_rows,
     routing,
     scaled_update,
+    turn_logits,
 )
 
 warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
@@ -131,12 +131,12 @@ CASES = [
         for name in glu.ACTIVATIONS
     ),
     (
-        linear_cross_entropy._turn_logits_kernel,
+        turn_logits._turn_logits_kernel,
         {"BLOCK": 4096, "HAS_BIAS": True, "HAS_CAP": True, "HAS_FACTOR": True, "WITH_GRADIENT": True},
         8,
         {"targets_ptr": "*i64"},
     ),
-    (linear_cross_entropy._scale_kernel, {"BLOCK": linear_cross_entropy.SCALE_BLOCK}, 8, {"values_ptr": "*fp32"}),
+    (turn_logits._scale_kernel, {"BLOCK": turn_logits.SCALE_BLOCK}, 8, {"values_ptr": "*fp32"}),
     (
         nf4._dequantize_kernel,
         {"BLOCK_BYTES": 32, "BLOCKS": 32, "NESTED_BLOCK_SIZE": 256, "NESTED": True, "ROUTED": True},

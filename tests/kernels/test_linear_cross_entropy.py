@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from stoker.kernels.linear_cross_entropy import (
-    SCALE_BLOCK,
     LossOptions,
-    _scaled,
     linear_cross_entropy,
     linear_cross_entropy_reference,
     token_log_probabilities,
 )
+from stoker.kernels.turn_logits import SCALE_BLOCK, scaled
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IMPLEMENTATIONS = ["reference", "triton"]
@@ -74,8 +73,8 @@ def test_the_incoming_gradient_scales_all_gradients(implementation, draw, device
         )
         for factor in (1.0, 0.125)
     ]
-    for whole, scaled in zip(*grads, strict=True):
-        assert torch.equal(whole * 0.125, scaled)
+    for whole, smaller in zip(*grads, strict=True):
+        assert torch.equal(whole * 0.125, smaller)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -127,10 +126,10 @@ def test_large_logits_neither_overflow_nor_lose_the_loss(draw, device):
 def test_a_trained_heads_gradient_is_scaled_and_rounded_as_pytorch_does(count, dtype, draw, device):
     values, factor = draw(count).float().to(device), torch.tensor(1 / 3, device=device)
     expected = (values * factor).to(dtype)
-    assert torch.equal(_scaled(values.clone(), factor, dtype, uses_triton=False), expected)
+    assert torch.equal(scaled(values.clone(), factor, dtype, uses_triton=False), expected)
     if dtype == torch.bfloat16 and not values.is_cuda:  # the interpreter cuts where a GPU rounds
         expected = ((values * factor).view(torch.int32) & -65536).view(torch.float32).to(dtype)
-    assert torch.equal(_scaled(values.clone(), factor, dtype, uses_triton=True), expected)
+    assert torch.equal(scaled(values.clone(), factor, dtype, uses_triton=True), expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -14,14 +14,14 @@ weight that is frozen costs no gradient matmul. The sums are fp32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stoker.kernels.triton_support import check_implementation, jit, next_power_of_2, tl, triton
+from stoker.kernels.triton_support import check_implementation
+from stoker.kernels.turn_logits import LossOptions, scaled, turn_logits_reference, turn_logits_triton
 
 DEFAULT_CHUNK_BYTES = 32 * 2**20
 """Logits held at once by default, in bytes of fp32. Fewer mean fewer rows a chunk, and each reads the whole weight:
@@ -32,22 +32,6 @@ TRITON_CHUNK_BYTES = 256 * 2**20
 
 A trained head has a gradient in fp32, which each chunk reads and writes as a whole: with chunks of half its bytes that
 traffic stays below that of the chunks themselves (1B's head, 16,384 rows, by arithmetic: 17 GB instead of 34)."""
-
-TURN_BLOCK, TURN_WARPS = 4096, 8
-"""Columns that a program turns at a time, and its warps."""
-
-SCALE_BLOCK = 8192
-"""Values of a trained head's gradient that a program scales and rounds."""
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """Variations of the loss: `logit_scale` s, `soft_cap` (None: none), `label_smoothing` ε and `z_loss` ζ."""
-
-    logit_scale: float = 1.0
-    soft_cap: float | None = None
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
 
 
 class _Setting(NamedTuple):
@@ -215,7 +199,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_rows = grad_rows.mul_(grad).to(ctx.dtypes[0])
             grad_rows = grad_rows if trained is None else _to_all_rows(grad_rows, trained, ctx.num_rows)
         if grad_weight is not None:
-            grad_weight = _scaled(grad_weight, grad, ctx.dtypes[1], uses_triton=ctx.triton)
+            grad_weight = scaled(grad_weight, grad, ctx.dtypes[1], uses_triton=ctx.triton)
         if grad_bias is not None:
             grad_bias = grad_bias * grad
         return grad_rows, grad_weight, grad_bias, None, None, None
@@ -331,182 +315,10 @@ def _chunked_losses(
         h = rows[chunk]
         factor = None if row_factor is None else row_factor[chunk]
         logits = torch.mm(h, weight.t(), out=buffer[: h.shape[0]])
-        turn = _turn_logits_triton if setting.triton else _turn_logits_reference
+        turn = turn_logits_triton if setting.triton else turn_logits_reference
         losses[chunk], p = turn(
             logits, bias, targets[chunk], factor, options=setting.options, with_gradient=bool(gradients)
         )
         if gradients:
             gradients.add(chunk, h, weight, p)
     return losses
-
-
-def _turn_logits_reference(
-    logits: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    factor: Tensor | None,
-    *,
-    options: LossOptions,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """Losses [c] of the head's outputs [c, V], and the gradient of those (fp32), which takes the place of `logits`."""
-    logits = logits.float()
-    if bias is not None:
-        logits += bias
-    if options.logit_scale != 1.0:
-        logits *= options.logit_scale
-    slope = None
-    if options.soft_cap is not None:
-        logits.div_(options.soft_cap).tanh_()
-        slope = 1 - logits.square() if with_gradient else None
-        logits *= options.soft_cap
-    target, smoothing = targets[:, None], options.label_smoothing
-    # In place and with one exponential a logit; the loss without ζ is the same for logits less their largest.
-    largest = logits.amax(-1, keepdim=True)
-    logits -= largest
-    loss = (smoothing - 1) * logits.gather(1, target)
-    if smoothing:
-        loss -= smoothing * logits.mean(-1, keepdim=True)
-    total = logits.exp_().sum(-1, keepdim=True)
-    log_total = total.log()
-    loss += log_total
-    log_sum = log_total + largest
-    if options.z_loss:
-        loss += options.z_loss * log_sum.square()
-    if with_gradient:
-        logits /= total
-        if options.z_loss:
-            logits *= 1 + 2 * options.z_loss * log_sum
-        logits.scatter_add_(1, target, torch.full_like(log_sum, smoothing - 1))
-        if smoothing:
-            logits -= smoothing / logits.shape[1]
-        if slope is not None:
-            logits *= slope
-        if options.logit_scale != 1.0:
-            logits *= options.logit_scale
-        if factor is not None:
-            logits *= factor[:, None]
-    return loss.squeeze(1), logits
-
-
-@jit
-def _capped(logit: tl.tensor, bias: tl.tensor, scale: tl.tensor, cap: tl.tensor, HAS_CAP: tl.constexpr) -> tl.tensor:
-    z = (logit.to(tl.float32) + bias) * scale
-    if HAS_CAP:
-        z = cap * (2.0 * tl.sigmoid(2.0 * z / cap) - 1.0)  # tanh
-    return z
-
-
-@jit
-def _turn_logits_kernel(  # noqa: PLR0917
-    logits_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    targets_ptr: tl.tensor,
-    factor_ptr: tl.tensor,
-    losses_ptr: tl.tensor,
-    num_columns: tl.tensor,
-    scale: tl.tensor,
-    cap: tl.tensor,
-    smoothing: tl.tensor,
-    z_loss: tl.tensor,
-    BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
-    WITH_GRADIENT: tl.constexpr,
-) -> None:
-    # A row a program, read twice: once for the maximum and the sum, once to be replaced by its gradient.
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * num_columns
-    target = tl.load(targets_ptr + row)
-    # Read before the sums below, whose barriers keep every warp's read ahead of any warp's write over this logit.
-    target_bias = tl.load(bias_ptr + target).to(tl.float32) if HAS_BIAS else 0.0
-    z_target = _capped(tl.load(logits_ptr + target), target_bias, scale, cap, HAS_CAP)
-    maximum = -float("inf")
-    exponentials, total = 0.0, 0.0
-    for start in range(0, num_columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        mask = column < num_columns
-        bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-        z = _capped(tl.load(logits_ptr + column, mask=mask, other=0.0), bias, scale, cap, HAS_CAP)
-        total += tl.sum(tl.where(mask, z, 0.0), axis=0)
-        z = tl.where(mask, z, -float("inf"))
-        new_maximum = tl.maximum(maximum, tl.max(z, axis=0))
-        exponentials = exponentials * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(z - new_maximum), axis=0)
-        maximum = new_maximum
-    log_sum = maximum + tl.log(exponentials)
-    loss = log_sum - (1.0 - smoothing) * z_target - smoothing * (total / num_columns) + z_loss * log_sum * log_sum
-    tl.store(losses_ptr + row, loss)
-    if WITH_GRADIENT:
-        factor = scale
-        if HAS_FACTOR:
-            factor *= tl.load(factor_ptr + row)
-        for start in range(0, num_columns, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            mask = column < num_columns
-            bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-            z = _capped(tl.load(logits_ptr + column, mask=mask, other=0.0), bias, scale, cap, HAS_CAP)
-            gradient = tl.exp(z - log_sum) * (1.0 + 2.0 * z_loss * log_sum) - smoothing / num_columns
-            gradient = tl.where(column == target, gradient - (1.0 - smoothing), gradient) * factor
-            if HAS_CAP:
-                gradient *= 1.0 - (z / cap) * (z / cap)
-            tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
-
-
-def _scaled(values: Tensor, factor: Tensor, dtype: torch.dtype, *, uses_triton: bool) -> Tensor:
-    """Returns fp32 `values` times `factor`, a scalar on their device, in place or straight in `dtype`: another [V, D]
-    in fp32 would be the largest thing in memory."""
-    if dtype == values.dtype:
-        return values.mul_(factor)
-    result = torch.empty_like(values, dtype=dtype)
-    if not uses_triton:
-        return torch.mul(values, factor, out=result)
-    # PyTorch's own kernel reads and writes two dtypes value by value: 1.2 ms for the head of a 1B, this one 0.4 (H200).
-    count = values.numel()
-    _scale_kernel[(triton.cdiv(count, SCALE_BLOCK),)](
-        values, factor.float(), result, count, BLOCK=SCALE_BLOCK, num_warps=8
-    )
-    return result
-
-
-@jit
-def _scale_kernel(
-    values_ptr: tl.tensor, factor_ptr: tl.tensor, result_ptr: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr
-) -> None:
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = place < count
-    scaled = tl.load(values_ptr + place, mask=mask, other=0.0) * tl.load(factor_ptr)
-    tl.store(result_ptr + place, scaled.to(result_ptr.dtype.element_ty), mask=mask)
-
-
-def _turn_logits_triton(
-    logits: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    factor: Tensor | None,
-    *,
-    options: LossOptions,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `_turn_logits_reference`, but in place and in the dtype of `logits`."""
-    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    block = min(TURN_BLOCK, next_power_of_2(logits.shape[1]))
-    _turn_logits_kernel[(logits.shape[0],)](
-        logits,
-        logits if bias is None else bias,
-        targets,
-        losses if factor is None else factor,
-        losses,
-        logits.shape[1],
-        options.logit_scale,
-        1.0 if options.soft_cap is None else options.soft_cap,
-        options.label_smoothing,
-        options.z_loss,
-        BLOCK=block,
-        HAS_BIAS=bias is not None,
-        HAS_CAP=options.soft_cap is not None,
-        HAS_FACTOR=factor is not None,
-        WITH_GRADIENT=with_gradient,
-        num_warps=max(1, min(TURN_WARPS, block // 512)),
-    )
-    return losses, logits
