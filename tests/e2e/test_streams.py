@@ -14,6 +14,7 @@ from stoker.compose.inspect import inspect
 from stoker.compose.prepare import look_after_cache, prepare_ahead
 from stoker.compose.train import train
 from stoker.config.load import load_with_origins
+from stoker.errors import DataError
 
 
 @pytest.fixture
@@ -110,6 +111,25 @@ def test_inspect_does_not_call_rows_sound_that_no_task_learns_from(values, write
     shown = console.file.getvalue()
     assert "they are pairs, which task sft does not learn from." in shown
     assert "Nothing in the data stops a run" not in shown
+
+
+@pytest.mark.parametrize(
+    "mode", [{}, {"streaming": True}, {"prepare": "overlap"}], ids=["ahead", "streaming", "overlap"]
+)
+def test_rows_that_judge_answers_are_not_trained_on(mode, values, write_yaml, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 40)
+    values["data"] |= {"train": [{"path": "pairs.jsonl"}]} | mode
+    with pytest.raises(DataError, match=r"the rows are pairs .* which task sft does not learn from"):
+        train(load_with_origins(write_yaml(values), []), console=Console(file=io.StringIO()))
+
+
+def test_a_streamed_source_may_leave_ends_of_turns_untrained(values, write_yaml, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values["data"] |= {"streaming": True, "train": [{"path": "train.jsonl", "chat": {"train_on_end_of_turn": "none"}}]}
+    values["train"]["steps"] = 1
+    result = train(load_with_origins(write_yaml(values), []), console=Console(file=io.StringIO()))
+    assert (result.reason, result.step) == ("finished", 1)
 
 
 def test_prepare_asks_for_a_run(stoker):

@@ -52,8 +52,7 @@ def sample(preparation: Preparation) -> Prepared:
         made = maker.make(chunk)
         writer.add(made.tokens)
         tally.merge(made.tally)
-    wanted = preparation.training.end_of_turn != "none"
-    audit = tally.audit(train_on=preparation.training.train_on, end_of_turn_wanted=wanted)
+    audit = preparation.audit(tally)
     return writer.finish(audit, documents_per_example=preparation.documents_per_example)
 
 

@@ -123,9 +123,10 @@ class Tally:
             mine.extend(theirs[: MAX_EXAMPLES - len(mine)])
 
     def taken(self) -> "Tally":
-        """Returns what was counted so far and starts anew from nothing."""
+        """Returns what was counted so far and starts anew from nothing, on rows of the same kind."""
         counted = Tally()
         counted.merge(self)
+        counted.row_kind = self.row_kind
         for part in (self.counts, self.end_tokens, self.roles, self.lengths, self.formats, self.templates):
             part.clear()
         self.bad_row_examples, self.untrained_examples = [], []

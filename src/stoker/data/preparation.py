@@ -247,12 +247,12 @@ class Preparation:
         known = [size for size in found if size is not None]
         return known if len(known) == len(found) and sum(known) else [1] * len(found)
 
-    def audit(self) -> Audit:
-        """Returns what was counted."""
+    def audit(self, counted: Tally | None = None) -> Audit:
+        """Returns what was counted: of its rows so far, unless given what was counted of some."""
         chats = [source.options.chat for source in self.sources]
         wanted = {chat.train_on_end_of_turn or self.training.end_of_turn for chat in chats}
         wanted |= {chat.train_on_eos for chat in chats if chat.train_on_eos}
-        return self.tally.audit(
+        return (counted or self.tally).audit(
             train_on=self.training.train_on,
             end_of_turn_wanted=wanted != {"none"},
             every_end_wanted=wanted <= {"turn", "all"},
