@@ -112,5 +112,14 @@ def test_resume_keeps_the_choices_that_exactness_depends_on(stoker, long_run, wr
     assert json.loads(path.read_text())["recompute"] == "keep all"
 
 
+def test_a_run_resumed_at_its_end_keeps_what_was_measured(stoker, run_values, write_yaml, tmp_path):
+    yaml = write_yaml(run_values)
+    stoker("train", yaml)
+    before = json.loads((tmp_path / "run/run.json").read_text())
+    assert "Predicted over measured: memory" not in stoker("train", yaml, "--resume").stdout
+    after = json.loads((tmp_path / "run/run.json").read_text())
+    assert [after[name] for name in ("memory", "step_seconds")] == [before[name] for name in ("memory", "step_seconds")]
+
+
 def test_nothing_to_resume_is_said(stoker, run_values, write_yaml):
     assert "no run to resume" in stoker("train", write_yaml(run_values), "--resume", code=2).stderr

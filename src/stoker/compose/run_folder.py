@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker.errors import OutputError
-from stoker.observe.events import Event, Notice, RunEnded
+from stoker.observe.events import Event, Notice, RunEnded, StepLogged
 
 _PACKAGES = ("stoker", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
@@ -135,17 +135,20 @@ def now() -> str:
 
 @dataclass
 class Journal:
-    """An observer that keeps the notices and the end of a run for `run.json`."""
+    """An observer that keeps the notices and the end of a run for `run.json`, and counts the steps taken."""
 
     notices: list[dict[str, str]] = field(default_factory=list)
     ended: RunEnded | None = None
+    num_steps: int = 0
 
     def handle(self, event: Event) -> None:
-        """Keeps notices and the end."""
+        """Keeps notices and the end, and counts steps."""
         if isinstance(event, Notice):
             self.notices.append({"level": event.level, "message": event.message})
         elif isinstance(event, RunEnded):
             self.ended = event
+        elif isinstance(event, StepLogged):
+            self.num_steps += 1
 
     def close(self) -> None:
         """Nothing is held."""

@@ -272,6 +272,14 @@ def _learn(run: _Run, observers: Sequence[Observer], *, resumes: bool) -> Traini
 def _account(run: _Run, result: TrainingResult, journal: Journal) -> None:
     """Writes down how training ended and what it took, beside what the plan said."""
     config, plan, notes = run.config, run.plan, run.notes
+    notes.add(
+        outcome=result.reason,
+        finished=now(),
+        seconds=notes.facts.get("seconds", 0.0) + result.seconds,
+        notices=[*notes.facts["notices"], *journal.notices],
+    )
+    if not journal.num_steps:  # resumed at its end: what was measured before stays, for nothing has peaked since
+        return
     memory = predicted.memory(plan, run.decoder, run.engine)
     seconds = predicted.step_seconds(
         parallel.share_of_one(config, run.ranks.world_size),
@@ -281,14 +289,7 @@ def _account(run: _Run, result: TrainingResult, journal: Journal) -> None:
         run.data.train.lengths if run.data.windows is None else (),
         rows_a_step=config.train.batch_size,
     )
-    notes.add(
-        outcome=result.reason,
-        finished=now(),
-        seconds=notes.facts.get("seconds", 0.0) + result.seconds,
-        notices=[*notes.facts["notices"], *journal.notices],
-        memory=memory,
-        step_seconds=seconds,
-    )
+    notes.add(memory=memory, step_seconds=seconds)
     if run.ranks.is_first and (sentence := predicted.remember(config, plan, memory, seconds)):
         _say(run.console, sentence)
 

@@ -68,9 +68,11 @@ def _read_text(path: Path) -> str:
 
 
 def _cell(value: object) -> str:
-    """Formats a value of a table: thousands separated, floats to four digits, lists joined."""
-    if isinstance(value, bool) or value is None:
-        return "-" if value is None else str(value).lower()
+    """Formats a value of a table: yes or no, thousands separated, floats to four digits, lists joined."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "-"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):

@@ -100,7 +100,8 @@ def with_file(path: Path) -> Mapping[str, CatalogueDevice]:
     try:
         added = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.", fix="Name a TOML file of devices.") from None
+        fix = "Name a TOML file of devices; names of known ones go to --gpu."
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.", fix=fix) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from None
     for key, facts in added.items():

@@ -66,6 +66,15 @@ def test_a_plan_is_told_without_what_means_nothing_to_its_strategy(tmp_path, str
     assert {name for name in names if f"<th>{name}</th>" in page} == shown
 
 
+def test_a_choice_against_something_is_told_with_its_reason_and_what_does_not_arise_is_not(tmp_path):
+    plan = {"strategy": "fsdp2", "reshards": False, "keep_transposed": None, "stage": 0}
+    reasons = {"reshards": "11 MiB that are free"}
+    (run_folder(tmp_path) / "plan.json").write_text(json.dumps({**plan, "reasons": reasons}))
+    page = report.write(tmp_path).read_text()
+    assert '<th>reshards</th><td>no</td><td class="soft">11 MiB that are free</td>' in page
+    assert "<th>keep transposed</th>" not in page
+
+
 def test_smoothing_is_unbiased_at_the_start():
     assert report._smooth([4.0, 4.0, 4.0], window=10) == [4.0, 4.0, 4.0]
 

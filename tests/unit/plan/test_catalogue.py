@@ -110,6 +110,11 @@ def test_a_broken_file_is_refused_with_its_place(tmp_path, text, what):
         with_file(file)
 
 
+def test_a_name_in_place_of_a_file_is_told_where_names_go(tmp_path):
+    with pytest.raises(ConfigError, match=r"h100 cannot be read.*names of known ones go to --gpu"):
+        with_file(tmp_path / "h100")
+
+
 def test_a_device_is_plain_json():
     values = catalogue.facts(shipped()["h100"])
     assert values["price"]["usd_per_hour"] > 1
