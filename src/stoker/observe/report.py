@@ -69,10 +69,8 @@ def _read_text(path: Path) -> str:
 
 def _cell(value: object) -> str:
     """Formats a value of a table: yes or no, thousands separated, floats to four digits, lists joined."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if value is None:
-        return "-"
+    if isinstance(value, bool) or value is None:
+        return {None: "-", True: "yes", False: "no"}[value]
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):

@@ -42,6 +42,12 @@ class Ladder:
         """How many layers, from the first, have what they keep wait on the host."""
         return len(self.keep) - self.staying if self.offload else 0
 
+    @property
+    def words(self) -> str:
+        """What the layers keep and where, for people: "keep all, on the host in 14"."""
+        away = f", on the host in {self.num_away}" if self.staying else " and on the host"
+        return words(self.keep) + (away if self.num_away else "")
+
     def tiled(self, spec: AnySpec, micro: Micro) -> "Ladder":
         """Returns the same with the feed-forward in tiles if that lowers the peak, and without if not."""
         whole = self if self.tile_tokens is None else replace(self, tile_tokens=None)

@@ -19,7 +19,6 @@ from stoker.plan.catalogue import CatalogueDevice
 from stoker.plan.choose import Choice, Options, Statistics, check, settle
 from stoker.plan.efficiencies import MEASURED, Efficiencies
 from stoker.plan.hardware import Device, Hardware
-from stoker.plan.ladder import words
 from stoker.plan.memory import BASE_BYTES, GIB, VALUE_BYTES, frozen_weight_bytes
 from stoker.plan.plan import Plan
 from stoker.plan.rates import CORES, Rates, on_threads
@@ -426,7 +425,5 @@ def _why(best: Candidate, step: Step, spec: AnySpec) -> str:
     """One line: what the plan does, and what most of its time goes into."""
     parts = sorted(step.parts().items(), key=lambda item: -item[1])
     most = ", ".join(f"{name} {seconds / step.seconds:.0%}" for name, seconds in parts[:2])
-    count = best.ladder.num_away
-    offload = f", on the host in {count}" if count and best.ladder.staying else " and on the host" if count else ""
     coarse = "; a coarser estimate (not native)" if isinstance(spec, BorrowedSpec) else ""
-    return f"{words(best.keep)}{offload}; time: {most}{coarse}"
+    return f"{best.ladder.words}; time: {most}{coarse}"

@@ -80,7 +80,7 @@ def summary(request: Request, found: Verdict) -> list[str]:
     assert plan is not None
     money = "" if best.usd is None else f", ${best.usd:,.2f}"
     run = f" ({best.hours:,.2f} h{money})" if best.hours is not None else ""
-    how = f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps}, {plan.recompute}"
+    how = f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps}, {plan.ladder.words}"
     lines = [f"Recommended: {best.name}{run}: {found.because}. It runs {how}, in {plan.precision}."]
     if found.runner_up:
         lines.append(f"Next: {found.runner_up}.")

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -29,6 +30,14 @@ def test_it_recommends_and_says_what_the_figures_rest_on(write_run):
     assert "Recommended: " in result.stdout
     assert "What would change this" in result.stdout
     assert "rules of thumb on other devices" in result.stdout
+
+
+def test_the_recommendation_says_what_waits_on_the_host(write_run):
+    run = write_run(
+        base="meta-llama/Llama-3.1-8B", length="4096", extra="adapter: {}\nengine: {offload_activations: 14}"
+    )
+    shown = " ".join(plan(run, "--gpu", "h100", "--methods", "lora", *ROWS).stdout.split())
+    assert re.search(r"It runs micro-batch \d+ x \d+, keep all, on the host in 14, in bf16", shown)
 
 
 def test_rows_that_devices_share_take_several_devices(write_run):
