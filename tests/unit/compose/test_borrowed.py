@@ -5,6 +5,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from stoker.compose.execution import borrowed_notices, set_up_layers, take_apart
 from stoker.compose.model import load_decoder, open_base, read_facts
 from stoker.errors import ModelError
+from stoker.plan.ladder import Ladder
 
 
 @pytest.fixture
@@ -26,7 +27,8 @@ def test_a_run_is_told_what_a_class_does_otherwise(decoder):
 
 
 class FakePlan:
-    layers, offload_activations, keep = "op by op", False, ("input", "all")
+    layers, keep = "op by op", ("input", "all")
+    ladder = Ladder(keep, layers=layers)
 
 
 def test_the_plans_rungs_are_set_on_the_classes_own_layers_and_taken_back(decoder):
