@@ -28,7 +28,7 @@ def test_a_run_is_told_what_a_class_does_otherwise(decoder):
 
 class FakePlan:
     layers, keep = "op by op", ("input", "all")
-    ladder = Ladder(keep, layers=layers)
+    ladder = Ladder(keep, offload=False, layers=layers)
 
 
 def test_the_plans_rungs_are_set_on_the_classes_own_layers_and_taken_back(decoder):
