@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ PLAN = ROOT / "docs" / "plan.md"
 CHOOSING = ROOT / "docs" / "choosing.md"
 MAIN_JOB = ROOT / "benchmarks" / "results" / "main_job.json"
 SINGLE_GPU = ROOT / "benchmarks" / "results" / "single_gpu.json"
-LIMITS = ROOT / "benchmarks/results/limits.json"
+LIMITS = ROOT / "benchmarks" / "results" / "limits.json"
 ARCHITECTURES = ROOT / "benchmarks" / "results" / "architectures.json"
 
 _LONG_ERROR = 60
@@ -231,11 +232,9 @@ def single_gpu_table(path: Path, *, suite: str = "single_gpu") -> str:
             f"| {cell} | {facts['title'].replace('shape:', '')}, {facts['rows']} | {_speed_and_memory(ours)} "
             f"| {_share_of_floor(ours)} | {'; '.join(map(_beside, others)) or 'none'} |"
         )
-    made = {(facts["device"], facts["versions"]["torch"], facts["commit"]) for facts in runs.values()}
-    where = "; ".join(f"{device}, torch {torch}, commit {commit}" for device, torch, commit in sorted(made))
     lines.append(
-        f"\n{where}. The floor is the time of the step's matrix products and attention alone, measured in the same "
-        "run; in brackets, with every layer computed twice. Made by `python benchmarks/single_gpu/run.py"
+        f"\n{_where(runs.values())}. The floor is the time of the step's matrix products and attention alone, measured "
+        "in the same run; in brackets, with every layer computed twice. Made by `python benchmarks/single_gpu/run.py"
         + ("`." if suite == "single_gpu" else f" --suite {suite}`.")
     )
     return "\n".join(lines) + "\n"
@@ -288,11 +287,8 @@ def _main_job_table() -> str:
 
 def _limits_table() -> str:
     lines = ["| work | limit | takes | a step | on the host |", "|---|---|---|---|---|"]
-    made = set()
-    for row in json.loads(LIMITS.read_text(encoding="utf-8"))["results"]:
-        if row["error"]:
-            continue
-        made.add((row["device"], row["versions"]["torch"], row["commit"]))
+    rows = [row for row in json.loads(LIMITS.read_text(encoding="utf-8"))["results"] if not row["error"]]
+    for row in rows:
         tensors, taken = (
             row["peak_allocated_bytes"] / 2**30,
             (row["peak_reserved_bytes"] + row["outside_bytes"]) / 2**30,
@@ -302,8 +298,13 @@ def _limits_table() -> str:
             f"| {row['title']}, {row['rows']} x {row['tokens']:,} | {row['limit_gib']:g} GiB "
             f"| {taken:.1f} GiB, of which tensors {tensors:.1f} | {row['step_seconds']:.1f} s | {host} |"
         )
-    where = "; ".join(f"{device}, torch {torch}, commit {commit}" for device, torch, commit in sorted(made))
-    return "\n".join([*lines, f"\n{where}."]) + "\n"
+    return "\n".join([*lines, f"\n{_where(rows)}."]) + "\n"
+
+
+def _where(runs: Iterable[dict[str, Any]]) -> str:
+    """On which devices, with which torch and at which commits runs were made."""
+    made = {(facts["device"], facts["versions"]["torch"], facts["commit"]) for facts in runs}
+    return "; ".join(f"{device}, torch {torch}, commit {commit}" for device, torch, commit in sorted(made))
 
 
 def main() -> int:

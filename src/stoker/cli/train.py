@@ -45,22 +45,19 @@ def command(
             _train(loaded, resume=resume, overwrite=overwrite, force=force)
         launch.end(0)  # Also where a signal stopped it, which the agent's process knows: it would start it again.
     loaded = read(run_file, overrides, allow_unknown=allow_unknown)
-    count = loaded.config.engine.num_processes or 1
-    arguments = sys.argv[1:]
-    if not launch.is_inside_another():
-        from stoker.compose.devices import planned_processes
-        from stoker.compose.hardware import gpus_here
-
-        count, why = planned_processes(loaded.config, gpus_here())
-        if why:
-            typer.echo(why)
-            arguments = [*arguments, "--gpus", str(count)]
-    if (count > 1 or max_restarts) and not launch.is_inside_another():
-        raise typer.Exit(launch.start(arguments, num_processes=count, max_restarts=max_restarts))
-    code = _train(loaded, resume=resume, overwrite=overwrite, force=force)
     if launch.is_inside_another():
-        launch.end(code)
-    raise typer.Exit(code)
+        launch.end(_train(loaded, resume=resume, overwrite=overwrite, force=force))
+    from stoker.compose.devices import planned_processes
+    from stoker.compose.hardware import gpus_here
+
+    arguments = sys.argv[1:]
+    count, why = planned_processes(loaded.config, gpus_here())
+    if why:
+        typer.echo(why)
+        arguments = [*arguments, "--gpus", str(count)]
+    if count > 1 or max_restarts:
+        raise typer.Exit(launch.start(arguments, num_processes=count, max_restarts=max_restarts))
+    raise typer.Exit(_train(loaded, resume=resume, overwrite=overwrite, force=force))
 
 
 def _train(loaded: Loaded, *, resume: bool, overwrite: bool, force: bool) -> int:

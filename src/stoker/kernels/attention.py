@@ -25,7 +25,7 @@ from stoker.kernels.ahead import is_compiling_ahead
 from stoker.kernels.documents import Boundaries, DocumentLengths, boundaries_of
 from stoker.kernels.head_exchange import HeadExchange
 from stoker.kernels.scored_attention import FLEX_CHANNELS, Scores, capped, flex, last_positions, normalized
-from stoker.kernels.shared_heads import can_share, knows_shared_heads, repeated, shared_heads
+from stoker.kernels.shared_heads import can_share, has_flash, knows_shared_heads, repeated, shared_heads
 from stoker.kernels.triton_support import check_implementation
 
 _MAX_QUERY_BLOCK = 512
@@ -112,17 +112,12 @@ def _checked(document_lengths: DocumentLengths | None, q: Tensor) -> DocumentLen
     return rows
 
 
-def _has_flash(device: torch.device) -> bool:
-    """Whether flash attention, the variable-length one among it, runs on the GPU: Ampere or later."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def _fastest_kernels(q: Tensor) -> AbstractContextManager[Any]:
     """Lets `scaled_dot_product_attention` choose in the order of speed on the device of `q`."""
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
         return nullcontext()
     order = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if _has_flash(q.device):
+    if has_flash(q):
         order.insert(0, SDPBackend.FLASH_ATTENTION)
     if torch.cuda.get_device_capability(q.device) >= (9, 0):
         order.insert(0, SDPBackend.CUDNN_ATTENTION)
@@ -131,8 +126,7 @@ def _fastest_kernels(q: Tensor) -> AbstractContextManager[Any]:
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, documents: DocumentLengths, scores: Scores) -> Tensor:
     # The kernel has one size for queries, keys and values.
-    fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1]
-    fits = fits and _has_flash(q.device) and scores.are_plain
+    fits = q.shape[-1] == v.shape[-1] and scores.are_plain and has_flash(q)
     if isinstance(documents, Boundaries):
         if fits:
             return _variable_length(q, k, v, documents, window=scores.window, scale=scores.scale)

@@ -296,13 +296,10 @@ class Backward:
         sum so far is kept in fp32.
         """
         before = self.grads[index]
-        if before is None:
-            self.grads[index] = grad.t() @ x
-        elif self.num_tiles == 2:
+        if before is not None and self.num_tiles == 2:
             before.addmm_(grad.t(), x)
         else:
-            before = before.float()
-            self.grads[index] = before.add_(grad.t() @ x)
+            self._add(index, grad.t() @ x)
 
     def _add_scale(self, index: int, grad: Tensor | None) -> None:
         """The same for a projection's scale, whose gradient is in fp32."""
@@ -313,4 +310,4 @@ class Backward:
         """Adds to the gradient of a tensor: once, or once a tile."""
         before = self.grads[index]
         # The sum over tiles is taken in fp32, as one matmul over all tokens would.
-        self.grads[index] = grad if before is None or grad is None else before.float() + grad
+        self.grads[index] = grad if before is None or grad is None else before.float().add_(grad)

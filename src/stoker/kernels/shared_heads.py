@@ -15,14 +15,17 @@ from torch.autograd.function import once_differentiable
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention
 
 
-def knows_shared_heads(q: Tensor) -> bool:
-    """Whether a fused attention on the device of `q`, in its dtype, takes keys and values as they are shared.
+def has_flash(q: Tensor) -> bool:
+    """Whether flash attention, the variable-length one among it, runs on `q`: on CUDA in half precision, from Ampere
+    on."""
+    is_half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    return is_half and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
-    On a CPU PyTorch's own does, on CUDA cuDNN's and flash attention: half precision, from Ampere on.
-    """
-    if not q.is_cuda:
-        return True
-    return q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+def knows_shared_heads(q: Tensor) -> bool:
+    """Whether a fused attention on the device of `q`, in its dtype, takes keys and values as they are shared: on a CPU
+    PyTorch's own does, on CUDA flash attention and cuDNN's, which runs where that does."""
+    return not q.is_cuda or has_flash(q)
 
 
 def repeated(x: Tensor, groups: int) -> Tensor:
