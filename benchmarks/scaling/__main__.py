@@ -105,19 +105,19 @@ class Bench:
                     self._keep(results.compared(facts, first))
 
     def alone(self) -> None:
-        """Runs every strategy on one GPU, on the same rows."""
+        """Runs every strategy on one GPU, on the same rows, as the plan would and by its own engine."""
         name = "lora_8b" if results.has_gpu() else "tiny"
         folder = self._model(name, CELLS[name])
         if folder is None:
             return
         first: Facts | None = None
         with tempfile.TemporaryDirectory() as place:
-            for strategy in ALONE:
-                facts = self._ours(name, CELLS[name], 1, [1], folder=folder, place=Path(place), strategy=strategy)
+            for which in ALONE:
+                facts = self._ours(name, CELLS[name], 1, [1], folder=folder, place=Path(place), alone=which)
                 if facts is not None:
-                    facts |= {"cell": f"alone_{strategy}"}
+                    facts |= {"cell": f"alone_{which}"}
                     first = first or facts
-                    self._keep(results.compared(facts, first))
+                    self._keep(results.beside_single(results.compared(facts, first), first))
 
     def _counts(self, name: str) -> list[int]:
         return [count for count in self.options.counts if count >= CELLS[name].min_gpus]
@@ -140,13 +140,15 @@ class Bench:
         *,
         folder: str,
         place: Path,
-        strategy: str | None = None,
+        alone: str | None = None,
     ) -> Facts | None:
-        job, output = place / f"{count}.json", place / f"{count}-{strategy}-result.json"
-        config = cell.config(count, counts, folder=folder, strategy=strategy)
+        """`alone`: which of `ALONE` it is, if one."""
+        job, output = place / f"{count}.json", place / f"{count}-{alone}-result.json"
+        strategy, changes = ALONE[alone] if alone else (None, None)
+        config = cell.config(count, counts, folder=folder, strategy=strategy, engine_changes=changes)
         job.write_text(json.dumps({"config": config, "steps": self.options.steps}))
         arguments = [str(job), str(output)]
-        title = f"{name} on {count}" + (f", {strategy}" if strategy else "")
+        title = f"{name} on {count}" + (f", {alone}" if alone else "")
         if not self._run(title, "benchmarks.scaling.worker", arguments, processes=count):
             return None
         return {"cell": name, "kind": "training", "tokens": f"{cell.batch_size(counts)} x {cell.length}"} | json.loads(

@@ -29,15 +29,25 @@ class Cell:
         """Returns the rows of a step, the same for all `counts` of GPUs."""
         return self.rows if self.context else self.rows * max(counts)
 
-    def config(self, gpus: int, counts: Sequence[int], *, folder: str, strategy: str | None = None) -> dict[str, Any]:
+    def config(
+        self,
+        gpus: int,
+        counts: Sequence[int],
+        *,
+        folder: str,
+        strategy: str | None = None,
+        engine_changes: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Returns the YAML of the run on so many GPUs, as values; `folder` holds the model.
 
-        `strategy`: another than the cell's, also for one GPU, which is "single" otherwise.
+        `strategy`: another than the cell's, also for one GPU, which is "single" otherwise. `engine_changes`: settings
+        of `engine` besides.
         """
         engine: dict[str, Any] = {
             "micro_batch_size": self.rows,
             "strategy": strategy or (self.strategy if gpus > 1 else "single"),
             "context_parallel": gpus if self.context else 1,
+            **(engine_changes or {}),
         }
         values: dict[str, Any] = {
             "model": {"base": folder, "quantization": self.quantization},
@@ -86,5 +96,17 @@ CELLS: dict[str, Cell] = {
 }
 """The most important first. `lora_70b` needs 141 GB of disk (`--models`), `nf4_70b` 40; the tiny ones need no GPU."""
 
-ALONE = ("single", "fsdp2", "deepspeed", "ddp")
-"""The strategies that `alone` runs on one GPU, where they have nothing to share: what is slower is their own cost."""
+ALONE: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "single": ("single", {}),
+    "fsdp2": ("fsdp2", {}),
+    "deepspeed": ("deepspeed", {}),
+    "ddp": ("ddp", {}),
+    "fsdp2_engine": ("fsdp2", {"fsdp2": {"reduce_dtype": "bf16"}}),
+    "deepspeed_engine": ("deepspeed", {"deepspeed": {"config": {"zero_optimization": {"stage": 2}}}}),
+}
+"""What `alone` runs on one GPU, where strategies have nothing to share: their names, and settings of `engine` besides.
+
+The plan runs a strategy as `single` there, unless it is told to do more than share. What ends in `_engine` is, by a
+setting of no weight (an adapter's gradients are rounded; DeepSpeed's stage is 2 anyway): what is slower is its own
+cost.
+"""

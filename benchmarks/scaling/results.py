@@ -64,6 +64,19 @@ def compared(facts: Facts, first: Facts) -> Facts:
     }
 
 
+def beside_single(facts: Facts, single: Facts) -> Facts:
+    """Adds what a strategy costs where it has nothing to share: of a step's time, and bytes, more than `single`'s.
+
+    `single` may itself be missing, where the first run was another's: then there is nothing to add.
+    """
+    if single["strategy"] != "single":
+        return facts
+    return facts | {
+        "cost_of_strategy": facts["step_seconds"] / single["step_seconds"] - 1.0,
+        "bytes_of_strategy": facts["peak_bytes"] - single["peak_bytes"],
+    }
+
+
 def beside(facts: Facts, ours: Facts) -> Facts:
     """Adds the ratio of our speed and memory to the peer's, or why the peer did not do the same job."""
     facts = facts | {"tokens_per_second_per_gpu": facts["tokens_per_second"] / facts["num_gpus"]}
@@ -141,6 +154,9 @@ def line(facts: Facts) -> str:
     parts += [f"{name} {facts[key]:.1%}" for name, key in _SHARES if facts.get(key) is not None]
     if facts.get("loss_difference") is not None:
         parts.append(f"losses within {facts['loss_difference']:.1e}")
+    if facts.get("cost_of_strategy") is not None:
+        more = facts["bytes_of_strategy"] / 2**20
+        parts.append(f"{facts['cost_of_strategy']:+.1%} of single's time, {more:+,.0f} MiB")
     if facts.get("speed_of_peer"):
         parts.append(f"Stoker is {facts['speed_of_peer']:.2f} x as fast")
     if facts.get("error"):

@@ -126,12 +126,14 @@ def loaded_between_evaluations(strategy_of):
     return before, float(strategy.evaluate(batch).loss_sum)
 
 
-def narrow(strategy_of, name="full"):
-    """Trains every weight in bf16, vectors in fp32; returns the losses and each rank's own weights as bytes."""
+def narrow(strategy_of, name="full", model=None):
+    """Trains every weight in bf16, vectors in fp32; returns the losses and each rank's own weights as bytes.
+
+    `model`: of the case's shape, trained as far as it requires gradients.
+    """
     if name == "head with a bias":
         model, name = native.build(replace(SPEC, head_bias=True), seed=0, initializer_range=0.1), "full"
-    else:
-        model = jobs.build(jobs.CASES[name])
+    model = model or jobs.build(jobs.CASES[name])
     widen_vectors(model.to(torch.bfloat16))
     strategy = strategy_of(model)
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 from benchmarks.scaling import launch, results
-from benchmarks.scaling.cells import CELLS
+from benchmarks.scaling.cells import ALONE, CELLS
 from benchmarks.scaling.collectives import moved
 from benchmarks.scaling.communication import times
 
 from stoker.compose.bench import shapes
 from stoker.config.load import parse
+from stoker.plan import many
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +28,15 @@ def test_every_count_takes_the_same_steps(name):
     assert configs[1].engine.strategy == "single"
     assert configs[4].engine.strategy in ("ddp", "fsdp2")
     shapes.config_of(cell.model.removesuffix("-nf4"))
+
+
+@pytest.mark.parametrize("which", ALONE)
+def test_alone_a_strategy_runs_as_single_and_its_engine_as_itself(which):
+    strategy, changes = ALONE[which]
+    cell = CELLS["tiny"]
+    config = parse(cell.config(1, [1], folder="shape:llama-tiny", strategy=strategy, engine_changes=changes))
+    assert many.does_more(config.engine) == which.endswith("_engine")
+    assert which.removesuffix("_engine") == config.engine.strategy == strategy
 
 
 def test_time_in_collectives_is_counted_once_and_what_hides_behind_work_is_not_exposed():
@@ -45,6 +55,16 @@ def test_efficiency_is_that_of_speed_per_gpu():
     assert found["loss_difference"] == 0.25
     assert (found["collectives_share"], found["exposed_share"]) == pytest.approx((0.1, 0.05))
     assert found["memory_of_plan"] == 0.75
+
+
+def test_what_a_strategy_costs_alone_is_held_against_single():
+    single = facts(1, 100.0) | {"strategy": "single"}
+    slower = facts(1, 80.0) | {"strategy": "fsdp2", "step_seconds": 0.125, "peak_bytes": 30 + 2**21}
+    found = results.beside_single(slower, single)
+    assert (found["cost_of_strategy"], found["bytes_of_strategy"]) == (pytest.approx(0.25), 2**21)
+    shown = {"cell": "alone_fsdp2_engine", "kind": "training", "tokens_per_second_per_gpu": 80.0}
+    assert "+25.0% of single's time, +2 MiB" in results.line(found | shown)
+    assert "cost_of_strategy" not in results.beside_single(slower, slower)
 
 
 def test_a_peer_with_another_first_loss_did_another_job():

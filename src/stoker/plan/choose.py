@@ -120,7 +120,7 @@ def settle(config: RunConfig, spec: AnySpec, hardware: Hardware, options: Option
     climbed = best = _best(fitting)
     if config.engine.cuda_graphs is True:
         _cuda_graphs(best)
-    if asked.reshards is None and spread.weight_shards > 1:
+    if asked.reshards is None:
         stays = best.gathered()
         best = stays if stays.fits else best
     return Choice(best, climbed, hardware, is_forced)
@@ -210,7 +210,9 @@ def _strategy_said(engine: Engine, spread: Spread) -> str:
         return f"one device: {asked} has nothing to share; checkpoints resume on more"
     if spread.num_processes == 1 and (more := beyond_sharing(engine)):
         said = f"set in the configuration, and one device has use for {', '.join(more)}"
-        copies = "; it copies each layer's weights before its work, which single does not"
+        if spread.shares_frozen and spread.copies_weights:
+            return f"{said}; it brings each layer's weights from the host before its work"
+        copies = "; it copies what each layer trains before its work, which single does not"
         return said + copies if spread.copies_weights else said
     return _said(asked, _strategy_reason(spread))
 
@@ -229,15 +231,12 @@ def _reshards_reason(choice: Choice) -> str:
         return "no layer is gathered"
     if engine.fsdp2.reshard_after_forward != "auto":
         return "set in the configuration"
-    if spread.weight_shards == 1:
-        return "one device has all weights: what stays would be a copy"
+    done = "copied" if spread.copies_weights else "gathered"
     if best is not climbed:
         more = best.memory.total - climbed.memory.total
-        return f"{size(more)} that are free: layers are gathered once a micro-batch, not again for the backward"
+        return f"{size(more)} that are free: layers are {done} once a micro-batch, not again for the backward"
     needed, allowed = climbed.gathered().memory.total, climbed.size.job.machine.device.memory_bytes
-    return (
-        f"layers are gathered again for the backward: to stay they would need {size(needed)} of {size(allowed)} in all"
-    )
+    return f"layers are {done} again for the backward: to stay they would need {size(needed)} of {size(allowed)} in all"
 
 
 def _said(value: object, reason: str) -> str:

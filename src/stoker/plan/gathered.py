@@ -1,7 +1,8 @@
 """What FSDP2 holds and sends besides each device's parts: gathered weights, and gradients on their way into parts.
 
 As torch's `fully_shard` does it (torch/distributed/fsdp/_fully_shard, 2.11 and 2.13) over the groups of
-`distributed.fsdp2`: one for each layer, and one for what is outside of the layers, which stays gathered.
+`distributed.fsdp2`: one for each layer, and one for what is outside of the layers, which stays gathered. Frozen weights
+that every device has whole (`Spread.shares_frozen`) are in none of them.
 """
 
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ def gathered(
     sums = 2 if spread.reduce_dtype == "bf16" else 4
     head = spec.vocab_size * spec.hidden_size
     if not is_full:  # all adapters lie in layers, in fp32
+        base = base if spread.shares_frozen else 0
         outside = min(base, tables * value_bytes)
         of_layers = base - outside + 4 * trained
         own = round(largest * trained)
@@ -93,7 +95,7 @@ def buffers(found: Gathered, spread: Spread, *, arrives: bool) -> Buffers:
     of the layers, the head's gradient is there from the loss on, and the embedding's comes last, beside the buffer of
     the first layer's. Parts of either are made after that.
     """
-    alone = spread.weight_shards == 1  # then nothing passes, but all is copied as if it did
+    alone = spread.copies_weights  # then nothing passes, but what is shared is copied as if it did
     layers = found.layers if spread.reshards is False else (1 if alone else 2) * found.layer
     here = layers if spread.reshards is False else 0
     parts = found.outside_gradients // spread.gradient_shards if arrives else 0

@@ -61,8 +61,8 @@ def choose_over(
 def does_more(engine: Engine) -> bool:
     """Whether the strategy that was asked for does something for one device alone, which has nothing to share.
 
-    Where it does not, it would only copy (FSDP2 on one H200 cost an 8B's adapter 5% of its speed and 2.4 GiB:
-    benchmarks/results/scaling), so that one device runs as `single`; its checkpoints resume on many.
+    Where it does not, it would only copy what is trained, so that one device runs as `single`; its checkpoints resume
+    on many.
     """
     return bool(beyond_sharing(engine))
 

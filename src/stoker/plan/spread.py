@@ -65,6 +65,11 @@ class Spread:
         return self.strategy == "fsdp2" and self.weight_shards == 1
 
     @property
+    def shares_frozen(self) -> bool:
+        """Whether FSDP2 shares frozen weights too: where a device has all of them, they stay there as they are."""
+        return self.weight_shards > 1 or "weights" in self.on_host
+
+    @property
     def gathers(self) -> int:
         """How often a micro-batch gathers a layer."""
         return 1 if self.reshards is False else 2
