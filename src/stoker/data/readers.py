@@ -3,17 +3,17 @@
 Lines of JSONL are handed out unparsed (`Line`), so that whoever has the time parses them: a worker process, as a rule.
 """
 
+import codecs
 import csv
 import io
 import itertools
 import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stoker.data import storage
+from stoker.data import json_text, storage
 from stoker.errors import DataError
 
 
@@ -103,7 +103,7 @@ def read_raw(location: str, *, file_type: str | None = None, rows: int = 0, star
             yield from itertools.islice(FILE_TYPES[kind](opened, location), rows, None)
 
 
-def _lines(opened: BinaryIO, name: str, *, first: int, start: int) -> Iterator[Line]:
+def _lines(opened: Iterable[bytes], name: str, *, first: int, start: int) -> Iterator[Line]:
     """Yields the lines that are not blank. `first` counts all lines before `start`, as a line's number does."""
     end = start
     for number, content in enumerate(opened, start=first + 1):
@@ -128,60 +128,40 @@ def _hint(line: bytes) -> str:
     return " The file looks like one JSON list; name it .json." if line.strip() in (b"[", b"[{", b"{") else ""
 
 
-def _read_json(opened: BinaryIO, name: str) -> Iterator[Raw]:
-    content = opened.read()
+def _read_json(opened: BinaryIO, name: str) -> Iterator[Row]:
+    """A file whose first line is an object, with more lines after it, holds JSON lines under another name."""
+    begin = _to_content(opened, 64)
+    if begin.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{" and not begin.endswith(b"\n"):
+        begin += opened.readline(_LONGEST_LINE)
+    if begin.endswith(b"\n") and _is_object(begin):
+        begin += (following := _to_content(opened))
+        if following.strip():
+            # Parsed here: a place within this file is told by counting rows, within JSONL by lines and bytes.
+            yield from map(parsed, _lines(itertools.chain(io.BytesIO(begin), opened), name, first=0, start=0))
+            return
+    for number, (line, value) in enumerate(json_text.entries(begin, opened, name), start=1):
+        yield _object(value, f"{name}:{line} (row {number})")
+
+
+_LONGEST_LINE = 1 << 24
+"""Bytes of a first line that are parsed to find out whether it stands for itself; a longer one is one whole list."""
+
+
+def _to_content(opened: BinaryIO, most: int = -1) -> bytes:
+    """Returns the lines up to and with the first that is not blank, of which no more than `most` bytes are read."""
+    lines = []
+    while line := opened.readline(most):
+        lines.append(line)
+        if line.strip():
+            break
+    return b"".join(lines)
+
+
+def _is_object(line: bytes) -> bool:
     try:
-        text = content.decode("utf-8-sig")
-        if text.lstrip().startswith("["):
-            for number, (line, value) in enumerate(_entries(text), start=1):
-                yield _object(value, f"{name}:{line} (row {number})")
-            return
-        document = json.loads(text)
-    except UnicodeDecodeError as error:
-        where = f"{name}:{_line(content, error.start)}"
-        raise DataError(f"the file is not UTF-8 (byte {error.start + 1}).", where=where) from error
-    except RecursionError as error:
-        raise DataError("the file is JSON nested too deeply.", where=name) from error
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and content.lstrip()[:1] == b"{":
-            yield from _read_jsonl(io.BytesIO(content), name)
-            return
-        raise DataError(f"the file is not JSON: {error.msg}.", where=f"{name}:{error.lineno}") from error
-    if not isinstance(document, dict) or not isinstance(document.get("data"), list):
-        found = f"an object with: {', '.join(document)}" if isinstance(document, dict) else type(document).__name__
-        raise DataError(
-            f"the file holds {found}.", where=name, fix='Use a list of rows, or an object {"data": [rows]}, or JSONL.'
-        )
-    for number, value in enumerate(document["data"], start=1):
-        yield _object(value, f"{name}:row {number}")
-
-
-def _entries(text: str) -> Iterator[tuple[int, Any]]:
-    """Yields the entries of a list, each with the line on which it begins. Raises JSONDecodeError where it breaks."""
-    decoder = json.JSONDecoder()
-    position = _after_blank(text, text.index("[") + 1)
-    line, counted = 1, 0
-    while text[position : position + 1] != "]":
-        value, end = decoder.raw_decode(text, position)
-        line, counted = line + text.count("\n", counted, position), position
-        yield line, value
-        position = _after_blank(text, end)
-        if text[position : position + 1] == ",":
-            position = _after_blank(text, position + 1)
-            if text[position : position + 1] == "]":
-                raise json.JSONDecodeError("Trailing comma before the end of the list", text, position)
-        elif text[position : position + 1] != "]":
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
-    rest = _after_blank(text, position + 1)
-    if rest < len(text):
-        raise json.JSONDecodeError("Extra data", text, rest)
-
-
-def _after_blank(text: str, position: int) -> int:
-    return _BLANK.match(text, position).end()  # type: ignore[union-attr]
-
-
-_BLANK = re.compile(r"[ \t\n\r]*")
+        return isinstance(json.loads(line.decode("utf-8-sig")), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _line(content: bytes, position: int) -> int:

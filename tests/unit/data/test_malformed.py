@@ -287,7 +287,7 @@ FILES = {
     "blank.jsonl": (b"\n \n\t\n", "blank.jsonl: the source holds no rows."),
     "broken.jsonl": (b"{\n{\n", "broken.jsonl:1: the first 2 rows are all malformed: the line is not JSON"),
     "broken.json": (b'[{"text": "a"},\n{"text": ]', "broken.json:2: the file is not JSON"),
-    "word.json": (b'"hello"', "word.json: the file holds str."),
+    "word.json": (b'"hello"', "word.json: the file holds text."),
     "object.json": (b'{"text": "a"}\n', "object.json: the file holds an object with: text."),
     "other.json": (b'{"rows": {"text": "a"}}', "other.json: the file holds an object with: rows."),
     "broken.csv": (b'text\n"a\n', "broken.csv:2: the file is not CSV"),
