@@ -135,14 +135,8 @@ def _files(config: RunConfig) -> Iterator[tuple[ConfigPath, Problem]]:
             yield (*path, "split"), unsplit
         kind = row_formats.expanded(source).format
         if kind in row_formats.JUDGING:
-            what = f"{dotted(path)}.format = {source.format}: {row_formats.FORMATS[kind]}"
-            yield (
-                (*path, "format"),
-                Problem(
-                    f"{what}; from such rows task {config.task.kind} does not learn.",
-                    fix=row_formats.INSTEAD_OF_JUDGED,
-                ),
-            )
+            what = f"{dotted(path)}.format = {source.format}: the rows are {row_formats.FORMATS[kind]}"
+            yield (*path, "format"), row_formats.not_learned(what, config.task.kind)
         elif not unreadable and not unsplit and (problem := _first_rows(source, config, dotted(path))):
             yield (*path, "path"), problem
         problem = _template(source.chat.chat_template, f"{dotted(path)}.chat.chat_template")
@@ -188,7 +182,7 @@ def _first_rows(source: Source, config: RunConfig, where: str) -> Problem | None
 
     is_here = source.path.startswith(BUILTIN) or (places.exists(source.path) and not places.is_url(source.path))
     is_here = is_here and not any(map(places.is_url, source.data_files))
-    return first_rows.problem(source, where, task=config.task.kind) if is_here else None
+    return first_rows.problem(source, config, where) if is_here else None
 
 
 def shipped_templates() -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from stoker.compose.counted import remember
 from stoker.compose.sources import prepare_sources
 from stoker.compose.streams import is_windowed, preparation_of, sample
-from stoker.config.row_formats import INSTEAD_OF_JUDGED
+from stoker.config.row_formats import not_learned
 from stoker.config.schema import RunConfig
 from stoker.data.audit import Audit, problems, warnings
 from stoker.data.loader import Documents, StepLoader
@@ -109,11 +109,8 @@ def refuse_rows_of_other_tasks(config: RunConfig, audits: dict[str, Audit]) -> N
     for part, audit in audits.items():
         if audit.row_kind != "documents":
             formats = "; ".join(audit.formats.values())
-            raise DataError(
-                f"data.{part}: the rows are {audit.row_kind} ({formats}), which task {config.task.kind} does not learn "
-                "from.",
-                fix=INSTEAD_OF_JUDGED,
-            )
+            what = f"data.{part}: the rows are {audit.row_kind} ({formats})"
+            raise DataError([not_learned(what, config.task.kind)])
 
 
 def loader(

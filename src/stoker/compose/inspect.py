@@ -7,6 +7,7 @@ from rich.console import Console
 from stoker.compose.data import packing, prepare_data, refuse_faults
 from stoker.compose.model import Base, load_tokenizer_of, open_base_of
 from stoker.compose.sources import say
+from stoker.config.row_formats import not_learned
 from stoker.config.schema import RunConfig
 from stoker.data import inspect as show
 from stoker.errors import ConfigError
@@ -53,7 +54,7 @@ def inspect_for(
         console.print(notice, style="yellow", markup=False)
     refuse_faults(data.audits)
     if others := sorted({audit.row_kind for audit in data.audits.values()} - {"documents"}):
-        what = f"Nothing is wrong with the rows, but they are {' and '.join(others)}"
-        say(console, f"{what}, which task {config.task.kind} does not learn from.", style="yellow")
+        but = f"Nothing is wrong with the rows, but they are {' and '.join(others)}"
+        say(console, not_learned(but, config.task.kind).what, style="yellow")
     else:
         console.print("[green]Nothing in the data stops a run.[/]")

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stoker.compose.sources import cache_folder, row_options, source_options
+from stoker.compose.source_options import source_options
+from stoker.compose.sources import cache_folder, row_options
 from stoker.config.schema import RunConfig
 from stoker.data import cache, storage
 from stoker.data.batch import Batch

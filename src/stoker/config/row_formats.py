@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stoker.config.schema import Section, Source
+from stoker.errors import Problem
 
 FORMATS = {
     "auto": "what most of the first rows have",
@@ -28,8 +29,13 @@ FORMATS = {
 JUDGING = ("preference", "unpaired", "stepwise")
 """Those whose rows judge answers: they are prepared and inspected, and not yet trained on."""
 
-INSTEAD_OF_JUDGED = "`stoker inspect` shows them. To train on the better answers alone, keep them as chats."
-"""What to do with rows of a format in `JUDGING`."""
+
+def not_learned(what: str, task: str) -> Problem:
+    """Returns what is wrong with `what`, a clause that names rows which judge answers."""
+    return Problem(
+        f"{what}, which task {task} does not learn from.",
+        fix="`stoker inspect` shows them. To train on the better answers alone, keep them as chats.",
+    )
 
 
 @dataclass(frozen=True)

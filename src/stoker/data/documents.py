@@ -11,6 +11,7 @@ import numpy as np
 
 from stoker.data import formats
 from stoker.data.audit import Tally
+from stoker.data.first_rows import stopped_at
 from stoker.data.options import Reading
 from stoker.data.pack import split_long
 from stoker.data.readers import Raw, Row, parsed
@@ -134,11 +135,9 @@ class DocumentMaker:
         return self._encoder
 
     def _bad_row(self, row: Row, error: DataError) -> None:
-        problem = error.problems[0]
         if self.on_bad_row == "stop":
-            fix = f"{problem.fix} " if problem.fix else ""
-            raise DataError(problem.what, where=row.where, fix=f"{fix}(data.on_bad_row: skip leaves such rows out.)")
-        self._tally.bad_row(f"{row.where}: {problem.what}")
+            raise stopped_at(row.where, error)
+        self._tally.bad_row(f"{row.where}: {error.problems[0].what}")
 
     def _kept(self, where: str, documents: list[Document]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
         """Applies the limits of length to a row's documents and counts them. The two of a pair go the same way."""

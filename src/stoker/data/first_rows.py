@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from stoker.data import formats
 from stoker.data.formats import Format
+from stoker.data.options import Reading
 from stoker.data.readers import Raw, Row, parsed
 from stoker.errors import DataError
 
@@ -13,11 +14,27 @@ _NUM_ROWS = 32
 
 
 class Looked(NamedTuple):
-    """The format of a source, how that is known, and those of its first rows that are good."""
+    """The format of a source, how that is known, and its first rows."""
 
     format: Format
     reason: str
-    rows: list[dict[str, Any]]
+    rows: list[Row]
+
+    @property
+    def sound(self) -> list[dict[str, Any]]:
+        """Those of the rows that are not malformed."""
+        return [row.value for row in self.rows if row.error is None]
+
+    def refusal(self, reading: Reading) -> DataError | None:
+        """Returns the error with which the first row that cannot be taken stops a preparation, or None."""
+        for row in self.rows:
+            try:
+                if row.error is not None:
+                    raise DataError(row.error)
+                formats.convert(self.format, row.value, reading)
+            except DataError as error:
+                return stopped_at(row.where, error)
+        return None
 
 
 def look(raws: Iterable[Raw], *, format_name: str, fields: Mapping[str, str], where: str) -> Looked:
@@ -26,14 +43,22 @@ def look(raws: Iterable[Raw], *, format_name: str, fields: Mapping[str, str], wh
     Raises DataError if there are no rows, only malformed ones or such of no known format, or if `fields` names what the
     format does not have.
     """
-    rows = [row.value for row in _first(raws, where) if row.error is None]
+    rows = _first(raws, where)
     if format_name == "auto":
-        detection = formats.detect(rows, where, fields=fields)
+        sound = [row.value for row in rows if row.error is None]
+        detection = formats.detect(sound, where, fields=fields)
         form, reason = detection.format, f"detected: {detection.reason}"
     else:
         form, reason = formats.declared(format_name), "declared"
     formats.check_fields(form, fields, where)
     return Looked(form, reason, rows)
+
+
+def stopped_at(where: str, error: DataError) -> DataError:
+    """Returns the error that stops a preparation at a row which cannot be taken, and says how to go on without it."""
+    problem = error.problems[0]
+    fix = f"{problem.fix} " if problem.fix else ""
+    return DataError(problem.what, where=where, fix=f"{fix}(data.on_bad_row: skip leaves such rows out.)")
 
 
 def _first(raws: Iterable[Raw], where: str) -> list[Row]:

@@ -52,3 +52,35 @@ class Reading:
     def theirs(self, name: str) -> str:
         """Returns the row's own name of a field, for messages."""
         return self.fields.get(name, name)
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """One source of rows: a file, folder, glob, URL or Hub id in `path`, or the rows themselves in `rows`.
+
+    `format` is a name of `formats.FORMATS` or "auto"; `fields` maps our field names to the source's; `chat` and
+    `prompt` say how its conversations and prompts are read; `split` may hold a slice; `name` (a configuration) and
+    `revision` apply to Hub ids, `data_files` to them and to folders; `limit` takes the first rows only, and of
+    `num_shards` parts number `shard`; `file_type` overrides the file's suffix. `weight` is for the loader.
+    """
+
+    path: str | None = None
+    rows: Sequence[Mapping[str, Any]] | None = None
+    format: str = "auto"
+    fields: Mapping[str, str] = field(default_factory=dict)
+    split: str = "train"
+    name: str | None = None
+    limit: int | None = None
+    file_type: str | None = None
+    chat: ChatOptions = field(default_factory=ChatOptions)
+    prompt: PromptTexts = field(default_factory=PromptTexts)
+    data_files: tuple[str, ...] = ()
+    revision: str | None = None
+    shard: int = 0
+    num_shards: int = 1
+    weight: float | None = None
+
+    @property
+    def reading(self) -> Reading:
+        """How its rows are read."""
+        return Reading(self.fields, self.chat, self.prompt)

@@ -1,6 +1,6 @@
 """What is to be prepared: sources that were found and looked at, cut into chunks, and what makes documents of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -10,7 +10,7 @@ from typing import Any
 from stoker.data import cache, first_rows, formats, rows, sources, storage
 from stoker.data.audit import Audit, Tally
 from stoker.data.documents import ON_BAD_ROW, ON_LONG, DocumentMaker, RowChunk, SourceForm
-from stoker.data.options import END_OF_TURN, ChatOptions, PromptTexts, Reading
+from stoker.data.options import END_OF_TURN, SourceOptions
 from stoker.data.readers import Line, Raw
 from stoker.data.rows import Training
 from stoker.data.sources import BEGINNING, Digest, Position
@@ -21,38 +21,6 @@ _CHUNK_BYTES = 4 << 20
 _SMALL_BYTES = 8 << 20
 _SMALL_ROWS = 20_000
 _MAX_WORKERS = 16
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """One source of rows: a file, folder, glob, URL or Hub id in `path`, or the rows themselves in `rows`.
-
-    `format` is a name of `formats.FORMATS` or "auto"; `fields` maps our field names to the source's; `chat` and
-    `prompt` say how its conversations and prompts are read; `split` may hold a slice; `name` (a configuration) and
-    `revision` apply to Hub ids, `data_files` to them and to folders; `limit` takes the first rows only, and of
-    `num_shards` parts number `shard`; `file_type` overrides the file's suffix. `weight` is for the loader.
-    """
-
-    path: str | None = None
-    rows: Sequence[Mapping[str, Any]] | None = None
-    format: str = "auto"
-    fields: Mapping[str, str] = field(default_factory=dict)
-    split: str = "train"
-    name: str | None = None
-    limit: int | None = None
-    file_type: str | None = None
-    chat: ChatOptions = field(default_factory=ChatOptions)
-    prompt: PromptTexts = field(default_factory=PromptTexts)
-    data_files: tuple[str, ...] = ()
-    revision: str | None = None
-    shard: int = 0
-    num_shards: int = 1
-    weight: float | None = None
-
-    @property
-    def reading(self) -> Reading:
-        """How its rows are read."""
-        return Reading(self.fields, self.chat, self.prompt)
 
 
 @dataclass(frozen=True)
@@ -274,9 +242,8 @@ class Preparation:
         """Returns the source's format, detected on its first rows if not declared, and those of them that are good."""
         options = source.options
         raws = (raw for raw, _ in source.read())
-        form, reason, sample = first_rows.look(
-            raws, format_name=options.format, fields=options.fields, where=source.label
-        )
+        looked = first_rows.look(raws, format_name=options.format, fields=options.fields, where=source.label)
+        form = looked.format
         if self.tally.formats and form.kind != self.tally.row_kind:
             # They are trained on in different ways, so they do not mix.
             raise DataError(
@@ -285,5 +252,5 @@ class Preparation:
                 fix="Prepare them in runs of their own.",
             )
         self.tally.row_kind = form.kind
-        self.tally.formats[source.label] = f"{form.name} ({reason})"
-        return SourceForm(form.name, options.reading), sample
+        self.tally.formats[source.label] = f"{form.name} ({looked.reason})"
+        return SourceForm(form.name, options.reading), looked.sound

@@ -12,7 +12,8 @@ import numpy as np
 from stoker.data import cache
 from stoker.data.documents import Made, RowChunk
 from stoker.data.duplicates import Seen
-from stoker.data.preparation import Opened, Preparation, SourceOptions
+from stoker.data.options import SourceOptions
+from stoker.data.preparation import Opened, Preparation
 from stoker.data.prepared import Prepared, Selection
 from stoker.data.rows import Training
 from stoker.data.sources import Position

@@ -3,9 +3,12 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from stoker.cli import check
-from stoker.errors import ConfigError
+from stoker.compose.inspect import inspect
+from stoker.config.load import load_with_origins
+from stoker.errors import ConfigError, DataError
 
 FRAMEWORKS = {"torch", "transformers", "datasets", "peft"}
 REPORT = f"import sys, time; print(time.process_time(), *{FRAMEWORKS} & set(sys.modules))"
@@ -160,7 +163,7 @@ def test_rows_that_judge_answers_are_refused_where_the_format_tells(write_run, n
     path = write_run()
     (problem,) = problems(path, f"data.train=[{{path: rows.jsonl, format: {name}}}]")
     assert f"data.train[0].format = {name}: " in problem
-    assert "from such rows task sft does not learn" in problem
+    assert "which task sft does not learn from" in problem
 
 
 PAIR = '{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}\n'
@@ -185,6 +188,33 @@ def test_the_first_rows_are_refused_as_training_refuses_them(write_run, here, co
     (here / "sound.jsonl").write_text('{"text": "a"}\n')
     (problem,) = problems(path, "data.train=[{path: sound.jsonl}]", "data.validation=[{path: rows.jsonl}]")
     assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("format_name", "content", "refused"),
+    [
+        (
+            "completion",
+            '{"text": "a"}\n{"body": "b"}\n',
+            "rows.jsonl:2: field 'text' is missing or null; ",
+        ),
+        ("chat", '{"body": "b"}\n', "rows.jsonl:1: field 'messages' (or 'conversations') is missing or null; "),
+        ("alpaca", '{"instruction": "a"}\n', "rows.jsonl:1: field 'output' is missing or null; "),
+        ("tokenized", '{"input_ids": [1, 2], "labels": [1]}\n', "field 'labels' has 1 entries for 2 token ids."),
+        ("completion", '{"text": "a"}\n{"text" "b"}\n', "rows.jsonl:2: the line is not JSON: "),
+        ("auto", '{"text": "a"}\n{"text": 3}\n', "rows.jsonl:2: field 'text' is int, not text."),
+    ],
+)
+def test_rows_that_training_would_stop_at_are_refused_in_its_words(write_run, here, format_name, content, refused):
+    path = write_run(base="builtin:tiny-llama")
+    (here / "rows.jsonl").write_text(content)
+    rows = (f"data.train=[{{path: rows.jsonl, format: {format_name}}}]", f"data.cache_folder={here}")
+    (problem,) = problems(path, *rows)
+    assert refused in problem
+    with pytest.raises(DataError) as stopped:
+        inspect(load_with_origins(path, list(rows)).config, rows=1, split="train", console=Console(quiet=True))
+    assert problem.endswith(f"data.train[0]: {stopped.value}")
+    check.command(path, [*rows, "data.on_bad_row=skip"])
 
 
 def test_rows_are_looked_at_in_the_fields_that_they_have(write_run, here):
