@@ -3,7 +3,7 @@
 from stoker.plan import shared_rows, speed
 from stoker.plan.gathered import passing
 from stoker.plan.links import Links
-from stoker.plan.memory import VALUE_BYTES, frozen_weight_bytes, gathered_share, head_bytes
+from stoker.plan.memory import VALUE_BYTES, gathered_bytes, head_bytes
 from stoker.plan.plan import size
 from stoker.plan.states import bytes_each
 from stoker.plan.survey import Offer, Request
@@ -132,12 +132,8 @@ def _communication(one: Offer) -> str:
     if plan is None or one.spread.num_processes == 1:
         return "one device: none"
     spread = plan.spread
-    trained, value = plan.num_trained_parameters, VALUE_BYTES[plan.precision]
-    is_full = one.config.adapter is None
-    weight_bytes = 2 if one.config.train.weight_dtype == "bf16" and is_full else 4
-    base = 0 if is_full else frozen_weight_bytes(one.spec, plan.quantization, value)
-    sizes = {"base": base, "trained": trained, "weight_bytes": weight_bytes, "value_bytes": value}
-    moved = passing(one.spec, spread, is_full=is_full, **sizes)
+    sizes = speed.sizes_of(one.config, one.spec, plan)
+    moved = passing(one.spec, spread, sizes)
     links, ranks = Links.of(one.device), spread.num_processes
     come = moved.per_step(plan.accumulation_steps, ranks)
     if spread.strategy == "fsdp2":
@@ -146,13 +142,14 @@ def _communication(one: Offer) -> str:
             "their way into parts; what else is gathered stays"
         )
     elif spread.weight_shards > 1:
-        held = f"{gathered_share(one.spec):.1%} of the weights gathered at a time, with their gradients"
+        share = gathered_bytes(one.spec, sizes, sizes.trained_bytes) / (sizes.base + sizes.trained_bytes)
+        held = f"{share:.1%} of the weights gathered at a time, with their gradients"
     else:
         held = "buckets of gradients" if spread.strategy == "deepspeed" else "gradients are summed where they lie"
     network = f", {links.network / 1e9:,.0f} GB/s into a node" if spread.nodes > 1 else ""
     if (sharing := spread.sharing) > 1:
         sent = shared_rows.sent_values(one.spec, plan.keep, sharing, is_fused=plan.layers == "fused")
-        each = sent * plan.micro_batch_size * plan.row_tokens * value * (sharing - 1) / sharing
+        each = sent * plan.micro_batch_size * plan.row_tokens * sizes.value_bytes * (sharing - 1) / sharing
         network += f", and {each / 1e9:,.2f} GB with each micro-batch from those that share its rows"
     hidden = one.step.hidden.get("collectives", 0.0) if one.step else 0.0
     waits = one.step.communication if one.step else 0.0

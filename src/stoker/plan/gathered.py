@@ -13,6 +13,26 @@ from stoker.plan.spread import Spread, Volume, volume
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """A run's weights: `base` bytes of frozen ones, as they are kept, and so many `trained` values.
+
+    These are all of the model's where it `is_full`, adapters' otherwise. `weight_bytes`, `value_bytes`: of a trained
+    matrix's value as it is kept, and of a product's.
+    """
+
+    base: int
+    trained: int
+    is_full: bool
+    weight_bytes: int
+    value_bytes: int
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of what is trained; adapters are fp32."""
+        return (self.weight_bytes if self.is_full else 4) * self.trained
+
+
+@dataclass(frozen=True)
 class Gathered:
     """Bytes as weights are gathered: of all `layers`, of the largest `layer`, and of what is `outside` of them.
 
@@ -34,28 +54,21 @@ class Gathered:
         return self.layers + self.outside
 
 
-def gathered(
-    spec: AnySpec, spread: Spread, *, base: int, trained: int, is_full: bool, weight_bytes: int, value_bytes: int
-) -> Gathered:
-    """Returns what is gathered of a model; `base`: bytes of its frozen weights as they are kept.
-
-    `trained`: values that are trained: all of the model's where it `is_full`, adapters' otherwise. `weight_bytes`,
-    `value_bytes`: of a trained matrix's value and of a product's.
-    """
+def gathered(spec: AnySpec, spread: Spread, sizes: Sizes) -> Gathered:
+    """Returns what is gathered of a model."""
     tables = facts.table_values(spec)
     layers, largest = facts.num_parameters(spec) - tables, facts.layers_share(spec)
     sums = 2 if spread.reduce_dtype == "bf16" else 4
     head = spec.vocab_size * spec.hidden_size
-    if not is_full:  # all adapters lie in layers, in fp32
-        base = base if spread.shares_frozen else 0
-        outside = min(base, tables * value_bytes)
-        of_layers = base - outside + 4 * trained
-        own = round(largest * trained)
+    if not sizes.is_full:  # all adapters lie in layers, in fp32
+        outside, of_layers = frozen_parts(spec, sizes) if spread.shares_frozen else (0, 0)
+        of_layers += sizes.trained_bytes
+        own = round(largest * sizes.trained)
         return Gathered(of_layers, round(largest * of_layers), outside, 4 * own, sums * own, 0, 0)
-    of_table = 2 if spread.param_dtype == "bf16" else weight_bytes
+    of_table = 2 if spread.param_dtype == "bf16" else sizes.weight_bytes
     of_value = of_table
     if spread.param_dtype == "auto" and not isinstance(spec, BorrowedSpec):
-        of_value = min(weight_bytes, value_bytes)
+        of_value = min(sizes.weight_bytes, sizes.value_bytes)
     own = round(largest * layers)
     return Gathered(
         of_value * layers,
@@ -68,9 +81,16 @@ def gathered(
     )
 
 
-def casts_in_products(spec: AnySpec, spread: Spread, weight_bytes: int, value_bytes: int) -> bool:
+def frozen_parts(spec: AnySpec, sizes: Sizes) -> tuple[int, int]:
+    """Returns the bytes of frozen weights that are in no layer, and of those that are: embedding and head stay in the
+    compute type, however layers are quantised."""
+    outside = min(sizes.base, facts.table_values(spec) * sizes.value_bytes)
+    return outside, sizes.base - outside
+
+
+def casts_in_products(spec: AnySpec, spread: Spread, sizes: Sizes) -> bool:
     """Whether trained weights are gathered in a wider format than products read."""
-    if weight_bytes <= value_bytes or spread.param_dtype == "bf16":
+    if sizes.weight_bytes <= sizes.value_bytes or spread.param_dtype == "bf16":
         return False
     return spread.param_dtype == "fp32" or isinstance(spec, BorrowedSpec)
 
@@ -105,14 +125,11 @@ def buffers(found: Gathered, spread: Spread, *, arrives: bool) -> Buffers:
     return Buffers(found.outside + here, backward, last)
 
 
-def passing(
-    spec: AnySpec, spread: Spread, *, base: int, trained: int, is_full: bool, weight_bytes: int, value_bytes: int
-) -> Volume:
-    """Returns what passes between devices in a step, under any strategy; the arguments are those of `gathered`."""
-    gradients = (weight_bytes if is_full else 4) * trained
+def passing(spec: AnySpec, spread: Spread, sizes: Sizes) -> Volume:
+    """Returns what passes between devices in a step, under any strategy."""
     if spread.strategy != "fsdp2":
-        return volume(spread, stored=base + gradients, gradients=gradients)
-    sizes = {"base": base, "trained": trained, "weight_bytes": weight_bytes, "value_bytes": value_bytes}
-    found = gathered(spec, spread, is_full=is_full, **sizes)
-    gradients = (2 if spread.reduce_dtype == "bf16" else 4) * trained
+        gradients = sizes.trained_bytes
+        return volume(spread, stored=sizes.base + gradients, gradients=gradients)
+    found = gathered(spec, spread, sizes)
+    gradients = (2 if spread.reduce_dtype == "bf16" else 4) * sizes.trained
     return volume(spread, stored=found.total, outside=found.outside, gradients=gradients)

@@ -154,8 +154,9 @@ def estimate(
     if spread.stage:
         state += kept / shards  # DeepSpeed's optimiser steps on a flat copy of its part
     shares_by_layer = spread.strategy == "fsdp2"
+    sizes = fsdp2.Sizes(base, trained, not frozen, 2 if is_narrow else 4, value_bytes)
     if shares_by_layer and not frozen:
-        if fsdp2.casts_in_products(spec, spread, 2 if is_narrow else 4, value_bytes):
+        if fsdp2.casts_in_products(spec, spread, sizes):
             cast = facts.largest_layer(spec) if casts_by_layer else trained - facts.table_values(spec)
             copies = cast * value_bytes
     elif precision != "fp32" and not is_narrow:
@@ -167,15 +168,12 @@ def estimate(
         copies = (min(cast, one_layer) if by_layer else cast) * value_bytes
     communication, buffers = 0, fsdp2.Buffers(0, 0, 0)
     if shares_by_layer:
-        sizes = {"base": base, "trained": trained, "weight_bytes": 2 if is_narrow else 4, "value_bytes": value_bytes}
-        found = fsdp2.gathered(spec, spread, is_full=not frozen, **sizes)
+        found = fsdp2.gathered(spec, spread, sizes)
         arrives = gradients_arrive and "gradients" not in spread.on_host
         buffers = fsdp2.buffers(found, spread, arrives=arrives)
         communication = buffers.always + buffers.in_backward
     if spread.num_processes > 1:
-        communication += buffer_bytes(
-            spec, spread, stored=base + kept, gradients=gradients, is_full=not frozen, device=device
-        )
+        communication += buffer_bytes(spec, spread, sizes, kept=kept, gradients=gradients, device=device)
         communication += shared_rows.buffer_bytes(spec, tokens, spread.sharing, value_bytes)
     states = {
         "weights": (kept + base) // spread.weight_shards,
@@ -257,8 +255,9 @@ def zero_bytes(
     return parameters * (each + state / (ranks if stage >= 1 else 1))
 
 
-def buffer_bytes(spec: AnySpec, spread: Spread, *, stored: int, gradients: int, is_full: bool, device: str) -> int:
-    """Returns what one device of several holds to gather and send in; `stored` and `gradients`: bytes of all of them.
+def buffer_bytes(spec: AnySpec, spread: Spread, sizes: fsdp2.Sizes, *, kept: int, gradients: int, device: str) -> int:
+    """Returns what one device of several holds to gather and send in; `kept` and `gradients`: bytes of what is trained
+    and of its gradients.
 
     ZeRO-3: two layers (the one at work and the next) and what lies outside of the layers (embedding, head), as much of
     the gradients, and one bucket in which these are summed, which it takes whole from the start. ZeRO-1 and -2: buckets
@@ -268,17 +267,27 @@ def buffer_bytes(spec: AnySpec, spread: Spread, *, stored: int, gradients: int, 
     own = _NCCL_BYTES if device == "cuda" else 0
     if spread.stage == 3:
         own += 4 * (spec.hidden_size**2 if spread.bucket_values is None else spread.bucket_values)
-        return own + round(gathered_share(spec) * stored + gathered_share(spec, outside=is_full) * gradients)
+        return own + gathered_bytes(spec, sizes, kept) + _gathered_of_trained(spec, sizes, gradients)
     if spread.strategy == "deepspeed":
         return own + round(_BUCKETS * min(gradients, _BUCKET_BYTES))
     return own
 
 
-@remember(0)
-def gathered_share(spec: AnySpec, *, outside: bool = True) -> float:
-    """Returns what share of the weights is whole at a time: two layers, and with `outside` all that is in none."""
-    share = facts.table_values(spec) / facts.num_parameters(spec) if outside else 0.0
-    return min(1.0, share + (1.0 - share) * _GATHERED_LAYERS / max(1, len(spec.layers)))
+def gathered_bytes(spec: AnySpec, sizes: fsdp2.Sizes, kept: int) -> int:
+    """Returns the bytes of weights that ZeRO-3 has whole at a time: two layers, and all that is in none; `kept`: bytes
+    of what is trained."""
+    outside, of_layers = fsdp2.frozen_parts(spec, sizes)
+    return round(outside + _layers_share(spec) * of_layers) + _gathered_of_trained(spec, sizes, kept)
+
+
+def _gathered_of_trained(spec: AnySpec, sizes: fsdp2.Sizes, count: int) -> int:
+    """Of so many bytes for what is trained, those for what is whole at a time; adapters lie in layers."""
+    outside = facts.table_values(spec) / facts.num_parameters(spec) if sizes.is_full else 0.0
+    return round((outside + (1.0 - outside) * _layers_share(spec)) * count)
+
+
+def _layers_share(spec: AnySpec) -> float:
+    return min(1.0, _GATHERED_LAYERS / max(1, len(spec.layers)))
 
 
 @remember(0)

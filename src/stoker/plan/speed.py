@@ -20,7 +20,7 @@ from stoker.plan.adapter import adapted, num_targeted
 from stoker.plan.amounts import BYTES_MADE_DENSE, Amounts, Mixing, Product, Way, amounts
 from stoker.plan.catalogue import CatalogueDevice
 from stoker.plan.efficiencies import MEASURED, Efficiencies
-from stoker.plan.gathered import passing
+from stoker.plan.gathered import Sizes, passing
 from stoker.plan.links import Links
 from stoker.plan.memory import VALUE_BYTES, frozen_weight_bytes
 from stoker.plan.spread import Spread
@@ -132,6 +132,18 @@ def start_seconds(spec: AnySpec, efficiencies: Efficiencies = MEASURED) -> float
     return efficiencies.start_seconds + stored / efficiencies.load_bandwidth
 
 
+def sizes_of(config: RunConfig, spec: AnySpec, plan: _Way) -> Sizes:
+    """Returns the sizes of a plan's weights."""
+    is_full, value_bytes = config.adapter is None, VALUE_BYTES[plan.precision]
+    return Sizes(
+        base=0 if is_full else frozen_weight_bytes(spec, plan.quantization, value_bytes),
+        trained=plan.num_trained_parameters,
+        is_full=is_full,
+        weight_bytes=2 if is_full and config.train.weight_dtype == "bf16" else 4,
+        value_bytes=value_bytes,
+    )
+
+
 class _Clock:
     """Adds up a step."""
 
@@ -239,12 +251,10 @@ class _Clock:
         spread, micro = self.plan.spread, self.plan.accumulation_steps
         if spread.num_processes == 1 and not spread.on_host and not spread.copies_weights:
             return 0.0, 0.0
-        trained, depth = self.plan.num_trained_parameters, max(1, len(self.spec.layers))
-        weight_bytes = 2 if self.config.train.weight_dtype == "bf16" and not self.is_frozen else 4
-        base = frozen_weight_bytes(self.spec, self.plan.quantization, self.value_bytes) if self.is_frozen else 0
-        stored = base + weight_bytes * trained
-        sizes = {"base": base, "trained": trained, "weight_bytes": weight_bytes, "value_bytes": self.value_bytes}
-        moved = passing(self.spec, spread, is_full=not self.is_frozen, **sizes)
+        depth = max(1, len(self.spec.layers))
+        sizes = sizes_of(self.config, self.spec, self.plan)
+        stored = sizes.base + sizes.trained_bytes
+        moved = passing(self.spec, spread, sizes)
         links = Links.of(self.device)
         in_micro = links.seconds(moved.micro_gathered, spread, collectives=spread.gathers * depth)
         in_micro += links.seconds(moved.micro_summed, spread, collectives=depth)

@@ -15,7 +15,7 @@ from stoker.plan import speed
 from stoker.plan.catalogue import shipped
 from stoker.plan.choose import choose
 from stoker.plan.efficiencies import MEASURED
-from stoker.plan.gathered import passing
+from stoker.plan.gathered import Sizes, passing
 from stoker.plan.hardware import Device, Hardware
 from stoker.plan.links import Links
 from stoker.plan.many import choose_over
@@ -99,6 +99,11 @@ def test_a_frozen_base_is_shared_where_weights_are(llama_8b):
     layers = 2 * (alone - tables - casts) / 32 + 2 * 4 * 40_000_000 / 32
     assert buffers == pytest.approx(tables + layers + 512 * 2**20, rel=1e-3)
     assert weights(Spread("deepspeed", 8, 8, 2))[0] > 0.95 * alone
+    # ZeRO-3: the same tables, two layers in NF4 with their adapters, two layers' gradients, and its bucket.
+    parts, buffers = weights(Spread("deepspeed", 8, 8, 3))
+    assert parts < alone / 6
+    layers = 2 * (alone - tables - casts) / 32 + 2 * 4 * 40_000_000 / 32
+    assert buffers == pytest.approx(tables + layers + 4 * 5 * 10**8 + 512 * 2**20, rel=1e-3)
 
 
 # arXiv:2205.05198, equation 1 without its 5 a s / h (attention's scores, which no kernel keeps): 34 s b h bytes a
@@ -279,12 +284,12 @@ def test_layers_stay_gathered_where_there_is_the_memory_and_are_gathered_again_w
 
 def test_matrices_pass_in_the_products_dtype_and_what_is_in_no_layer_once(run, llama_8b):
     tables, count = 2 * 128256 * 4096, 8_030_261_248
-    sizes = {"base": 0, "trained": count, "is_full": True, "weight_bytes": 4, "value_bytes": 2}
+    sizes = Sizes(0, count, is_full=True, weight_bytes=4, value_bytes=2)
     way = Spread("fsdp2", 8, 8)
-    moved = passing(llama_8b, way, **sizes)
+    moved = passing(llama_8b, way, sizes)
     assert moved.micro_gathered == 2 * 2 * (count - tables) + 4 * tables
     assert moved.micro_summed == 4 * count
-    once = passing(llama_8b, replace(way, reshards=False, param_dtype="fp32", reduce_dtype="bf16"), **sizes)
+    once = passing(llama_8b, replace(way, reshards=False, param_dtype="fp32", reduce_dtype="bf16"), sizes)
     assert (once.micro_gathered, once.micro_summed) == (4 * count, 2 * count)
 
 
@@ -398,10 +403,10 @@ def test_fsdp2_alone_copies_what_is_trained_and_no_more(run, llama_8b):
 )
 def test_frozen_weights_pass_unless_a_device_has_all_of_them(llama_8b, way, passes_base):
     base, trained = 16 * 10**9, 40 * 10**6
-    moved = passing(llama_8b, way, base=base, trained=trained, is_full=False, weight_bytes=4, value_bytes=2)
+    moved = passing(llama_8b, way, Sizes(base, trained, is_full=False, weight_bytes=4, value_bytes=2))
     tables = 2 * 2 * 128256 * 4096  # are gathered once
     expected = 2 * (base + 4 * trained) - tables if passes_base else 2 * 4 * trained
     assert moved.micro_gathered == expected
     assert moved.micro_summed == 4 * trained
-    full = passing(llama_8b, way, base=0, trained=8 * 10**9, is_full=True, weight_bytes=4, value_bytes=2)
+    full = passing(llama_8b, way, Sizes(0, 8 * 10**9, is_full=True, weight_bytes=4, value_bytes=2))
     assert full.micro_gathered > 2 * 2 * 6 * 10**9  # all of it is trained
