@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jobs
 import torch
@@ -12,6 +13,7 @@ from stoker.adapters.lora import Awaited, add_lora
 from stoker.arch import families
 from stoker.checkpoint.read import load_latest
 from stoker.checkpoint.saver import Saver
+from stoker.compose import predicted
 from stoker.compose.trainer import widen_vectors
 from stoker.distributed.ddp import DataParallel
 from stoker.distributed.fsdp2 import Sharded, Sharding
@@ -82,6 +84,18 @@ def with_settings(ranks, sharding):
     strategy = Sharded(ranks, "cpu", model=model, layers=list(model.blocks), sharding=sharding)
     result = jobs.train("full", "fsdp2", model=model, strategy=strategy, steps=STEPS)
     return result["losses"], result["norms"]
+
+
+def measured_weights(ranks):
+    """Bytes of weights that a run which ends with an evaluation reports, and those of all of them."""
+    model = jobs.build(jobs.CASES["full"])
+    tensors = {one.data_ptr(): one.nbytes for one in (*model.parameters(), *model.buffers())}
+    strategy = Sharded(ranks, "cpu", model=model, layers=list(model.blocks), sharding=SETTINGS["kept"])
+    jobs.train("full", "fsdp2", model=model, strategy=strategy, steps=1)
+    strategy.evaluate(next(iter(jobs.loader(jobs.CASES["full"], strategy).all())))
+    plan = SimpleNamespace(device="cpu", num_processes=2, memory=SimpleNamespace(weights=0, total=0))
+    found = predicted.memory(plan, model, SimpleNamespace(strategy=strategy))
+    return found["weights"]["measured"], sum(tensors.values())
 
 
 def in_bf16(name, strategy_of):
@@ -169,6 +183,7 @@ def everything(ranks, folder, checkpoints):
     found = {kind: streamed(ranks, folder, kind) for kind in KINDS}
     found["streamed whole"] = streamed_whole(ranks, folder)
     found |= {name: with_settings(ranks, sharding) for name, sharding in SETTINGS.items()}
+    found["measured weights"] = measured_weights(ranks)
     found["overflow"] = overflow(ranks)
     found["loaded"] = loaded_between_evaluations(
         lambda model: Sharded(ranks, "cpu", model=model, layers=list(model.blocks))

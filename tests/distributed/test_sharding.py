@@ -55,6 +55,11 @@ def test_where_and_when_weights_are_gathered_does_not_change_the_result(shared, 
     assert norms == pytest.approx(plain()[1], rel=1e-4)
 
 
+def test_what_an_evaluation_left_gathered_is_not_reported_as_weights(shared):
+    measured, whole = shared["measured weights"]
+    assert 0.5 * whole <= measured <= 0.52 * whole  # tables of positions are whole everywhere
+
+
 def test_gathering_in_bf16_rounds_and_no_more(shared):
     losses, _ = shared["gathered in bf16"]
     assert losses != pytest.approx(plain()[0], abs=5e-6)

@@ -37,6 +37,7 @@ def memory(plan: Plan, decoder: "Model", engine: "Engine") -> dict[str, dict[str
     the rest is what the peak has above them. A GPU's peak is what PyTorch allocated, so that CUDA's context and what
     the allocator loses are left out of its prediction; a CPU's is the process's resident memory.
     """
+    engine.strategy.let_go()  # what was gathered is counted with the rest
     left_out = 0
     if plan.device == "cuda":
         import torch

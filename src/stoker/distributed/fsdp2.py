@@ -248,11 +248,11 @@ class Sharded(SingleDevice):
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """As `SingleDevice.load_weights`."""
-        self._let_go()  # what an evaluation left gathered would be read again as it was
+        self.let_go()  # what an evaluation left gathered would be read again as it was
         super().load_weights(weights)
 
-    def _let_go(self) -> None:
-        """Frees what is gathered."""
+    def let_go(self) -> None:
+        """Frees what is gathered: layers that stay so until their backward have none after an evaluation."""
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -268,7 +268,7 @@ class Sharded(SingleDevice):
     @contextmanager
     def gathered(self, *, trained_only: bool) -> Generator[None]:
         """Within it the first rank's module holds whole parameters on the host (of the trained ones if told so)."""
-        self._let_go()
+        self.let_go()
         held: list[tuple[nn.Module, str, nn.Parameter]] = []
         whole: dict[int, nn.Parameter] = {}  # one that several modules share is gathered once, and stays one
         try:

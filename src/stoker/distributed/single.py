@@ -261,6 +261,9 @@ class SingleDevice:
         """Returns every rank's `value`, in their order."""
         return self._ranks.gather(value)
 
+    def let_go(self) -> None:
+        """Nothing to do where nothing stays gathered."""
+
     def gathered(self, *, trained_only: bool) -> AbstractContextManager[None]:
         """Within it the first rank's module holds whole parameters, as a device's always does."""
         del trained_only

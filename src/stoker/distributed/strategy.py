@@ -144,6 +144,9 @@ class Strategy(Protocol):
     def gather_over_ranks(self, value: Any) -> list[Any]:
         """Returns every rank's `value`, in their order; every rank must call it."""
 
+    def let_go(self) -> None:
+        """Frees weights that an evaluation left gathered; each rank has its parts alone then."""
+
     def gathered(self, *, trained_only: bool) -> AbstractContextManager[None]:
         """Within it the task on the first rank holds whole parameters, to be saved; every rank must enter it."""
 

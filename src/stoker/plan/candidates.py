@@ -358,8 +358,9 @@ class Candidate:
     def why_no_graphs(self) -> str:
         """Why micro-batches are not captured, where nothing else is asked for; "" where they are."""
         job = self.size.job
-        if job.spread.num_processes > 1:
-            return "graphs are for one process"
+        if job.spread.strategy != "single":
+            why = f"graphs are for single: {job.spread.name} launches kernel by kernel"
+            return why if job.spread.num_processes == 1 else "graphs are for one process"
         hindrance = job.why_no_graphs(offload=self.ladder.offload)
         if hindrance:
             return hindrance

@@ -138,6 +138,7 @@ def _communication(one: Offer) -> str:
     come = moved.per_step(plan.accumulation_steps, ranks)
     if spread.strategy == "fsdp2":
         held = (
+            f"layers are gathered {'again for their backward' if plan.reshards else 'once a micro-batch'}; "
             f"{size(plan.memory.backward_buffers)} in a layer's backward alone, its weights and gradients that are on "
             "their way into parts; what else is gathered stays"
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 from stoker.plan import catalogue
 from stoker.plan.memory import GIB
-from stoker.plan.plan import size
+from stoker.plan.plan import Plan, size
 from stoker.plan.reported import REPORTED
 from stoker.plan.scaling import scaling
 from stoker.plan.survey import METHOD_NAMES, Offer, Request, simplest, ways_of
@@ -80,12 +80,21 @@ def summary(request: Request, found: Verdict) -> list[str]:
     assert plan is not None
     money = "" if best.usd is None else f", ${best.usd:,.2f}"
     run = f" ({best.hours:,.2f} h{money})" if best.hours is not None else ""
-    how = f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps}, {plan.ladder.words}"
+    how = f"micro-batch {plan.micro_batch_size} x {plan.accumulation_steps}, {plan.ladder.words}{_gathering(plan)}"
     lines = [f"Recommended: {best.name}{run}: {found.because}. It runs {how}, in {plan.precision}."]
     if found.runner_up:
         lines.append(f"Next: {found.runner_up}.")
     lines += [f"What would change this: {sentence}." for sentence in found.would_change]
     return lines
+
+
+def _gathering(plan: Plan) -> str:
+    """Says when FSDP2 lets go of a layer that it gathered; "" under another strategy."""
+    if plan.reshards is None:
+        return ""
+    if plan.reshards:
+        return ", layers are let go after their forward and gathered again (reshard_after_forward)"
+    return ", layers stay gathered until their backward"
 
 
 def notes(request: Request, offers: Sequence[Offer]) -> list[str]:

@@ -61,7 +61,7 @@ def test_memory_by_category_sums_to_the_peak_and_tied_tensors_count_once(plan):
     module = torch.nn.Linear(16, 16, bias=False)
     module.tied = module.weight
     state = SimpleNamespace(optimizer={"m": torch.zeros(10)})
-    strategy = SimpleNamespace(peak_memory_bytes=lambda: 10**6, state=lambda: state)
+    strategy = SimpleNamespace(peak_memory_bytes=lambda: 10**6, state=lambda: state, let_go=lambda: None)
     found = predicted.memory(plan, module, SimpleNamespace(strategy=strategy))
     assert found["weights"]["measured"] == 16 * 16 * 4
     assert found["optimizer"]["measured"] == 40

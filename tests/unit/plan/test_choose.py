@@ -11,6 +11,7 @@ from stoker.plan.choose import MemoryPlanError, Statistics, choose
 from stoker.plan.efficiencies import MEASURED
 from stoker.plan.plan import CHOICES
 from stoker.plan.rates import of as rates_of
+from stoker.plan.spread import Spread
 
 GIB = 2**30
 
@@ -393,6 +394,14 @@ def test_graphs_are_for_where_launching_takes_longer_than_the_work(run, llama_8b
     assert "longer than launching" in long.reasons["cuda_graphs"]
     short = choose(run("data.packing=false", "data.sequence_length=128", "train.batch_size=1"), llama_8b, machine(80))
     assert short.cuda_graphs
+    engine = choose(
+        run("data.packing=false", "data.sequence_length=128", "train.batch_size=1"),
+        llama_8b,
+        machine(80),
+        spread=Spread("fsdp2"),
+    )
+    assert not engine.cuda_graphs  # one process too runs its hooks between kernels
+    assert "fsdp2 launches kernel by kernel" in engine.reasons["cuda_graphs"]
     forced = choose(run("data.packing=false", "engine.cuda_graphs=true"), llama_8b, machine(80))
     assert (forced.cuda_graphs, forced.reasons["cuda_graphs"]) == (True, "set in the configuration")
     with pytest.raises(PlanError, match="only a CUDA GPU"):

@@ -3,8 +3,9 @@ from dataclasses import replace
 import pytest
 
 from stoker.errors import ConfigError
-from stoker.plan import explain, scaling, survey_text
+from stoker.plan import explain, scaling, speed, survey_text
 from stoker.plan.catalogue import shipped
+from stoker.plan.gathered import passing
 from stoker.plan.survey import Request, allowed_methods, methods_of, simplest, survey
 from stoker.plan.verdict import pareto, verdict
 from stoker.plan.workload import log_normal
@@ -150,6 +151,36 @@ def test_every_category_has_its_formula_with_numbers(ask, category):
     text = explain.explain(request, offers[0], category)
     assert category in text
     assert any(letter.isdigit() for letter in text)
+
+
+@pytest.mark.parametrize(
+    ("reshards", "said", "explained"),
+    [
+        ("true", "are let go after their forward and gathered again", "gathered again for their backward"),
+        ("false", "stay gathered until their backward", "gathered once a micro-batch"),
+    ],
+)
+def test_a_plan_says_when_gathered_layers_are_let_go(ask, reshards, said, explained):
+    asked = ("engine.strategy=fsdp2", f"engine.fsdp2.reshard_after_forward={reshards}", "train.batch_size=4")
+    request, offers, found = ask(*asked, methods=("lora",), devices=[shipped()["h100"]], per_node=2)
+    alone, two = (next(one for one in offers if one.num_devices == count) for count in (1, 2))
+    assert f"layers {said}" in survey_text.summary(request, replace(found, best=two))[0]
+    assert "gathered" not in survey_text.summary(request, replace(found, best=alone))[0]
+    assert f"layers are {explained}" in explain.explain(request, two, "communication")
+
+
+def test_what_passes_is_explained_by_the_figures_that_time_is_counted_with(ask):
+    request, offers, _ = ask(
+        "train.batch_size=4", methods=("nf4",), devices=[shipped()["h100"]], per_node=2, every_strategy=True
+    )
+    two = next(one for one in offers if one.spread.stage == 3)
+    text = explain.explain(request, two, "communication")
+    sizes = speed.sizes_of(two.config, request.spec, two.plan)
+    come = passing(request.spec, two.plan.spread, sizes).per_step(two.plan.accumulation_steps, 2)
+    assert f"{come / 1e9:,.2f} GB come into a device" in text
+    # Of NF4's bytes, embedding and head in bf16 are a third, and two of 32 layers a sixteenth of what is left.
+    tables, whole = 2 * 2 * 128256 * 4096, sizes.base + sizes.trained_bytes
+    assert f"{(tables + (whole - tables) / 16) / whole:.1%} of the weights gathered at a time" in text
 
 
 def test_several_devices_stand_beside_one_with_every_strategy(ask):
