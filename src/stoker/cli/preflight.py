@@ -16,7 +16,7 @@ from stoker.config.document import Path as ConfigPath
 from stoker.config.document import dotted
 from stoker.config.load import Loaded
 from stoker.config.schema import RunConfig, Source
-from stoker.errors import ModelError, Problem
+from stoker.errors import ModelError, PlanError, Problem
 from stoker.plan import limits
 
 BUILTIN = "builtin:"
@@ -27,7 +27,7 @@ def look(loaded: Loaded) -> tuple[AnySpec | None, list[Problem]]:
     """Returns the model's architecture where it lies on this disk, and what is wrong with the names in the YAML."""
     config = loaded.config
     spec, problems = _model(config)
-    found = [*problems, *_files(config)]
+    found = [*problems, *_files(config), *_device(config, spec)]
     placed = [Problem(problem.what, problem.where or loaded.origins.get(path), problem.fix) for path, problem in found]
     return spec, placed
 
@@ -149,6 +149,30 @@ def _files(config: RunConfig) -> Iterator[tuple[ConfigPath, Problem]]:
     problem = _template(template, "model.chat_template")
     if problem:
         yield ("model", "chat_template"), problem
+
+
+def _device(config: RunConfig, spec: AnySpec | None) -> Iterator[tuple[ConfigPath, Problem]]:
+    """Yields what this machine has not and training would stop at; not for a YAML that names a device of others."""
+    engine = config.engine
+    wishes = (engine.kernels, engine.precision, engine.recompute, engine.offload_activations)
+    if set(wishes) == {"auto"} and config.model.quantization == "none" and config.train.weight_dtype == "fp32":
+        return  # Every device runs it, and looking may take PyTorch.
+    from stoker.compose import hardware
+    from stoker.plan import choose
+
+    here = hardware.look()
+    if engine.device != "auto" and here.first(engine.device) is None:
+        return
+    try:
+        choose.check_device(config, spec, here)
+    except PlanError as error:
+        for problem in error.problems:
+            # Its sentences begin with the setting that they are about.
+            path: ConfigPath = tuple(problem.what.partition(" ")[0].split("."))
+            elsewhere = (
+                "" if engine.device != "auto" else " If it is for another machine, name that one's engine.device."
+            )
+            yield path, Problem(problem.what, fix=f"{problem.fix}{elsewhere}")
 
 
 def _template(choice: str | None, key: str) -> Problem | None:

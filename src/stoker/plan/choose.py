@@ -13,6 +13,7 @@ from stoker.errors import PlanError
 from stoker.plan import execution, limits
 from stoker.plan.alternatives import alternatives
 from stoker.plan.candidates import Candidate, Job, Machine, Precision, Size
+from stoker.plan.execution import Kernels
 from stoker.plan.hardware import Device, Hardware
 from stoker.plan.ladder import Ladder
 from stoker.plan.memory import GIB, Memory, transposed_bytes
@@ -75,6 +76,19 @@ def check(config: RunConfig, spec: AnySpec) -> None:
         raise PlanError([problem for _, problem in problems])
 
 
+def check_device(config: RunConfig, spec: AnySpec | None, hardware: Hardware) -> tuple[Device, Precision, Kernels]:
+    """Returns where a run computes, in which format and with which kernels.
+
+    Raises PlanError for what is asked for and the device has not; without `spec`, whatever the model.
+    """
+    device, _ = _device(config, hardware)
+    precision, _ = _precision(config, device)
+    kernels, _ = execution.kernels(config, device)
+    execution.quantization(config, device)
+    execution.refuse_unknown_rungs(config, spec, device)
+    return device, precision, kernels
+
+
 @dataclass(frozen=True)
 class Choice:
     """The best candidate of a run that was checked; `plan` says it in full, with the reasons, which take longer.
@@ -97,11 +111,7 @@ def settle(config: RunConfig, spec: AnySpec, hardware: Hardware, options: Option
     asked = options.spread
     # What is asked of them must not cost layers what they keep, which is dearer to make again: decided last.
     spread = replace(asked, reshards=True) if asked.reshards is None else asked
-    device, _ = _device(config, hardware)
-    precision, _ = _precision(config, device)
-    kernels, _ = execution.kernels(config, device)
-    execution.quantization(config, device)
-    execution.refuse_unknown_rungs(config, spec, device)
+    device, precision, kernels = check_device(config, spec, hardware)
     row_tokens = _row_tokens(config, options.statistics)
     machine = _machine(config, hardware, device, precision, uses_triton=kernels == "triton")
     # Processes of a node share its host.

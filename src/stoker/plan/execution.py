@@ -150,10 +150,11 @@ def why_op_by_op(spec: AnySpec) -> str:
     return f"this model has {reasons[0]}" if reasons and all(reasons) else ""
 
 
-def refuse_unknown_rungs(config: RunConfig, spec: AnySpec, device: Device) -> None:
-    """Raises PlanError for a rung of the ladder, or an offload, that does not exist for this model or device."""
-    engine, why = config.engine, why_op_by_op(spec)
-    if why and engine.recompute in {"mixer", "attention"} - _op_by_op_rungs(spec):
+def refuse_unknown_rungs(config: RunConfig, spec: AnySpec | None, device: Device) -> None:
+    """Raises PlanError for a rung of the ladder, or an offload, that does not exist for this model (None: any) or
+    device."""
+    engine, why = config.engine, "" if spec is None else why_op_by_op(spec)
+    if spec is not None and why and engine.recompute in {"mixer", "attention"} - _op_by_op_rungs(spec):
         raise PlanError(
             f"engine.recompute = {engine.recompute} is a rung of the layer kernel, which cannot run here: {why}.",
             fix="Use none, input or auto.",

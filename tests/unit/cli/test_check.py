@@ -6,9 +6,12 @@ import pytest
 from rich.console import Console
 
 from stoker.cli import check
+from stoker.compose import hardware
 from stoker.compose.inspect import inspect
 from stoker.config.load import load_with_origins
-from stoker.errors import ConfigError, DataError
+from stoker.errors import ConfigError, DataError, PlanError
+from stoker.plan import choose
+from stoker.plan.hardware import Device, Hardware
 
 FRAMEWORKS = {"torch", "transformers", "datasets", "peft"}
 REPORT = f"import sys, time; print(time.process_time(), *{FRAMEWORKS} & set(sys.modules))"
@@ -215,6 +218,42 @@ def test_rows_that_training_would_stop_at_are_refused_in_its_words(write_run, he
         inspect(load_with_origins(path, list(rows)).config, rows=1, split="train", console=Console(quiet=True))
     assert problem.endswith(f"data.train[0]: {stopped.value}")
     check.command(path, [*rows, "data.on_bad_row=skip"])
+
+
+CPU = Hardware((Device("cpu", "CPU (toy)", 2**33),))
+GPU = Hardware((Device("cuda", "Tesla T4", 2**33, compute_capability=(7, 5), triton=True), *CPU.devices))
+
+
+@pytest.mark.parametrize(
+    ("machine", "wish", "words"),
+    [
+        (CPU, "engine.offload_activations=14", "= 14 needs a CUDA GPU; this run uses CPU (toy). Use false or auto. "),
+        (CPU, "engine.offload_activations=true", "= true needs a CUDA GPU; this run uses CPU (toy). "),
+        (CPU, "engine.kernels=triton", "Triton's kernels need a CUDA GPU, and this is a CPU. Use reference, or auto. "),
+        (CPU, "engine.precision=fp16", "needs a GPU; this run is on the CPU. "),
+        (GPU, "engine.precision=bf16", "= bf16, but Tesla T4 does not compute in it. Use fp16 or auto. "),
+    ],
+)
+@pytest.mark.parametrize("base", ["model", "someone/their-model"])
+def test_what_this_machine_has_not_is_refused_as_training_refuses_it(
+    write_run, monkeypatch, base, machine, wish, words
+):
+    monkeypatch.setattr(hardware, "look", lambda: machine)
+    path = write_run(base=base, extra=f"engine: {{{wish.partition('.')[2].replace('=', ': ')}}}")
+    (problem,) = problems(path)
+    assert problem.startswith(f"{path}:9: {wish.replace('=', ' = ').partition(' ')[0]} = ")
+    assert words in problem
+    assert problem.endswith("If it is for another machine, name that one's engine.device.")
+    with pytest.raises(PlanError) as refused:
+        choose.check_device(load_with_origins(path, []).config, None, machine)
+    assert f"{path}:9: {refused.value}" in problem
+
+
+def test_a_yaml_that_names_a_device_of_another_machine_is_not_held_against_this_one(write_run, monkeypatch):
+    monkeypatch.setattr(hardware, "look", lambda: CPU)
+    check.command(write_run(), ["engine.device=cuda", "engine.offload_activations=1", "engine.kernels=triton"])
+    (problem,) = problems(write_run(), "engine.device=cpu", "engine.kernels=triton")
+    assert problem.endswith("Use reference, or auto.")
 
 
 def test_rows_are_looked_at_in_the_fields_that_they_have(write_run, here):
