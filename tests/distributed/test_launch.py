@@ -231,6 +231,19 @@ def test_a_death_is_named_a_signal_saves_and_another_count_goes_on(run, folder):
     assert sorted(set(folder.steps())) == list(range(1, 31))
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_alone_is_told_and_the_run_can_go_on(run, folder, rank):
+    process = run("--gpus", 2, "--max-restarts", 2)
+    wait_for(folder.metrics, 6, process)
+    child_of_rank(process, rank).send_signal(signal.SIGINT)
+    output = ended(process, 128 + signal.SIGINT)
+    assert output.count("error:") == 1
+    assert f"error: rank {rank} of 2 (process " in output
+    assert "was interrupted by SIGINT, so all saved and ended. --resume goes on from there." in output
+    ended(run("--gpus", 2, "--resume"), 0)
+    assert sorted(set(folder.steps())) == list(range(1, 31))
+
+
 def test_a_mistake_is_told_once_with_its_exit_code(run):
     output = ended(run("--gpus", 2, "--set", "train.batch_size=3"), 2)
     assert output.count("cannot be dealt out to 2 processes") == 1

@@ -31,7 +31,7 @@ from stoker.cli import (
     prepare,
     train,
 )
-from stoker.errors import StokerError
+from stoker.errors import StokerError, UserError
 
 _PLACES_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -84,7 +84,11 @@ def main() -> None:
     try:
         app()
     except StokerError as error:
+        from stoker.compose.launch import restarts_in_vain
+
         _complain([str(problem) for problem in error.problems])
+        if isinstance(error, UserError) and (sentence := restarts_in_vain()):
+            typer.echo(sentence, err=True)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in _PLACES_FULL:

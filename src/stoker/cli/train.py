@@ -1,13 +1,16 @@
 """`stoker train`: run a YAML."""
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stoker.cli.options import AllowUnknown, Overrides, RunFile
 from stoker.cli.read import read
 from stoker.config.load import Loaded, load_with_origins
+
+if TYPE_CHECKING:
+    from stoker.compose.train import RunResult
 
 
 def command(
@@ -42,11 +45,12 @@ def command(
     if launch.is_worker():
         with launch.recorded():
             loaded = load_with_origins(run_file, overrides, allow_unknown=allow_unknown)
-            _train(loaded, resume=resume, overwrite=overwrite, force=force)
+            result = _train(loaded, resume=resume, overwrite=overwrite, force=force)
+            launch.tell_interrupted(result.interrupted_by)
         launch.end(0)  # Also where a signal stopped it, which the agent's process knows: it would start it again.
     loaded = read(run_file, overrides, allow_unknown=allow_unknown)
     if launch.is_inside_another():
-        launch.end(_train(loaded, resume=resume, overwrite=overwrite, force=force))
+        launch.end(_train(loaded, resume=resume, overwrite=overwrite, force=force).exit_code)
     from stoker.compose.devices import planned_processes
     from stoker.compose.hardware import gpus_here
 
@@ -57,11 +61,10 @@ def command(
         arguments = [*arguments, "--gpus", str(count)]
     if count > 1 or max_restarts:
         raise typer.Exit(launch.start(arguments, num_processes=count, max_restarts=max_restarts))
-    raise typer.Exit(_train(loaded, resume=resume, overwrite=overwrite, force=force))
+    raise typer.Exit(_train(loaded, resume=resume, overwrite=overwrite, force=force).exit_code)
 
 
-def _train(loaded: Loaded, *, resume: bool, overwrite: bool, force: bool) -> int:
-    """Returns the exit code."""
+def _train(loaded: Loaded, *, resume: bool, overwrite: bool, force: bool) -> "RunResult":
     from stoker.compose.train import train
 
-    return train(loaded, resume_run=resume, overwrite=overwrite, force=force).exit_code
+    return train(loaded, resume_run=resume, overwrite=overwrite, force=force)

@@ -3,9 +3,11 @@
 import os
 import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -16,6 +18,9 @@ _PEER_DIED = ("gloo/transport", "remote process exited", "DistNetworkError")
 
 _COUNT, _MOST = "STOKER_RESTART_COUNT", "STOKER_MAX_RESTARTS"
 """What `start` tells its processes of restarts, which it counts itself; under torchrun the agent does."""
+
+_INTERRUPTED = "STOKER_INTERRUPTED"
+"""Names the folder in which a process that a signal has stopped says so: it ends as one that is done."""
 
 _HEARD = (signal.SIGINT, signal.SIGTERM)
 
@@ -42,6 +47,20 @@ def restarts() -> list[str]:
     """Returns a sentence where the processes were started again; an agent does not tell them which of them died."""
     count, most = _restart_count()
     return [f"A process died, so all were started again ({count} of {most} restarts)."] if count else []
+
+
+def restarts_in_vain() -> str:
+    """Returns a sentence where the agent of another launcher starts a process again that ends by a mistake, or "".
+
+    torchrun takes no exit code for a reason to stop, nor anything else that its processes could say.
+    """
+    count, most = (0, 0) if is_worker() else _restart_count()
+    if count >= most:
+        return ""
+    left = f"{most - count} of {most} restarts are left"
+    return (
+        f"The launcher starts all processes again ({left}), which cannot mend this: stop it (Ctrl-C) and mend it first."
+    )
 
 
 def is_worker() -> bool:
@@ -75,6 +94,12 @@ def end(code: int) -> NoReturn:
     end_process(code)
 
 
+def tell_interrupted(by: str) -> None:
+    """Tells the agent's process that the signal `by` ("" for none) reached this one; it may have reached no other."""
+    if by and (folder := os.environ.get(_INTERRUPTED)):
+        Path(folder, os.environ["RANK"]).write_text(f"{by} {os.getpid()}", encoding="utf-8")
+
+
 def fail(error: StokerError, speaks: bool) -> None:
     """Ends this process with `error`, from any thread and wherever the main one hangs; one of them `speaks`."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -93,7 +118,8 @@ def start(arguments: Sequence[str], *, num_processes: int, max_restarts: int = 0
     which the next start would find again.
 
     Raises:
-        TrainingError: a process failed; the message names its rank and what it died of, and has its exit code.
+        TrainingError: a process failed, or a signal to it alone stopped the run; the message names its rank and what it
+            died of, and has its exit code.
     """
     import logging
 
@@ -114,19 +140,37 @@ def start(arguments: Sequence[str], *, num_processes: int, max_restarts: int = 0
         monitor_interval=0.2,
         signals_to_handle="SIGHUP",  # the others are ours: the agent would give the processes only half a minute
     )
-    with _forwarded() as heard:
+    with _forwarded() as heard, tempfile.TemporaryDirectory(prefix="stoker-") as folder:
+        os.environ[_INTERRUPTED] = folder
         for count in range(max_restarts + 1):
             os.environ[_COUNT], os.environ[_MOST] = str(count), str(max_restarts)
             try:
                 elastic_launch(config, sys.executable)("-m", "stoker.cli.main", *arguments)
                 break
             except ChildFailedError as error:
-                if heard:
+                if heard or _interruption(folder, num_processes):
                     break
                 ours = _as_ours(error, num_processes)
                 if count == max_restarts or ours.exit_code == UserError.exit_code:
                     raise ours from None
+        if not heard and (interruption := _interruption(folder, num_processes)):
+            raise interruption
     return 128 + heard[0] if heard else 0
+
+
+def _interruption(folder: str, num_processes: int) -> TrainingError | None:
+    """The error that tells which processes `tell_interrupted` in the folder; None if none did."""
+    told = {int(file.name): file.read_text(encoding="utf-8").split() for file in Path(folder).iterdir()}
+    if not told:
+        return None
+    rank = min(told)
+    name, process = told[rank]
+    error = TrainingError(
+        f"rank {rank} of {num_processes} (process {process}) was interrupted by {name}, so all saved and ended.",
+        fix="--resume goes on from there.",
+    )
+    error.exit_code = 128 + signal.Signals[name].value
+    return error
 
 
 @contextmanager
@@ -179,6 +223,8 @@ def _as_ours(error: Any, num_processes: int) -> StokerError:
             return UserError(what)
     elif failure.exitcode < 0:
         what = f"it was killed by {signal.Signals(-failure.exitcode).name}."
+    elif failure.exitcode == 128 + signal.SIGINT:  # before training, when nothing could be saved
+        what = "it was interrupted by SIGINT."
     else:
         what = f"it ended with exit code {failure.exitcode}."
     ours = TrainingError(

@@ -296,10 +296,12 @@ def _account(run: _Run, result: TrainingResult, journal: Journal) -> None:
 
 def _interrupted(run: _Run, result: TrainingResult) -> RunResult:
     ended = RunResult(run.folder.path, result.reason, result.step, result.seconds, {}, (), None, None)
-    if not run.ranks.is_first:
-        return ended
-    finish.say_interrupted(run.console, run.folder, result)
-    return replace(ended, checkpoint=result.checkpoint, interrupted_by=result.interrupted_by)
+    if run.ranks.is_first:
+        finish.say_interrupted(run.console, run.folder, result)
+        ended = replace(ended, checkpoint=result.checkpoint)
+    # A process that a signal has ended says so by its exit code, at which launchers kill the others.
+    run.ranks.wait_for_all("interrupted")
+    return replace(ended, interrupted_by=result.interrupted_by)
 
 
 def _conclude(run: _Run, result: TrainingResult, before: dict[str, losses.Measured]) -> RunResult:

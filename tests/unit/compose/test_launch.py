@@ -1,6 +1,7 @@
 """Which of several deaths an agent reports is told, and how."""
 
 import signal
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api
 
+from stoker.cli.main import main
 from stoker.compose import launch
 from stoker.errors import HangError, TrainingError, UserError
 
@@ -80,7 +82,13 @@ class Starts:
     def __init__(self, monkeypatch, *ends):
         self.ends, self.seen, self.runs = ends, [], set()
         monkeypatch.setattr(api, "elastic_launch", lambda config, entrypoint: partial(self.started, config))
-        for name in ("STOKER_LAUNCHED", "STOKER_RESTART_COUNT", "STOKER_MAX_RESTARTS", "OMP_NUM_THREADS"):
+        for name in (
+            "STOKER_LAUNCHED",
+            "STOKER_RESTART_COUNT",
+            "STOKER_MAX_RESTARTS",
+            "STOKER_INTERRUPTED",
+            "OMP_NUM_THREADS",
+        ):
             monkeypatch.setenv(name, "")  # so that what `start` sets is undone
 
     def started(self, config, *arguments):
@@ -132,6 +140,48 @@ def test_nothing_is_started_again_after_a_signal(monkeypatch):
     starts.started = interrupted
     assert launch.start(["train"], num_processes=2, max_restarts=2) == 128 + signal.SIGTERM
     assert starts.seen == ["first"]
+
+
+@pytest.mark.parametrize("failures", [None, {"r0": GLOO}])
+def test_a_signal_to_one_process_alone_is_told_with_its_rank_and_ends_them_all(monkeypatch, failures):
+    starts = Starts(monkeypatch, failures)
+    plain = starts.started
+
+    def interrupted(config, *arguments):
+        for rank, name in enumerate(("", "SIGINT", "SIGINT")):
+            monkeypatch.setenv("RANK", str(rank))
+            launch.tell_interrupted(name)
+        plain(config, *arguments)
+
+    starts.started = interrupted
+    with pytest.raises(TrainingError, match=r"rank 1 of 3 \(process \d+\) was interrupted by SIGINT") as raised:
+        launch.start(["train"], num_processes=3, max_restarts=2)
+    assert raised.value.exit_code == 128 + signal.SIGINT
+    assert starts.seen == ["first"]
+
+
+def test_a_signal_that_comes_before_there_is_anything_to_save_is_named():
+    failures = {1: SimpleNamespace(message="", exitcode=130, pid=100, timestamp=7)}
+    error = launch._as_ours(SimpleNamespace(failures=failures), 2)
+    assert "rank 1 of 2 (process 100) failed, so all were ended: it was interrupted by SIGINT." in str(error)
+    assert error.exit_code == 130
+
+
+def test_restarts_that_cannot_mend_a_mistake_are_said_to_be_in_vain(monkeypatch, capsys):
+    monkeypatch.delenv("STOKER_LAUNCHED", raising=False)
+    monkeypatch.setattr(sys, "argv", ["stoker", "train", "nowhere.yaml"])
+    for count, is_said in ((0, True), (2, True), (3, False)):
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert "nowhere.yaml" in said
+        assert (f"({3 - count} of 3 restarts are left), which cannot mend this" in said) == is_said
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setenv("STOKER_LAUNCHED", "1")  # our own start takes the exit code for what it is
+    assert launch.restarts_in_vain() == ""
 
 
 def test_processes_that_torchrun_started_again_say_so(monkeypatch):
