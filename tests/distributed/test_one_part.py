@@ -14,13 +14,13 @@ from stoker.distributed.single import SingleDevice
 from stoker.models import native
 from stoker.models.streamed import StreamedDecoder
 
-NAMES = ("full", "lora", "nf4", "opt", "gptj")
+NAMES = ("full", "lora", "nf4", "opt", "gptj", "8-bit", "adafactor", "muon")
 SETTINGS = {
     "kept": Sharding(reshard_after_forward=False),
     "summed in bf16": Sharding(reduce_dtype=torch.bfloat16),
     "offload": Sharding(cpu_offload=True),
 }
-RESUMED = ("full", "nf4")
+RESUMED = ("full", "nf4", "8-bit")
 
 
 def sharded(ranks, model, **options):
@@ -41,7 +41,8 @@ def with_settings(ranks, name, sharding=None):
     result = jobs.train(name, "", model=model, strategy=strategy)
     shared = {key: one.requires_grad for key, one in model.named_parameters() if isinstance(one, DTensor)}
     trained = {key for key, one in model.named_parameters() if one.requires_grad}
-    return {**result, "stayed": places(model) == before, "shared": shared, "trained": trained}
+    stepped = {isinstance(one, DTensor) for group in strategy._optimizer.param_groups for one in group["params"]}
+    return {**result, "stayed": places(model) == before, "shared": shared, "trained": trained, "in parts": stepped}
 
 
 def streamed(ranks, folder, kind):
@@ -86,10 +87,10 @@ def one(folder):
 def check_as_one_device(found, name):
     expected, grain = jobs.alone(name), jobs.CASES[name].grain
     assert found["losses"] == pytest.approx(expected["losses"], abs=grain)
-    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=max(1e-4, 2 * grain))
     assert found["loss"] == pytest.approx(expected["loss"], abs=grain)
     for key, weight in expected["state"].weights.items():
-        torch.testing.assert_close(found["state"].weights[key], weight, atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(found["state"].weights[key], weight, atol=max(2e-4, 10 * grain), rtol=1e-3)
         torch.testing.assert_close(found["whole"][key], found["state"].weights[key], rtol=0, atol=0)
 
 
@@ -98,11 +99,13 @@ def test_trained_weights_alone_are_shared_and_all_trains_as_on_one_device(one, n
     found = one[name]
     assert found["stayed"]
     assert set(found["shared"]) == found["trained"]
+    assert found["in parts"] == {False}  # what the optimiser steps
     check_as_one_device(found, name)
 
 
 def test_what_waits_on_the_host_is_shared_frozen_or_not(one):
     assert set(one["offload"]["shared"].values()) == {True, False}
+    assert one["offload"]["in parts"] == {True}
     check_as_one_device(one["offload"], "nf4")
 
 
@@ -135,7 +138,9 @@ def test_frozen_tables_and_layers_stay_beside_trained_ones_of_two_dtypes(one):
 def test_a_run_goes_on_from_its_checkpoint_and_then_on_one_device(one, folder, name):
     first, second = one["resumed"][name]
     third = go_on(None, "single", name, folder / name)[0]
-    assert [*first, *second, *third] == pytest.approx(jobs.alone(name, 3 * STEPS)["losses"], abs=1e-5)
+    assert [*first, *second, *third] == pytest.approx(
+        jobs.alone(name, 3 * STEPS)["losses"], abs=max(1e-5, jobs.CASES[name].grain)
+    )
 
 
 def in_groups_of_one(ranks):

@@ -29,7 +29,7 @@ from stoker import compat
 from stoker.distributed import optimizer_state
 from stoker.distributed.ranks import Ranks
 from stoker.distributed.single import SingleDevice
-from stoker.distributed.strategy import Rows, StrategyState
+from stoker.distributed.strategy import Rows, StepResult, StrategyState
 
 Hold = Callable[[nn.Module, str], tuple[Tensor, int]]
 """From a tensor of a module, by name, to the memory of the rows that this rank keeps and the number of the first."""
@@ -107,11 +107,12 @@ class Sharded(SingleDevice):
         # Said of hidden states that a class slices out of others; nothing here writes into them (torch 2.13).
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         self._whole_ones = set[nn.Parameter]()
-        if self._shares_frozen:
+        self._plain: dict[nn.Parameter, nn.Parameter] = {}
+        if self._holds_all:
+            self._whole_ones.update(one for one in self._model.parameters() if not one.requires_grad)
+        else:
             for layer in self._layers:
                 buffers_to_parameters(layer)
-        else:
-            self._whole_ones.update(one for one in self._model.parameters() if not one.requires_grad)
         # What a group trains is kept in one dtype and gathered in one. So the layers' norms, and whatever else of them
         # stays fp32 (a ten-thousandth of the weights), go with embedding and head; and these have groups of their own
         # where they are in bf16.
@@ -146,10 +147,29 @@ class Sharded(SingleDevice):
         return task
 
     @property
-    def _shares_frozen(self) -> bool:
-        """Whether frozen weights are shared too, or stay on the device as they are: a part that is the whole would be
-        copied before each layer's work (16.7 of 495 ms a step of an 8B's adapter on one H200), and be there twice."""
-        return self._num_parts > 1 or self._sharding.cpu_offload
+    def _holds_all(self) -> bool:
+        """Whether each weight has one part, on the device.
+
+        Then frozen weights are not shared: they would be copied before each layer's work (16.7 of 495 ms a step of an
+        8B's adapter on one H200), and be there twice.
+        """
+        return self._num_parts == 1 and not self._sharding.cpu_offload
+
+    def _stepped(self, parameter: nn.Parameter) -> nn.Parameter:
+        """A part that is the whole is stepped as a plain tensor in the same memory: each operation on a DTensor takes
+        its time on the host, which a GPU waits for in a step (a CPU: 8 ms for the 256 of a small adapter)."""
+        if not self._holds_all or not isinstance(parameter, DTensor):
+            return parameter
+        self._plain[parameter] = plain = nn.Parameter(parameter.to_local().detach())
+        return plain
+
+    def step(self, learning_rate: float, *, max_gradient_norm: float | None) -> StepResult:
+        """As `SingleDevice.step`."""
+        with torch.no_grad():
+            for parameter, plain in self._plain.items():
+                if isinstance(parameter.grad, DTensor):
+                    plain.grad, parameter.grad = parameter.grad.to_local(), None
+        return super().step(learning_rate, max_gradient_norm=max_gradient_norm)
 
     def _mixed(self) -> list[nn.Parameter]:
         """Returns the layers' weights that are not fp32, where a layer or the rest trains some of both kinds."""
@@ -232,6 +252,8 @@ class Sharded(SingleDevice):
 
     def shared_state(self) -> StrategyState:
         """Returns the state with the part of each tensor that this rank holds."""
+        if self._holds_all:
+            return super().shared_state()
         tensors, numbers = optimizer_state.flatten(self._optimizer, self._trained)
         weights = {name: parameter.detach() for name, parameter in self._trained.items()}
         return StrategyState(weights, tensors, self._values(numbers))

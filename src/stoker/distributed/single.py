@@ -91,7 +91,7 @@ class SingleDevice:
         """Moves `task` to the device and makes the optimiser of the parameters that require a gradient."""
         self._task = task
         self._forward = self._place(task)
-        self._trained = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+        self._trained = {name: self._stepped(one) for name, one in task.named_parameters() if one.requires_grad}
         self._make_optimizer = make_optimizer
         self._made_optimizer = None if make_optimizer is None else make_optimizer(self._trained.items())
         is_flat = hasattr(self._made_optimizer, "layout")
@@ -108,6 +108,10 @@ class SingleDevice:
     def _place(self, task: nn.Module) -> nn.Module:
         """Puts `task` on the device and returns what runs its training forward."""
         return task.to(self.device)
+
+    def _stepped(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Returns a trained parameter of the task as the optimiser steps it."""
+        return parameter
 
     def _reducing(self, *, is_last: bool) -> AbstractContextManager[None]:
         """The context of a micro-batch's forward and backward; on the last of a step gradients go over the ranks."""
