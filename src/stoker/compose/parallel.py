@@ -172,10 +172,12 @@ def spread(plan: Plan, config: RunConfig, world_size: int) -> Plan:
             f"engine.fsdp2.replicas = {config.engine.fsdp2.replicas} does not divide the {world_size} processes.",
             fix="Use as many groups as machines.",
         )
-    holds = "a part of each weight" if plan.spread.weight_shards > 1 or strategy == "fsdp2" else "the whole model"
+    if world_size == 1:
+        return plan  # which says what the strategy does for one process
+    holds = "a part of each weight" if plan.spread.weight_shards > 1 else "the whole model"
     if strategy == "deepspeed":
         holds = f"{holds} (ZeRO-{plan.stage})"
-    reason = f"{_processes(world_size)}, each with {holds}"
+    reason = f"{world_size} processes, each with {holds}"
     if config.engine.context_parallel > 1:
         reason += f"; {config.engine.context_parallel} share each row, and memory is that of a part"
     reasons = {"strategy": reason if asked == "auto" else f"set in the configuration: {reason}"}

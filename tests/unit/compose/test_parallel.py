@@ -44,6 +44,15 @@ def test_graphs_are_refused_over_processes_where_they_are_asked_for_and_left_out
     assert plan.reasons["cuda_graphs"] == "graphs are for one process"
 
 
+def test_a_plan_says_what_each_process_holds():
+    one = planned(1, strategy="fsdp2", fsdp2={"reduce_dtype": "bf16"})
+    assert "one device has use for engine.fsdp2.reduce_dtype = bf16" in one.reasons["strategy"]
+    assert not one.cuda_graphs
+    parts, groups = (planned(4, strategy="fsdp2", fsdp2={"replicas": count}) for count in (2, 4))
+    assert "4 processes, each with a part of each weight" in parts.reasons["strategy"]
+    assert "4 processes, each with the whole model" in groups.reasons["strategy"]
+
+
 @pytest.mark.parametrize(
     ("fits", "asked", "reshards"), [(True, "auto", False), (False, "auto", True), (True, True, True)]
 )
