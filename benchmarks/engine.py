@@ -508,6 +508,9 @@ def run_levers(name: str, out: Path | None, *, steps: int, only: str) -> None:
         try:
             torch.cuda.reset_peak_memory_stats()
             results = [timed_step(run, ids, setting.config["vocab_size"]) for _ in range(steps + 2)][2:]
+        except (AssertionError, RuntimeError, ValueError) as error:  # of a kernel that this GPU refuses, for example
+            report(out, levers=name, lever=lever, error=f"{type(error).__name__}: {str(error)[:300]}")
+            continue
         finally:
             for target, attribute, value in before:
                 setattr(target, attribute, value)

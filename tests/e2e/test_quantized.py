@@ -80,6 +80,7 @@ def test_layers_that_fp8_would_spoil_are_left_out_said_and_recorded(stoker, quan
     assert notice in said
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["keep_transposed"] is True
+    assert plan["head_in_fp8"] is False  # a CPU has no fp8 products
     assert plan["memory"]["transposed_bytes"] > 0
 
 

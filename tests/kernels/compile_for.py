@@ -130,11 +130,24 @@ CASES = [
         (glu._backward_kernel, {"BLOCK": 1024, "ACTIVATION": name, "WITH_ACTIVATED": True}, 4, {})
         for name in glu.ACTIVATIONS
     ),
-    (
-        turn_logits._turn_logits_kernel,
-        {"BLOCK": 4096, "HAS_BIAS": True, "HAS_CAP": True, "HAS_FACTOR": True, "WITH_GRADIENT": True},
-        8,
-        {"targets_ptr": "*i64"},
+    *(
+        (
+            turn_logits._turn_logits_kernel,
+            {
+                "BLOCK": 4096,
+                "HAS_BIAS": True,
+                "HAS_CAP": True,
+                "HAS_FACTOR": True,
+                "WITH_GRADIENT": True,
+                "IS_SCALED": is_rounded,
+                "ROUNDED": is_rounded,
+                "BACK": True,
+            },
+            8,
+            {"targets_ptr": "*i64", "row_scale_ptr": "*fp32", "out_scale_ptr": "*fp32"}
+            | ({"out_ptr": "*fp8e4nv"} if is_rounded else {}),
+        )
+        for is_rounded in (False, True)
     ),
     (turn_logits._scale_kernel, {"BLOCK": turn_logits.SCALE_BLOCK}, 8, {"values_ptr": "*fp32"}),
     (

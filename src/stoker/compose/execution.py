@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Layers that a notice names one by one.
 _NAMED = 8
+HEAD = "the head"
 
 
 def set_up_layers(decoder: "Model", plan: Plan) -> "HostOffload | None":
@@ -62,21 +63,36 @@ def take_apart(decoder: "Model") -> None:
 
 
 def set_up_weights(decoder: "Model", plan: Plan) -> None:
-    """Keeps transposed copies of fp8 weights if the plan says so, and lets go of those of an earlier run if not."""
+    """Keeps the copies for fp8 products that the plan says, and lets go of those of an earlier run that it does not.
+
+    They are transposed weights, and a head in fp8, unless that would move the logits too far.
+    """
+    from stoker.nn.decoder import Decoder
     from stoker.quant.fp8 import Fp8Weight
+    from stoker.quant.fp8_head import in_fp8
 
     for module in decoder.modules():
         if isinstance(module, Fp8Weight):
             module.set_transposed(kept=plan.keep_transposed is True)
+    if isinstance(decoder, Decoder):
+        decoder.rounded_head = None  # before another takes memory
+        if plan.head_in_fp8:
+            norm = decoder.final_norm
+            factor = None if norm.weight is None else norm.weight.float() + norm.offset
+            decoder.rounded_head = in_fp8(decoder.head_weight, factor)
 
 
 def layers_not_in_fp8(decoder: "Model", plan: Plan) -> list[str]:
-    """Returns the names of the blocks' linear layers that an fp8 base keeps in the compute type; none for others."""
+    """Returns the names of the linear layers that an fp8 base keeps in the compute type; none for others.
+
+    The head is one of them where the plan would have had it in fp8.
+    """
     from stoker.nn.frozen_linear import FrozenLinear
 
     if plan.quantization != "fp8":
         return []
-    return [_short(layer.names) for layer in _linear_layers(decoder) if not isinstance(layer, FrozenLinear)]
+    found = [_short(layer.names) for layer in _linear_layers(decoder) if not isinstance(layer, FrozenLinear)]
+    return [*found, HEAD] if plan.head_in_fp8 and getattr(decoder, "rounded_head", None) is None else found
 
 
 def _linear_layers(decoder: "Model") -> "list[FusedLinear]":
@@ -89,7 +105,7 @@ def fp8_notice(decoder: "Model", plan: Plan) -> str:
     """Returns the sentence that says which layers stay in the compute type, or ""."""
     from stoker.quant.fp8 import MAX_RELATIVE_ERROR
 
-    kept, count = layers_not_in_fp8(decoder, plan), len(_linear_layers(decoder))
+    kept, count = layers_not_in_fp8(decoder, plan), len(_linear_layers(decoder)) + (plan.head_in_fp8 is True)
     if not kept:
         return ""
     more = f", and {len(kept) - _NAMED} more" if len(kept) > _NAMED else ""

@@ -119,17 +119,20 @@ def can_multiply_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def plain_matmul(x: Tensor, weight: Tensor, *, fast_accumulation: bool = False) -> Tensor:
+def plain_matmul(x: Tensor, weight: Tensor, *, fast_accumulation: bool = False, out: Tensor | None = None) -> Tensor:
     """Returns `x @ weight.T` in bf16, of e4m3 `x` `[N, K]` and `weight` `[M, K]` as they are, without their scales.
 
-    Values reach 448^2 K, which bf16 holds. What `scaled_matmul` says of the hardware holds here too.
+    In `out` if that is given. Values reach 448^2 K, which bf16 holds. What `scaled_matmul` says of the hardware holds
+    here too.
     """
     if not _in_hardware(x, weight):
-        return (x.float() @ weight.float().T).to(torch.bfloat16)
+        product = (x.float() @ weight.float().T).to(torch.bfloat16)
+        return product if out is None else out.copy_(product)
     one = torch.ones((), dtype=torch.float32, device=x.device)
-    return torch._scaled_mm(
-        x, weight.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=fast_accumulation
-    )
+    options = {"out_dtype": torch.bfloat16, "use_fast_accum": fast_accumulation}
+    if out is None:
+        return torch._scaled_mm(x, weight.T, scale_a=one, scale_b=one, **options)
+    return torch._scaled_mm(x, weight.T, one, one, out=out, **options)
 
 
 def _in_hardware(x: Tensor, weight: Tensor) -> bool:

@@ -9,7 +9,7 @@
 (arXiv:2408.00118). Rows whose target is `ignore_index` are left out before the first matmul. The rest runs in chunks;
 since the loss is the last thing that a forward computes, each chunk's gradients are computed while its logits are at
 hand (the idea of Liger-Kernel, arXiv:2410.10989), and the backward only multiplies them by the incoming scalar. A
-weight that is frozen costs no gradient matmul. The sums are fp32.
+weight that is frozen costs no gradient matmul. The sums are fp32. A frozen head may run in fp8 (`rounded_head`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stoker.kernels.fp8 import Rounded, empty_rounded, quantize_rows
+from stoker.kernels.rounded_head import RoundedHead
 from stoker.kernels.triton_support import check_implementation
-from stoker.kernels.turn_logits import LossOptions, scaled, turn_logits_reference, turn_logits_triton
+from stoker.kernels.turn_logits import (
+    LossOptions,
+    scaled,
+    turn_logits_reference,
+    turn_logits_triton,
+    turn_rounded_reference,
+    turn_rounded_triton,
+)
 
 DEFAULT_CHUNK_BYTES = 32 * 2**20
 """Logits held at once by default, in bytes of fp32. Fewer mean fewer rows a chunk, and each reads the whole weight:
@@ -37,7 +46,7 @@ traffic stays below that of the chunks themselves (1B's head, 16,384 rows, by ar
 class _Setting(NamedTuple):
     """How chunks run: rows held at once, the target that trains nothing, the loss's variations, the implementation.
 
-    `num_rows`: as `linear_cross_entropy` takes it.
+    `num_rows` and `rounded`: as `linear_cross_entropy` takes them.
     """
 
     chunk_tokens: int
@@ -45,6 +54,7 @@ class _Setting(NamedTuple):
     options: LossOptions
     triton: bool
     num_rows: int | None = None
+    rounded: RoundedHead | None = None
 
 
 def linear_cross_entropy_reference(
@@ -78,6 +88,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     options: LossOptions | None = None,
     num_rows: int | None = None,
+    rounded: RoundedHead | None = None,
     implementation: str = "reference",
 ) -> Tensor:
     """Returns the cross-entropy summed over the trained rows: an fp32 scalar, 0 when there are none.
@@ -87,11 +98,18 @@ def linear_cross_entropy(
     `TRITON_CHUNK_BYTES`, or half the bytes of a trained head's fp32 gradient if those are more). `num_rows`: rows that
     run through the head, which may be no fewer than are trained; others run along and their results are dropped. No
     size then depends on the targets, as a CUDA graph needs. None: as many as are trained, for which the host waits.
-    Under autocast the matmuls run in its dtype. `implementation`: "reference" or "triton"; ValueError for an unknown
-    one.
+    Under autocast the matmuls run in its dtype. `rounded`: the weight in fp8, by which both products then run; weight
+    and bias must be frozen. `implementation`: "reference" or "triton". ValueError for an unknown one, or if a head in
+    fp8 would be trained.
     """
     setting = make_setting(hidden, weight, chunk_tokens, ignore_index, options, check_implementation(implementation))
-    setting = setting._replace(num_rows=num_rows)
+    setting = setting._replace(num_rows=num_rows, rounded=rounded)
+    if (
+        rounded is not None
+        and torch.is_grad_enabled()
+        and any(one is not None and one.requires_grad for one in (weight, bias))
+    ):
+        raise ValueError("a head in fp8 is frozen: train it, or round it, but not both")
     return LinearCrossEntropy.apply(hidden, weight, bias, targets, setting, torch.is_grad_enabled())
 
 
@@ -177,9 +195,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             # A copy of our own may be overwritten.
             room = rows if rows.data_ptr() != hidden.data_ptr() else None
             gradients = _Gradients(rows, weight, bias, wants, room=room)
-            losses = _chunked_losses(
-                rows, weight.to(dtype), bias, targets, gradients, setting=setting, row_factor=is_trained
-            )
+            if setting.rounded is None:
+                losses = _chunked_losses(
+                    rows, weight.to(dtype), bias, targets, gradients, setting=setting, row_factor=is_trained
+                )
+            else:
+                losses = _rounded_losses(
+                    rows, setting.rounded, bias, targets, gradients.hidden, setting=setting, row_factor=is_trained
+                )
         if is_trained is not None:
             losses *= is_trained
         ctx.dtypes = (hidden.dtype, weight.dtype)
@@ -321,4 +344,35 @@ def _chunked_losses(
         )
         if gradients:
             gradients.add(chunk, h, weight, p)
+    return losses
+
+
+def _rounded_losses(
+    rows: Tensor,
+    head: RoundedHead,
+    bias: Tensor | None,
+    targets: Tensor,
+    grad_rows: Tensor | None,
+    *,
+    setting: _Setting,
+    row_factor: Tensor | None,
+) -> Tensor:
+    """As `_chunked_losses`, by a head in fp8; the gradients of `rows` go into `grad_rows`, which may be their place."""
+    losses = rows.new_empty(rows.shape[0], dtype=torch.float32)
+    # All of them first: a chunk's gradients may take the place of its rows.
+    rounded = quantize_rows(rows, implementation="triton" if setting.triton else "reference")
+    size, vocabulary = min(setting.chunk_tokens, rows.shape[0]), head.values.shape[0]
+    buffer = rows.new_empty(size, vocabulary, dtype=torch.bfloat16)
+    room = None if grad_rows is None else empty_rounded(size, vocabulary, rows.device)
+    turn = turn_rounded_triton if setting.triton else turn_rounded_reference
+    for start in range(0, rows.shape[0], setting.chunk_tokens):
+        chunk = slice(start, min(start + setting.chunk_tokens, rows.shape[0]))
+        values, row_scale = rounded.values[chunk], rounded.scale[chunk] * head.scale
+        logits = head.logits(values, out=buffer[: values.shape[0]])
+        gradient = None if room is None else Rounded(room.values[: values.shape[0]], room.scale[: values.shape[0]])
+        factor = None if row_factor is None else row_factor[chunk]
+        losses[chunk] = turn(logits, row_scale, bias, targets[chunk], factor, options=setting.options, out=gradient)
+        if gradient is not None and grad_rows is not None:
+            product = head.hidden_gradient(gradient.values)
+            torch.mul(product, gradient.scale * head.scale, out=grad_rows[chunk])
     return losses

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stoker.kernels.fp8 import FP8_MAX, Rounded, scale_of
 from stoker.kernels.triton_support import jit, next_power_of_2, tl, triton
 
 TURN_BLOCK, TURN_WARPS = 4096, 8
 """Columns that a program turns at a time, and its warps."""
+
+TURN_BACK = True
+"""Whether the gradient is made from a row's end to its beginning, so that what was read last is read again first."""
 
 SCALE_BLOCK = 8192
 """Values of a trained head's gradient that a program scales and rounds."""
@@ -87,14 +91,72 @@ def turn_logits_triton(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `turn_logits_reference`, but in place and in the dtype of `logits`."""
+    return _turn(logits, bias, targets, factor, options=options, with_gradient=with_gradient), logits
+
+
+def turn_rounded_reference(
+    logits: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    factor: Tensor | None,
+    *,
+    options: LossOptions,
+    out: Rounded | None,
+) -> Tensor:
+    """Losses [c] of head's outputs [c, V] times `row_scale` [c, 1]; their gradient goes into `out`, in e4m3.
+
+    A row's scale there is 1 / 448 of a bound on its values, which without smoothing and z-loss its target's reaches:
+    1 − p_target, times the logit scale. The row's `factor` is in its scale alone. `out` None: no gradient.
+    """
+    losses, gradient = turn_logits_reference(
+        logits.float() * row_scale, bias, targets, None, options=options, with_gradient=out is not None
+    )
+    if out is not None:
+        scale = gradient.abs().amax(1, keepdim=True).clamp(min=1e-6) / FP8_MAX
+        out.values.copy_((gradient / scale).clamp(-FP8_MAX, FP8_MAX))
+        out.scale.copy_(scale if factor is None else scale * factor[:, None])
+    return losses
+
+
+def turn_rounded_triton(
+    logits: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    factor: Tensor | None,
+    *,
+    options: LossOptions,
+    out: Rounded | None,
+) -> Tensor:
+    """As `turn_rounded_reference`, reading the logits twice."""
+    return _turn(
+        logits, bias, targets, factor, options=options, with_gradient=out is not None, row_scale=row_scale, out=out
+    )
+
+
+def _turn(
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    factor: Tensor | None,
+    *,
+    options: LossOptions,
+    with_gradient: bool,
+    row_scale: Tensor | None = None,
+    out: Rounded | None = None,
+) -> Tensor:
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     block = min(TURN_BLOCK, next_power_of_2(logits.shape[1]))
     _turn_logits_kernel[(logits.shape[0],)](
         logits,
+        losses if row_scale is None else row_scale,
         logits if bias is None else bias,
         targets,
         losses if factor is None else factor,
         losses,
+        logits if out is None else out.values,
+        losses if out is None else out.scale,
         logits.shape[1],
         options.logit_scale,
         1.0 if options.soft_cap is None else options.soft_cap,
@@ -105,9 +167,12 @@ def turn_logits_triton(
         HAS_CAP=options.soft_cap is not None,
         HAS_FACTOR=factor is not None,
         WITH_GRADIENT=with_gradient,
+        IS_SCALED=row_scale is not None,
+        ROUNDED=out is not None,
+        BACK=TURN_BACK,
         num_warps=max(1, min(TURN_WARPS, block // 512)),
     )
-    return losses, logits
+    return losses
 
 
 @jit
@@ -119,12 +184,22 @@ def _capped(logit: tl.tensor, bias: tl.tensor, scale: tl.tensor, cap: tl.tensor,
 
 
 @jit
+def _bound(p_target: tl.tensor, smoothing: tl.tensor, more: tl.tensor) -> tl.tensor:
+    # Of |p (1 + more) − onehot (1 − ε) − ε / V| over a row: p of any other than the target is at most 1 − p_target.
+    apart = tl.maximum(1.0 - p_target, smoothing) * tl.maximum(1.0, tl.abs(1.0 + more))
+    return tl.maximum(apart + tl.abs(more) + smoothing, 1e-6)
+
+
+@jit
 def _turn_logits_kernel(  # noqa: PLR0917
     logits_ptr: tl.tensor,
+    row_scale_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     targets_ptr: tl.tensor,
     factor_ptr: tl.tensor,
     losses_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    out_scale_ptr: tl.tensor,
     num_columns: tl.tensor,
     scale: tl.tensor,
     cap: tl.tensor,
@@ -135,21 +210,26 @@ def _turn_logits_kernel(  # noqa: PLR0917
     HAS_CAP: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
+    IS_SCALED: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    BACK: tl.constexpr,
 ) -> None:
     # A row a program, read twice: once for the maximum and the sum, once to be replaced by its gradient.
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * num_columns
+    out_ptr += row * num_columns
+    row_scale = tl.load(row_scale_ptr + row) if IS_SCALED else 1.0
     target = tl.load(targets_ptr + row)
     # Read before the sums below, whose barriers keep every warp's read ahead of any warp's write over this logit.
     target_bias = tl.load(bias_ptr + target).to(tl.float32) if HAS_BIAS else 0.0
-    z_target = _capped(tl.load(logits_ptr + target), target_bias, scale, cap, HAS_CAP)
+    z_target = _capped(tl.load(logits_ptr + target) * row_scale, target_bias, scale, cap, HAS_CAP)
     maximum = -float("inf")
     exponentials, total = 0.0, 0.0
     for start in range(0, num_columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < num_columns
         bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-        z = _capped(tl.load(logits_ptr + column, mask=mask, other=0.0), bias, scale, cap, HAS_CAP)
+        z = _capped(tl.load(logits_ptr + column, mask=mask, other=0.0) * row_scale, bias, scale, cap, HAS_CAP)
         total += tl.sum(tl.where(mask, z, 0.0), axis=0)
         z = tl.where(mask, z, -float("inf"))
         new_maximum = tl.maximum(maximum, tl.max(z, axis=0))
@@ -160,18 +240,28 @@ def _turn_logits_kernel(  # noqa: PLR0917
     tl.store(losses_ptr + row, loss)
     if WITH_GRADIENT:
         factor = scale
-        if HAS_FACTOR:
-            factor *= tl.load(factor_ptr + row)
-        for start in range(0, num_columns, BLOCK):
+        row_factor = tl.load(factor_ptr + row) if HAS_FACTOR else 1.0
+        if ROUNDED:
+            # Known before any value is; that of the row goes into its scale, whose inverse then leaves it out.
+            out_scale = scale_of(_bound(tl.exp(z_target - log_sum), smoothing, 2.0 * z_loss * log_sum) * tl.abs(scale))
+            tl.store(out_scale_ptr + row, out_scale * row_factor)
+            factor /= out_scale
+        else:
+            factor *= row_factor
+        last = (num_columns - 1) // BLOCK * BLOCK
+        for offset in range(0, num_columns, BLOCK):
+            start = last - offset if BACK else offset
             column = start + tl.arange(0, BLOCK)
             mask = column < num_columns
             bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-            z = _capped(tl.load(logits_ptr + column, mask=mask, other=0.0), bias, scale, cap, HAS_CAP)
+            z = _capped(tl.load(logits_ptr + column, mask=mask, other=0.0) * row_scale, bias, scale, cap, HAS_CAP)
             gradient = tl.exp(z - log_sum) * (1.0 + 2.0 * z_loss * log_sum) - smoothing / num_columns
             gradient = tl.where(column == target, gradient - (1.0 - smoothing), gradient) * factor
             if HAS_CAP:
                 gradient *= 1.0 - (z / cap) * (z / cap)
-            tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+            if ROUNDED:
+                gradient = tl.minimum(tl.maximum(gradient, -448.0), 448.0)
+            tl.store(out_ptr + column, gradient.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def scaled(values: Tensor, factor: Tensor, dtype: torch.dtype, *, uses_triton: bool) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stoker.kernels.documents import positions_in_documents
 from stoker.kernels.head_exchange import HeadExchange
+from stoker.kernels.rounded_head import RoundedHead
 from stoker.nn.block import Block
 from stoker.nn.cache import KVCache
 from stoker.nn.moe import Experts
@@ -25,6 +26,7 @@ class Decoder(nn.Module):
     embeddings; `learned_positions` rows of a table are added to them, the first `position_offset` of which are never
     used (0: no table). `logit_scale` multiplies the logits, which `logit_softcap` c then makes c tanh(logits / c).
     `exchange`, which `nn.shared_rows` sets: without a cache, a forward is given this rank's part of rows.
+    `rounded_head`: the head's weight in fp8, by which a loss may run while it is frozen.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Decoder(nn.Module):
         self.final_norm = final_norm
         self.head = None if tied_head else nn.Linear(hidden_size, vocab_size, bias=head_bias)
         self.exchange: HeadExchange | None = None
+        self.rounded_head: RoundedHead | None = None
 
     @property
     def head_weight(self) -> Tensor:

@@ -66,6 +66,7 @@ class Way:
     is_frozen: bool
     uses_triton: bool
     adapter: Adapted | None = None
+    head_in_fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,13 @@ def amounts(spec: AnySpec, way: Way, tokens: float, document_tokens: float, trai
         counted.add(layer, rung, count)
     vocabulary = spec.vocab_size
     head = Product(
-        tokens * trained_share, spec.hidden_size, vocabulary, vocabulary * spec.hidden_size, 1.0, 0.0, in_fp8=False
+        tokens * trained_share,
+        spec.hidden_size,
+        vocabulary,
+        vocabulary * spec.hidden_size,
+        1.0,
+        0.0,
+        in_fp8=way.head_in_fp8,
     )
     fused = sum(way.layers == "fused" and not why_not_llama(layer) for layer in spec.layers)
     return Amounts(

@@ -17,6 +17,7 @@ from stoker.plan.memory import (
     estimate,
     last_gradient_bytes,
     lengths_bytes,
+    rounded_head_bytes,
     trained_head_bytes,
     transposed_bytes,
 )
@@ -355,6 +356,28 @@ class Candidate:
         return None if memory is None else memory.total <= self.size.job.machine.device.memory_bytes
 
     @cached_property
+    def with_head(self) -> Memory | None:
+        """The memory with the head in fp8 as well; None where it cannot be, or not without copies of other weights."""
+        job = self.size.job
+        if not self.keep_transposed or execution.why_no_fp8_head(job.spec, job.machine.device, job.spread):
+            return None
+        return self.memory.with_transposed(transposed_bytes(job.spec) + rounded_head_bytes(job.spec))
+
+    @property
+    def head_in_fp8(self) -> bool | None:
+        """Whether there is memory for that; None without fp8."""
+        if self.with_transposed is None:
+            return None
+        return self.with_head is not None and self.with_head.total <= self.size.job.machine.device.memory_bytes
+
+    @property
+    def with_copies(self) -> Memory:
+        """The memory with the copies for fp8 products that it has room for."""
+        found = self.with_head if self.head_in_fp8 else self.with_transposed if self.keep_transposed else self.memory
+        assert found is not None
+        return found
+
+    @cached_property
     def why_no_graphs(self) -> str:
         """Why micro-batches are not captured, where nothing else is asked for; "" where they are."""
         job = self.size.job
@@ -378,8 +401,7 @@ class Candidate:
     @property
     def _with_pool(self) -> int:
         """Bytes with graphs: their pool keeps what a micro-batch needed, also while one of another shape runs."""
-        memory = self.with_transposed if self.keep_transposed else self.memory
-        assert memory is not None
+        memory = self.with_copies
         return memory.total + memory.activations + memory.logits
 
     @cached_property

@@ -16,7 +16,7 @@ from stoker.plan.candidates import Candidate, Job, Machine, Precision, Size
 from stoker.plan.execution import Kernels
 from stoker.plan.hardware import Device, Hardware
 from stoker.plan.ladder import Ladder
-from stoker.plan.memory import GIB, Memory, transposed_bytes
+from stoker.plan.memory import GIB, rounded_head_bytes, transposed_bytes
 from stoker.plan.plan import Plan, size
 from stoker.plan.rates import Rates
 from stoker.plan.rates import of as rates_of
@@ -144,7 +144,7 @@ def _plan(choice: Choice) -> Plan:
     precision, precision_reason = _precision(config, device)
     kernels, kernels_reason = execution.kernels(config, device)
     quantization, quantization_reason = execution.quantization(config, device)
-    keep_transposed, memory, transposed_reason = _transposed(best)
+    transposed_reason, head_reason = _copies_reasons(best)
     graphs, graphs_reason = _cuda_graphs(best)
     num_threads, threads_reason = _num_threads(config, hardware)
     trained, frozen = job.counts
@@ -155,7 +155,8 @@ def _plan(choice: Choice) -> Plan:
         strategy=spread.strategy,
         precision=precision,
         quantization=quantization,
-        keep_transposed=keep_transposed,
+        keep_transposed=best.keep_transposed,
+        head_in_fp8=best.head_in_fp8,
         kernels=kernels,
         layers=best.ladder.layers,
         micro_batch_size=best.rows,
@@ -170,7 +171,7 @@ def _plan(choice: Choice) -> Plan:
         num_parameters=trained + frozen,
         num_trained_parameters=trained,
         flops_per_token=job.flops_with(best.ladder),
-        memory=memory,
+        memory=best.with_copies,
         host_bytes=best.host_bytes,
         available_bytes=machine.device.memory_bytes,
         reasons={
@@ -180,6 +181,7 @@ def _plan(choice: Choice) -> Plan:
             "precision": precision_reason,
             "quantization": quantization_reason,
             "keep_transposed": transposed_reason,
+            "head_in_fp8": head_reason,
             "kernels": kernels_reason,
             "layers": execution.layers_reason(config, spec, best.ladder.layers, uses_triton=kernels == "triton"),
             "micro_batch_size": micro_batch_reason,
@@ -336,20 +338,25 @@ def _best(fitting: list[Candidate]) -> Candidate:
     return min(as_fast, key=lambda one: (one.host_bytes > 0, one.memory.total))
 
 
-def _transposed(best: Candidate) -> tuple[bool | None, Memory, str]:
-    """Returns whether fp8 weights stay transposed too, the memory with that choice, and why.
+def _copies_reasons(best: Candidate) -> tuple[str, str]:
+    """Returns why fp8 weights stay transposed too or do not, and why the head is in fp8 or is not.
 
-    It is the last thing that memory goes to: the same bytes spare more time where they spare a layer's recomputation.
+    They are the last things that memory goes to: the same bytes spare more time where they spare a layer's
+    recomputation.
     """
-    memory = best.with_transposed
+    job, memory = best.size.job, best.with_transposed
     if memory is None:
-        return None, best.memory, "only fp8 products need weights transposed"
-    job = best.size.job
+        return "only fp8 products need weights transposed", "only an fp8 base has a head in fp8"
     count, allowed = transposed_bytes(job.spec), job.machine.device.memory_bytes
-    if best.keep_transposed:
-        return True, memory, f"{size(count)} that are free: no backward transposes a weight again"
-    reason = f"each backward transposes each weight: copies would need {size(memory.total)} of {size(allowed)} in all"
-    return False, best.memory, reason
+    if not best.keep_transposed:
+        needed = f"copies would need {size(memory.total)} of {size(allowed)} in all"
+        return f"each backward transposes each weight: {needed}", "memory for copies of weights is not there"
+    transposed = f"{size(count)} that are free: no backward transposes a weight again"
+    count = rounded_head_bytes(job.spec)
+    if best.head_in_fp8:
+        return transposed, f"{size(count)} that are free: logits and their gradient by fp8 products"
+    why_not = execution.why_no_fp8_head(job.spec, job.machine.device, job.spread)
+    return transposed, why_not or f"{size(count)} more would need {size(memory.total + count)} of {size(allowed)}"
 
 
 def _micro_batch_reason(best: Candidate) -> str:

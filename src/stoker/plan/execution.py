@@ -17,12 +17,13 @@ from stoker.config.schema import RunConfig
 from stoker.errors import PlanError
 from stoker.plan.hardware import Device
 from stoker.plan.remember import remember
+from stoker.plan.spread import Spread
 
 Kernels = Literal["reference", "triton"]
 # Triton compiles for GPUs from Volta on, flash attention for Ampere; PyTorch's fp8 products need Ada's or Hopper's
 # tensor cores.
 _TRITON_CAPABILITY = (7, 0)
-_FP8_CAPABILITY = (8, 9)
+_FP8_CAPABILITY, _FP8_SIZES = (8, 9), 16
 _FLASH_CAPABILITY = (8, 0)
 LAUNCH_BOUND_FLOPS = {"fused": 4e11, "op by op": 5e12}
 """FLOPs of a layer's forward and backward below which launching its kernels takes longer than running them.
@@ -90,6 +91,19 @@ def quantization(config: RunConfig, device: Device) -> tuple[str, str]:
             fix="Use int8, which takes the same memory, or nf4, which takes half.",
         )
     return kind, f"{_FORMATS[kind]}, and products in fp8, which {device.name} has"
+
+
+def why_no_fp8_head(spec: AnySpec, device: Device, spread: Spread) -> str:
+    """Returns what keeps the products of a frozen head out of fp8 where layers' run in it, or ""."""
+    if device.kind != "cuda":
+        return "without hardware for it there is nothing to gain"
+    if isinstance(spec, BorrowedSpec):
+        return "a borrowed class has its own head"
+    if spread.strategy not in ("single", "ddp"):
+        return f"{spread.strategy} shares its weight"
+    if spec.vocab_size % _FP8_SIZES or spec.hidden_size % _FP8_SIZES:
+        return f"fp8 products take sizes that {_FP8_SIZES} divides, not {spec.vocab_size:,} x {spec.hidden_size:,}"
+    return ""
 
 
 def why_no_graphs(

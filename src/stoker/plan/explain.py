@@ -51,7 +51,7 @@ def _formulas(request: Request, one: Offer) -> dict[str, str]:
         "dequantisation": f"the largest weight once in {value} bytes a value"
         if plan.quantization != "none"
         else "none",
-        "transposed": "a byte for each fp8 weight, transposed, where memory is left"
+        "transposed": "a byte for each fp8 weight, transposed, and two for the head's in fp8, where memory is left"
         if plan.keep_transposed
         else "none",
         "communication": _communication(one),

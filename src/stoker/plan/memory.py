@@ -57,9 +57,10 @@ class Memory:
     """Bytes by category.
 
     `scratch` is where quantised weights are turned into the compute type, or transposed, one at a time; `transposed`
-    are the copies of fp8 weights that are kept instead. `communication`: what several devices gather and send in.
-    The others are not in the total: `states_on_host`, which are not the device's; `backward_buffers`, what of
-    `communication` is there in layers' backward alone, and `last_buffers`, what is there instead when that has ended.
+    are the copies of fp8 weights that are kept instead, and those of a head in fp8. `communication`: what several
+    devices gather and send in. The others are not in the total: `states_on_host`, which are not the device's;
+    `backward_buffers`, what of `communication` is there in layers' backward alone, and `last_buffers`, what is there
+    instead when that has ended.
     """
 
     weights: int
@@ -103,7 +104,7 @@ class Memory:
         return self.logits if beside_head is None else max(0, beside_head + self.logits - count)
 
     def with_transposed(self, count: int) -> "Memory":
-        """Returns the same with `count` bytes of transposed weights kept, which leaves nothing to do in `scratch`."""
+        """Returns the same with `count` bytes of such copies kept, which leaves nothing to do in `scratch`."""
         lost = round(_FRAGMENTATION * (count - self.scratch))
         return replace(self, scratch=0, transposed=count, reserve=self.reserve + lost)
 
@@ -326,6 +327,12 @@ def transposed_bytes(spec: AnySpec) -> int:
     experts = facts.expert_counts(spec)
     shapes = facts.linear_shapes(spec).items()
     return sum(into * out for name, (into, out) in shapes if name not in experts)
+
+
+@remember(0)
+def rounded_head_bytes(spec: AnySpec) -> int:
+    """Returns the bytes of a head in fp8 beside the one in the compute type: as it is and transposed."""
+    return 2 * spec.vocab_size * spec.hidden_size
 
 
 @remember(0)

@@ -16,6 +16,7 @@ CHOICES = (
     "precision",
     "quantization",
     "keep_transposed",
+    "head_in_fp8",
     "kernels",
     "layers",
     "micro_batch_size",
@@ -35,11 +36,12 @@ One that is None does not arise in a run, and is not shown.
 class Plan:
     """How a run will be run. `row_tokens`: tokens of a row at most; a step is `accumulation_steps` micro-batches.
 
-    `keep_transposed`: transposed copies of fp8 weights stay beside them (None: no fp8). `layers`: each is one fused
-    operation, or runs op by op. `keep`: what each layer keeps for the backward (`arch.activations.LADDER`).
-    `tile_tokens`: the feed-forward goes through so many tokens at a time (None: through a whole micro-batch).
-    `cuda_graphs`: micro-batches are captured and replayed. `host_bytes`: pinned host memory in which kept tensors wait;
-    `staying_layers`: those of so many layers, the last ones, do not.
+    `keep_transposed`: transposed copies of fp8 weights stay beside them (None: no fp8). `head_in_fp8`: the head's
+    products run in fp8 too (None: no fp8). `layers`: each is one fused operation, or runs op by op. `keep`: what
+    each layer keeps for the backward (`arch.activations.LADDER`). `tile_tokens`: the feed-forward goes through so many
+    tokens at a time (None: through a whole micro-batch). `cuda_graphs`: micro-batches are captured and replayed.
+    `host_bytes`: pinned host memory in which kept tensors wait; `staying_layers`: those of so many layers, the last
+    ones, do not.
     Sizes and memory are those of one of `num_processes`, of which `per_node` are in each node; `stage`: of ZeRO.
     `reshards`: FSDP2 lets a layer's weights go after its forward (None: another strategy). The other fields of `spread`
     stand for themselves.
@@ -80,6 +82,7 @@ class Plan:
     param_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     staying_layers: int = 0
+    head_in_fp8: bool | None = None
 
     @property
     def spread(self) -> Spread:

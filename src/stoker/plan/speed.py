@@ -94,6 +94,8 @@ class _Way(Protocol):
     @property
     def keep_transposed(self) -> bool | None: ...
     @property
+    def head_in_fp8(self) -> bool | None: ...
+    @property
     def kernels(self) -> str: ...
     @property
     def layers(self) -> str: ...
@@ -166,6 +168,7 @@ class _Clock:
             self.is_frozen,
             plan.kernels == "triton",
             _with_dora(config, spec),
+            plan.head_in_fp8 is True,
         )
         self.tokens, self.document_tokens = plan.micro_batch_size * rows.tokens, rows.document_tokens
         self.amounts = amounts(spec, way, self.tokens, rows.document_tokens, rows.trained_share)

@@ -82,6 +82,7 @@ class SupervisedTask(nn.Module):
             bias=model.head_bias,
             options=LossOptions(logit_scale=model.logit_scale, soft_cap=model.logit_softcap),
             num_rows=self._num_trained_rows,
+            rounded=getattr(model, "rounded_head", None),
             implementation=self.kernels,
         )
         balancing = self._balancing(batch)

@@ -17,6 +17,7 @@ from stoker.plan import execution
 from stoker.plan.choose import choose
 from stoker.plan.hardware import Device, Hardware
 from stoker.quant.fp8 import Fp8Weight
+from stoker.tasks.supervised import SupervisedTask
 
 CONFIG = {
     "model_type": "llama",
@@ -205,6 +206,28 @@ def test_fp8_weights_are_kept_transposed_as_planned_and_gradients_are_the_same(i
         assert {weight.transposed is not None for weight in weights} == {kept is True}
         assert all(map(torch.equal, gradients(decoder), expected))
     assert len(weights) == 12
+
+
+def test_a_head_is_rounded_as_planned_unless_its_logits_would_move_too_far(in_fp8, plan):
+    decoder, chosen = in_fp8(), plan(quantization="fp8", keep_transposed=True, head_in_fp8=True)
+    set_up_weights(decoder, chosen)
+    assert torch.equal(decoder.rounded_head.transposed.float(), decoder.rounded_head.values.float().T)
+    assert not fp8_notice(decoder, chosen)
+    ids = torch.randint(0, 40, (2, 6))
+    batch = SimpleNamespace(input_ids=ids, targets=ids, document_lengths=None, num_trained_tokens=12, num_tokens=12)
+    loss = SupervisedTask(decoder)(batch).loss_sum.item()
+    set_up_weights(decoder, plan(quantization="fp8", keep_transposed=True, head_in_fp8=False))  # another run here
+    assert decoder.rounded_head is None
+    exact = SupervisedTask(decoder)(batch).loss_sum.item()
+    assert loss == pytest.approx(exact, rel=0.01)
+    assert loss != exact
+    # Channels that the norm makes ten million times as large as those that the head reads.
+    decoder.final_norm.weight.data[0] = 1e7
+    decoder.head_weight.data[:, 0] = 0.0
+    set_up_weights(decoder, chosen)
+    assert decoder.rounded_head is None
+    assert layers_not_in_fp8(decoder, chosen) == ["the head"]
+    assert fp8_notice(decoder, chosen).startswith("1 of 13 linear layers stays in fp32, because fp8")
 
 
 def test_layers_that_stay_out_of_fp8_are_counted_and_named(in_fp8, plan):

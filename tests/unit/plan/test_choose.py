@@ -7,6 +7,7 @@ import pytest
 from stoker.arch import families
 from stoker.arch.activations import LADDER
 from stoker.errors import PlanError
+from stoker.plan import speed
 from stoker.plan.choose import MemoryPlanError, Statistics, choose
 from stoker.plan.efficiencies import MEASURED
 from stoker.plan.plan import CHOICES
@@ -282,15 +283,45 @@ def test_fp8_weights_stay_transposed_too_where_memory_is_left(run, llama_8b, mac
     asked = ("model.quantization=fp8", "data.sequence_length=4096", "engine.micro_batch_size=2")
     roomy = choose(run(*asked), llama_8b, machine(80))
     assert roomy.keep_transposed is True
-    assert (roomy.memory.transposed, roomy.memory.scratch) == (32 * 4096 * (3 * 14336 + 10240), 0)
+    layers, head = 32 * 4096 * (3 * 14336 + 10240), 2 * 128256 * 4096
+    assert (roomy.memory.transposed, roomy.memory.scratch) == (layers + head, 0)
     assert "6.5 GiB that are free" in roomy.reasons["keep_transposed"]
-    assert "transposed 6.5 GiB" in roomy.table()
+    assert "transposed 7.5 GiB" in roomy.table()
     # No layer computes anything again for the copies' sake: they get what is left, or nothing.
     tight = choose(run(*asked, "engine.memory_limit_gib=36"), llama_8b, machine(80))
     assert (tight.keep_transposed, tight.keep, tight.memory.transposed) == (False, roomy.keep, 0)
     assert tight.memory.total <= 36 * GIB < roomy.memory.total
     assert "each backward transposes each weight" in tight.reasons["keep_transposed"]
     assert choose(run(*asked[1:]), llama_8b, machine(80)).keep_transposed is None
+
+
+def test_the_head_is_in_fp8_where_memory_is_left_and_its_weight_is_whole(run, llama_8b, machine):
+    asked = ("model.quantization=fp8", "data.sequence_length=4096", "engine.micro_batch_size=2")
+    roomy = choose(run(*asked), llama_8b, machine(80))
+    assert roomy.head_in_fp8 is True
+    assert "1002 MiB that are free" in roomy.reasons["head_in_fp8"]
+    limit = (roomy.memory.total - GIB // 2) / GIB
+    tight = choose(run(*asked, f"engine.memory_limit_gib={limit}"), llama_8b, machine(80))
+    assert (tight.keep_transposed, tight.head_in_fp8, tight.keep) == (True, False, roomy.keep)
+    assert "1002 MiB more would need" in tight.reasons["head_in_fp8"]
+    tighter = choose(run(*asked, "engine.memory_limit_gib=36"), llama_8b, machine(80))
+    assert (tighter.keep_transposed, tighter.head_in_fp8) == (False, False)
+    odd = choose(run(*asked), replace(llama_8b, vocab_size=128257), machine(80))
+    assert odd.head_in_fp8 is False
+    assert "sizes that 16 divides" in odd.reasons["head_in_fp8"]
+    assert "head_in_fp8" in roomy.table()
+    assert choose(run(*asked[1:]), llama_8b, machine(80)).head_in_fp8 is None
+
+
+def test_a_head_in_fp8_is_predicted_to_be_faster(run, llama_8b, machine):
+    asked = ("model.quantization=fp8", "data.sequence_length=4096", "engine.micro_batch_size=2")
+    config, rows = run(*asked), speed.Rows(4096, 4096)
+    plan = choose(config, llama_8b, machine(80))
+    device = rates_of(machine(80).first("cuda")).device
+    with_it, without = (
+        speed.step(config, llama_8b, replace(plan, head_in_fp8=one), device, rows=rows).head for one in (True, False)
+    )
+    assert with_it < 0.75 * without
 
 
 def test_micro_batches_make_up_the_batch(run, llama_8b, machine):

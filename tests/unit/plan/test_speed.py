@@ -122,10 +122,10 @@ def test_weights_that_are_trained_cost_their_gradient_and_their_update():
     assert full.optimizer > 20 * adapter.optimizer
 
 
-def test_fp8_products_are_faster_and_the_head_is_not():
+def test_fp8_products_are_faster_the_heads_among_them():
     fp8, bf16 = predicted("F"), predicted("A")
     assert 0.5 < fp8.matmul / bf16.matmul < 0.7
-    assert fp8.head == bf16.head
+    assert 0.5 < fp8.head / bf16.head < 0.7
     assert fp8.dequantise > 0.0
 
 

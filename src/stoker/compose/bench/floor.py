@@ -73,8 +73,7 @@ def work(spec: AnySpec, *, tokens: int, trained_tokens: int, frozen: bool) -> Wo
             needed.update(_uses(rows, inner, columns, fp8=frozen, weight_gradient=not frozen))
     full, rest = divmod(trained_tokens, _HEAD_ROWS)
     for rows in (*[_HEAD_ROWS] * full, *([rest] if rest else [])):
-        # Never in fp8: no engine rounds its logits to it.
-        needed.update(_uses(rows, spec.hidden_size, spec.vocab_size, fp8=False, weight_gradient=not frozen))
+        needed.update(_uses(rows, spec.hidden_size, spec.vocab_size, fp8=frozen, weight_gradient=not frozen))
     mixers = [layer.mixer for layer in spec.layers]
     # The scans of state spaces, and attention of a class of Transformers, are left out: the floor is lower than theirs.
     return Work(needed, forward, Counter(mixer for mixer in mixers if isinstance(mixer, AttentionSpec)))
