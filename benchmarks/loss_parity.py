@@ -48,6 +48,7 @@ from stoker.export import adapter
 from stoker.kernels.offload import HostOffload
 from stoker.nn.frozen_linear import FrozenLinear
 from stoker.optim import optimizers
+from stoker.quant.fp8_head import in_fp8
 from stoker.tasks.supervised import SupervisedTask
 from stoker.train.guard import MemoryGuard
 from stoker.train.step import take_step
@@ -188,6 +189,9 @@ def run_stoker(way: Way, job: Job) -> list[float]:
         kernels=way.kernels,
         quantization=way.weights,
     )
+    if way.weights == "fp8":  # as a run has it where memory is left
+        decoder.rounded_head = in_fp8(decoder.head_weight, decoder.final_norm.weight)
+        assert decoder.rounded_head is not None, "fp8 moves the head's logits too far"
     adapter.load(decoder, job.adapter)
     if way.keep is not None:
         # Every tensor goes to the host, as small as these are.
