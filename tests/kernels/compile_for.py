@@ -134,14 +134,15 @@ CASES = [
         (
             turn_logits._turn_logits_kernel,
             {
-                "BLOCK": 4096,
+                "COLUMNS": turn_logits.TURN_COLUMNS,
+                "GROUPS": turn_logits.TURN_GROUPS,
                 "HAS_BIAS": True,
                 "HAS_CAP": True,
                 "HAS_FACTOR": True,
+                "IS_VARIED": True,
                 "WITH_GRADIENT": True,
                 "IS_SCALED": is_rounded,
                 "ROUNDED": is_rounded,
-                "BACK": True,
             },
             8,
             {"targets_ptr": "*i64", "row_scale_ptr": "*fp32", "out_scale_ptr": "*fp32"}

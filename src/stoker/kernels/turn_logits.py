@@ -12,11 +12,8 @@ from torch import Tensor
 from stoker.kernels.fp8 import FP8_MAX, Rounded, scale_of
 from stoker.kernels.triton_support import jit, next_power_of_2, tl, triton
 
-TURN_BLOCK, TURN_WARPS = 4096, 8
-"""Columns that a program turns at a time, and its warps."""
-
-TURN_BACK = True
-"""Whether the gradient is made from a row's end to its beginning, so that what was read last is read again first."""
+TURN_COLUMNS, TURN_GROUPS, TURN_WARPS = 2048, 4, 8
+"""Columns that a program's threads read side by side, groups of so many that they read at a time, and its warps."""
 
 SCALE_BLOCK = 8192
 """Values of a trained head's gradient that a program scales and rounds."""
@@ -147,7 +144,7 @@ def _turn(
     out: Rounded | None = None,
 ) -> Tensor:
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    block = min(TURN_BLOCK, next_power_of_2(logits.shape[1]))
+    columns = min(TURN_COLUMNS, next_power_of_2(logits.shape[1]))
     _turn_logits_kernel[(logits.shape[0],)](
         logits,
         losses if row_scale is None else row_scale,
@@ -162,22 +159,37 @@ def _turn(
         1.0 if options.soft_cap is None else options.soft_cap,
         options.label_smoothing,
         options.z_loss,
-        BLOCK=block,
+        COLUMNS=columns,
+        GROUPS=TURN_GROUPS,
         HAS_BIAS=bias is not None,
         HAS_CAP=options.soft_cap is not None,
         HAS_FACTOR=factor is not None,
+        IS_VARIED=bool(options.label_smoothing or options.z_loss),
         WITH_GRADIENT=with_gradient,
         IS_SCALED=row_scale is not None,
         ROUNDED=out is not None,
-        BACK=TURN_BACK,
-        num_warps=max(1, min(TURN_WARPS, block // 512)),
+        num_warps=max(1, min(TURN_WARPS, columns // 256)),
     )
     return losses
 
 
 @jit
-def _capped(logit: tl.tensor, bias: tl.tensor, scale: tl.tensor, cap: tl.tensor, HAS_CAP: tl.constexpr) -> tl.tensor:
-    z = (logit.to(tl.float32) + bias) * scale
+def _logits(  # noqa: PLR0917
+    logits_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    column: tl.tensor,
+    mask: tl.tensor,
+    row_scale: tl.tensor,
+    scale: tl.tensor,
+    cap: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+) -> tl.tensor:
+    z = tl.load(logits_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z = (z * row_scale + tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)) * scale
+    else:
+        z *= row_scale * scale
     if HAS_CAP:
         z = cap * (2.0 * tl.sigmoid(2.0 * z / cap) - 1.0)  # tanh
     return z
@@ -205,14 +217,15 @@ def _turn_logits_kernel(  # noqa: PLR0917
     cap: tl.tensor,
     smoothing: tl.tensor,
     z_loss: tl.tensor,
-    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
+    IS_VARIED: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
     IS_SCALED: tl.constexpr,
     ROUNDED: tl.constexpr,
-    BACK: tl.constexpr,
 ) -> None:
     # A row a program, read twice: once for the maximum and the sum, once to be replaced by its gradient.
     row = tl.program_id(0).to(tl.int64)
@@ -221,22 +234,28 @@ def _turn_logits_kernel(  # noqa: PLR0917
     row_scale = tl.load(row_scale_ptr + row) if IS_SCALED else 1.0
     target = tl.load(targets_ptr + row)
     # Read before the sums below, whose barriers keep every warp's read ahead of any warp's write over this logit.
-    target_bias = tl.load(bias_ptr + target).to(tl.float32) if HAS_BIAS else 0.0
-    z_target = _capped(tl.load(logits_ptr + target) * row_scale, target_bias, scale, cap, HAS_CAP)
-    maximum = -float("inf")
-    exponentials, total = 0.0, 0.0
-    for start in range(0, num_columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+    z_target = _logits(logits_ptr, bias_ptr, target, target >= 0, row_scale, scale, cap, HAS_BIAS, HAS_CAP)
+    # Each thread has a maximum and a sum for each column of its own, that threads need not wait for one another.
+    place = tl.arange(0, GROUPS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    maxima = tl.full((COLUMNS,), -1e30, tl.float32)  # not -inf: a column may have no logit
+    exponentials = tl.zeros((COLUMNS,), tl.float32)
+    totals = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, num_columns, GROUPS * COLUMNS):
+        column = start + place
         mask = column < num_columns
-        bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-        z = _capped(tl.load(logits_ptr + column, mask=mask, other=0.0) * row_scale, bias, scale, cap, HAS_CAP)
-        total += tl.sum(tl.where(mask, z, 0.0), axis=0)
+        z = _logits(logits_ptr, bias_ptr, column, mask, row_scale, scale, cap, HAS_BIAS, HAS_CAP)
+        if IS_VARIED:
+            totals += tl.sum(tl.where(mask, z, 0.0), axis=0)
         z = tl.where(mask, z, -float("inf"))
-        new_maximum = tl.maximum(maximum, tl.max(z, axis=0))
-        exponentials = exponentials * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(z - new_maximum), axis=0)
-        maximum = new_maximum
-    log_sum = maximum + tl.log(exponentials)
-    loss = log_sum - (1.0 - smoothing) * z_target - smoothing * (total / num_columns) + z_loss * log_sum * log_sum
+        new_maxima = tl.maximum(maxima, tl.max(z, axis=0))
+        exponentials *= tl.exp(maxima - new_maxima)
+        exponentials += tl.sum(tl.exp(z - new_maxima[None, :]), axis=0)
+        maxima = new_maxima
+    maximum = tl.max(maxima, axis=0)
+    log_sum = maximum + tl.log(tl.sum(exponentials * tl.exp(maxima - maximum), axis=0))
+    loss = log_sum - z_target
+    if IS_VARIED:
+        loss += smoothing * (z_target - tl.sum(totals, axis=0) / num_columns) + z_loss * log_sum * log_sum
     tl.store(losses_ptr + row, loss)
     if WITH_GRADIENT:
         factor = scale
@@ -248,14 +267,13 @@ def _turn_logits_kernel(  # noqa: PLR0917
             factor /= out_scale
         else:
             factor *= row_factor
-        last = (num_columns - 1) // BLOCK * BLOCK
-        for offset in range(0, num_columns, BLOCK):
-            start = last - offset if BACK else offset
-            column = start + tl.arange(0, BLOCK)
+        for start in range(0, num_columns, GROUPS * COLUMNS):
+            column = start + place
             mask = column < num_columns
-            bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-            z = _capped(tl.load(logits_ptr + column, mask=mask, other=0.0) * row_scale, bias, scale, cap, HAS_CAP)
-            gradient = tl.exp(z - log_sum) * (1.0 + 2.0 * z_loss * log_sum) - smoothing / num_columns
+            z = _logits(logits_ptr, bias_ptr, column, mask, row_scale, scale, cap, HAS_BIAS, HAS_CAP)
+            gradient = tl.exp(z - log_sum)
+            if IS_VARIED:
+                gradient = gradient * (1.0 + 2.0 * z_loss * log_sum) - smoothing / num_columns
             gradient = tl.where(column == target, gradient - (1.0 - smoothing), gradient) * factor
             if HAS_CAP:
                 gradient *= 1.0 - (z / cap) * (z / cap)
