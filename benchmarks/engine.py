@@ -485,10 +485,7 @@ LEVERS: dict[str, tuple[tuple[Patch, ...], dict[str, float]]] = {
     "fp8 rows rounded by passes of their own": (((Fp8Weight, "rounds_early", False),), {"F": 7.5}),
     "fp8 gates in pieces of 1,024 columns": (((rounded_glu, "BLOCK", 1024), (rounded_glu, "WARPS", 4)), {}),
     "fp8 gates in pieces of 4,096 columns": (((rounded_glu, "BLOCK", 4096), (rounded_glu, "WARPS", 16)), {}),
-    "logits by 16 warps": (
-        ((turn_logits, "TURN_COLUMNS", 4096), (turn_logits, "TURN_WARPS", 16)),
-        {"A": -0.2, "E": -0.4, "F": -0.2},
-    ),
+    "logits by 32 warps": (((turn_logits, "TURN_COLUMNS", 8192), (turn_logits, "TURN_WARPS", 32)), {}),
 }
 """Ways to run a step that differ by a constant or a kernel: patches, and the milliseconds they should add or take."""
 

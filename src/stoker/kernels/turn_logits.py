@@ -12,8 +12,12 @@ from torch import Tensor
 from stoker.kernels.fp8 import FP8_MAX, Rounded, scale_of
 from stoker.kernels.triton_support import jit, next_power_of_2, tl, triton
 
-TURN_COLUMNS, TURN_GROUPS, TURN_WARPS = 2048, 4, 8
-"""Columns that a program's threads read side by side, groups of so many that they read at a time, and its warps."""
+TURN_COLUMNS, TURN_GROUPS = 4096, 2
+"""Columns that a program's threads read side by side, and groups of so many that they read at a time."""
+
+TURN_WARPS, TURN_WARPS_ROUNDED = 16, 8
+"""A program's warps; with gradients in fp8, a thread must have 16 columns to write at once: with 8, 2.4 ms instead of
+0.21 for 1,024 rows of 128,256 logits (H200)."""
 
 SCALE_BLOCK = 8192
 """Values of a trained head's gradient that a program scales and rounds."""
@@ -168,7 +172,7 @@ def _turn(
         WITH_GRADIENT=with_gradient,
         IS_SCALED=row_scale is not None,
         ROUNDED=out is not None,
-        num_warps=max(1, min(TURN_WARPS, columns // 256)),
+        num_warps=max(1, min(TURN_WARPS, columns // 256) if out is None else min(TURN_WARPS_ROUNDED, columns // 512)),
     )
     return losses
 
