@@ -165,9 +165,15 @@ CASES = [
     ),
     (
         low_rank._sum_shares_kernel,
-        {"ELEMENTS": low_rank.ELEMENTS, "SHARES": low_rank.SHARES},
+        {"ELEMENTS": low_rank.ELEMENTS, "SHARES": low_rank.SHARES, "FACTORED": True},
         1,
-        {"share_b_ptr": "*fp32", "grad_b_ptr": "*fp32"},
+        {"share_b_ptr": "*fp32", "grad_b_ptr": "*fp32", "factor_ptr": "*fp32"},
+    ),
+    (
+        low_rank._scale_columns_kernel,
+        {"BLOCK": low_rank.SCALED_COLUMNS},
+        4,
+        {"out_ptr": "*fp32", "factor_ptr": "*bf16"},
     ),
     (
         low_rank._add_update_kernel,

@@ -11,6 +11,7 @@ from stoker.kernels.low_rank import (
     add_update,
     grad_pair,
     grad_pair_reference,
+    scale_columns,
     sum_shares,
     takes,
 )
@@ -118,3 +119,30 @@ def test_update_and_residual_without_another_term_are_a_new_tensor(draw):
         actual = add_update(None, residual, product, b, scaling=0.3, implementation=implementation)
         torch.testing.assert_close(actual, expected)
     assert torch.equal(residual, before)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize(("rows", "sizes", "rank"), [(70, (64, 16, 32), 3), (5, (150,), 16)])
+def test_the_first_product_comes_times_a_factor_of_each_row_too(rows, sizes, rank, implementation, draw, device):
+    grad, product, b = (
+        draw(rows, sum(sizes)).float(),
+        draw(rows, rank * len(sizes)).float(),
+        draw(sum(sizes), rank).float(),
+    )
+    factor, room = torch.rand(rows, device=device) + 0.5, torch.empty_like(product)
+    options = {"slices": slices_of(sizes), "scaling": 0.7, "implementation": implementation}
+    plain = grad_pair(grad, product, b, **options)
+    made = grad_pair(grad, product, b, factored=(factor, room), **options)
+    assert all(torch.equal(x, y) for x, y in zip(made, plain, strict=True))
+    torch.testing.assert_close(room, plain[0] * factor[:, None])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("shape", [(3, 5), (7, low_rank.SCALED_COLUMNS + 8), (0, 4)])
+def test_columns_are_scaled_in_fp32(shape, implementation, draw, device):
+    x, factor = draw(*shape).bfloat16(), draw(shape[1]).bfloat16()
+    made = scale_columns(x, factor, implementation=implementation)
+    assert made.dtype is torch.float32
+    torch.testing.assert_close(made, x.float() * factor.float(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="implementation"):
+        scale_columns(x, factor, implementation="other")

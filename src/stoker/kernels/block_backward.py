@@ -13,8 +13,10 @@ from stoker.kernels.block_parts import Layout, Turn, attend_by, norm, norm_backw
 from stoker.kernels.feed_forward import tiles
 from stoker.kernels.fp8 import Rounded
 from stoker.kernels.kept_attention import KeptAttention
+from stoker.kernels.low_rank import Factored, scale_columns
 from stoker.kernels.projection import (
     Piece,
+    Projection,
     grad_a,
     grad_input,
     grad_product,
@@ -42,11 +44,16 @@ class Kept(NamedTuple):
 
 
 class Normed(NamedTuple):
-    """Rows before a norm, their rstd, and the normed rows where something needs them."""
+    """Rows before a norm, the normed rows where something needs them, and dP times rows' rstd."""
 
     rows: Tensor
-    rstd: Tensor
     normed: Tensor | None
+    factored: Factored | None
+
+
+def _factored(projection: Projection, product: Tensor | None, rstd: Tensor) -> Factored | None:
+    """Room for dP times the rstd of rows, where A's gradient is made from rows before the norm."""
+    return None if product is None or projection.rate > 0.0 else (rstd, torch.empty_like(product))
 
 
 class Backward:
@@ -109,11 +116,12 @@ class Backward:
             self._add_scale(0, grad_scale(qkv, grad_qkv, before.flatten(0, 1)))
         del before, grad_heads
         grad_qkv = grad_unscaled(qkv, grad_qkv)
-        grads = grad_product(qkv, grad_qkv, kept.products[0], implementation=options.implementation)
+        factored = _factored(qkv, kept.products[0], rstd_x)
+        grads = grad_product(qkv, grad_qkv, kept.products[0], factored=factored, implementation=options.implementation)
         piece = Piece(options.implementation)
         # Only a weight that is trained, or dropout, reads the normed rows themselves.
         normed_x = self._norm(rows, 0)[0] if self.needs[0] or qkv.rate > 0.0 else None
-        self._grads_after_norm(0, grad_qkv, grads, Normed(rows, rstd_x, normed_x), piece)
+        self._grads_after_norm(0, grad_qkv, grads, Normed(rows, normed_x, factored), piece)
         del normed_x
         if not self.needs_x and not self.needs_norms[0]:
             return None
@@ -217,9 +225,10 @@ class Backward:
             self._add_scale(2, grad_scale(gate_up, grad_gate_up, before))
         grad_gate_up = grad_unscaled(gate_up, grad_gate_up)
         self._weight_grads(3, grad_output, activated, grad_down, piece)
-        grads = grad_product(gate_up, grad_gate_up, product, implementation=implementation)
+        factored = _factored(gate_up, product, rstd)
+        grads = grad_product(gate_up, grad_gate_up, product, factored=factored, implementation=implementation)
         del grad_activated, activated, before, grad_output
-        self._grads_after_norm(2, grad_gate_up, grads, Normed(mid, rstd, normed), piece)
+        self._grads_after_norm(2, grad_gate_up, grads, Normed(mid, normed, factored), piece)
         del normed
         grad_normed = grad_input(gate_up, grad_gate_up, grads[0], piece, rounded=None if room is None else room[0])
         return self._norm_backward(1, grad_normed, mid, rstd, grad, rounded=rounded)
@@ -261,9 +270,10 @@ class Backward:
             self._weight_grads(index, grad, source.normed, grad_p, piece)
             return
         self._weight_grads(index, grad, source.normed, None, piece)
-        if grad_p is not None:
-            scaled = (grad_p * source.rstd[:, None]).to(grad_p.dtype)
-            self._add(4 * index + 2, (scaled.t() @ source.rows) * self.norms[index // 2].float())
+        if grad_p is not None and source.factored is not None:
+            product = source.factored[1].t() @ source.rows
+            weight = self.norms[index // 2]
+            self._add(4 * index + 2, scale_columns(product, weight, implementation=piece.implementation))
 
     def _projection(
         self, index: int, grad: Tensor, x: Tensor, product: Tensor | None, *, rounded: Rounded | None = None

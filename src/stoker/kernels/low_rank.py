@@ -2,6 +2,8 @@
 
     dP_i = s dY_i B_i        dB_i = s dY_iᵀ P_i        for the parts i of dY's columns, P_i = X A_iᵀ
 
+and, where X = diag(f) Z diag(w) is a norm's output, diag(f) dP, from which dA = ((diag(f) dP)ᵀ Z) diag(w).
+
 A matmul library reads dY once for each product, and splits so thin a result unevenly over the device. Here a program
 takes a block of columns and a run of rows: it keeps its share of dB in registers and writes its share of dP. The shares
 are then summed in a fixed order, in fp32, so that two runs agree bit for bit.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +29,24 @@ ROWS = 64
 ROWS_A_PROGRAM, MANY_PROGRAMS = 512, 256
 """Where twice as many rows still leave so many programs, two for each of an H200's multiprocessors, they take those:
 7% faster, and half the shares of dB."""
+SCALED_COLUMNS = 2048
+"""Of a program that multiplies columns by factors."""
 ELEMENTS, SHARES = 256, 16
 """Of a program that sums shares: eight elements a thread, and shares that it reads at a time."""
 
 
+Factored = tuple[Tensor, Tensor]
+"""A factor of each row [N], fp32, and memory [N, n r] for dP times it."""
+
+
 def grad_pair_reference(
-    grad: Tensor, product: Tensor, b: Tensor, *, slices: Sequence[slice], scaling: float
+    grad: Tensor,
+    product: Tensor,
+    b: Tensor,
+    *,
+    slices: Sequence[slice],
+    scaling: float,
+    factored: Factored | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns (dP [N, n r] like `product`, dB like `b`) by the formulas."""
     rank, start = b.shape[1], 0
@@ -41,21 +56,33 @@ def grad_pair_reference(
         torch.mm(grad[:, columns], b[rows], out=grad_p[:, ranks])
         torch.mm(grad[:, columns].t(), product[:, ranks], out=grad_b[rows])
         start = rows.stop
-    return grad_p.mul_(scaling), grad_b.mul_(scaling)
+    grad_p.mul_(scaling)
+    if factored is not None:
+        factor, out = factored
+        out.copy_(grad_p * factor[:, None])
+    return grad_p, grad_b.mul_(scaling)
 
 
 def grad_pair(
-    grad: Tensor, product: Tensor, b: Tensor, *, slices: Sequence[slice], scaling: float, implementation: str
+    grad: Tensor,
+    product: Tensor,
+    b: Tensor,
+    *,
+    slices: Sequence[slice],
+    scaling: float,
+    factored: Factored | None = None,
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """Returns (dP [N, n r] in the dtype of `product`, dB like `b`, in fp32 from Triton).
 
     grad: [N, out] with contiguous rows; product: [N, n r], x Aᵀ of the n parts; b: [sum of the slices' sizes, r] in the
-    dtype of `grad`. `implementation`: "reference" or "triton" (which leaves the rest of `takes` to the reference);
-    ValueError for an unknown one.
+    dtype of `grad`. `factored` takes dP times a factor of each row as well. `implementation`: "reference" or "triton"
+    (which leaves the rest of `takes` to the reference); ValueError for an unknown one.
     """
+    options: dict[str, Any] = {"slices": slices, "scaling": scaling, "factored": factored}
     if check_implementation(implementation) and takes(grad, b, slices):
-        return _launch(grad, product.contiguous(), b.contiguous(), slices=slices, scaling=scaling)
-    return grad_pair_reference(grad, product, b, slices=slices, scaling=scaling)
+        return _launch(grad, product.contiguous(), b.contiguous(), **options)
+    return grad_pair_reference(grad, product, b, **options)
 
 
 def takes(grad: Tensor, b: Tensor, slices: Sequence[slice]) -> bool:
@@ -124,6 +151,8 @@ def _grad_pair_kernel(  # noqa: PLR0917
 def _add_shares(  # noqa: PLR0917
     share_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    factor_ptr: tl.tensor,
+    factored_ptr: tl.tensor,
     block: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
@@ -134,6 +163,7 @@ def _add_shares(  # noqa: PLR0917
     scaling: tl.tensor,
     ELEMENTS: tl.constexpr,
     SHARES: tl.constexpr,
+    FACTORED: tl.constexpr,
 ) -> None:
     # A thread sums its own elements, and SHARES loads of each are under way at once, which hides the memory's latency.
     element = block.to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
@@ -145,8 +175,13 @@ def _add_shares(  # noqa: PLR0917
             mask = element < tl.where(share < end, size, 0)
             values = tl.load(share_ptr + tl.cast(share, tl.int64) * size + element, mask=mask, other=0.0)
             total += values.to(tl.float32)
-    out = out_ptr + (element // width) * out_stride + first_column + element % width
-    tl.store(out, (total * scaling).to(out_ptr.dtype.element_ty), mask=inside)
+    row = element // width
+    place = row * out_stride + first_column + element % width
+    total *= scaling
+    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside)
+    if FACTORED:
+        total *= tl.load(factor_ptr + row, mask=inside, other=0.0)
+        tl.store(factored_ptr + place, total.to(factored_ptr.dtype.element_ty), mask=inside)
 
 
 @jit_unspecialized("first_end", "second_end", "num_shares_p", "num_shares_b", "blocks_p")
@@ -155,6 +190,8 @@ def _sum_shares_kernel(  # noqa: PLR0917
     share_b_ptr: tl.tensor,
     grad_p_ptr: tl.tensor,
     grad_b_ptr: tl.tensor,
+    factor_ptr: tl.tensor,
+    factored_ptr: tl.tensor,
     size_p: tl.tensor,
     size_b: tl.tensor,
     rank: tl.tensor,
@@ -168,6 +205,7 @@ def _sum_shares_kernel(  # noqa: PLR0917
     scaling: tl.tensor,
     ELEMENTS: tl.constexpr,
     SHARES: tl.constexpr,
+    FACTORED: tl.constexpr,
 ) -> None:
     # The first programs sum dP, part by part, the others dB: two launches of a few microseconds each would wait longer
     # than they work.
@@ -179,6 +217,8 @@ def _sum_shares_kernel(  # noqa: PLR0917
         _add_shares(
             share_p_ptr,
             grad_p_ptr,
+            factor_ptr,
+            factored_ptr,
             program - part * blocks_p,
             begin,
             end,
@@ -189,17 +229,36 @@ def _sum_shares_kernel(  # noqa: PLR0917
             scaling,
             ELEMENTS,
             SHARES,
+            FACTORED,
         )
     else:
-        block = program - num_parts * blocks_p
-        _add_shares(share_b_ptr, grad_b_ptr, block, 0, num_shares_b, size_b, rank, rank, 0, scaling, ELEMENTS, SHARES)
+        _add_shares(
+            share_b_ptr,
+            grad_b_ptr,
+            factor_ptr,
+            factored_ptr,
+            program - num_parts * blocks_p,
+            0,
+            num_shares_b,
+            size_b,
+            rank,
+            rank,
+            0,
+            scaling,
+            ELEMENTS,
+            SHARES,
+            FACTORED=False,
+        )
 
 
-def sum_shares(share_p: Tensor, share_b: Tensor, ends: Sequence[int], *, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
+def sum_shares(
+    share_p: Tensor, share_b: Tensor, ends: Sequence[int], *, scaling: float = 1.0, factored: Factored | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns `scaling` times (dP [N, n r] in the dtype of its shares, dB [M, r] in fp32), summed in fp32.
 
     share_p: [S, N, r], whose first dimension falls into up to three runs that end at `ends`, the last of them S; the
-    runs' sums lie side by side. share_b: [T, M, r]. Both contiguous; one launch.
+    runs' sums lie side by side. share_b: [T, M, r]. Both contiguous; one launch. `factored` takes dP times a factor of
+    each row as well.
     """
     num_shares, num_rows, rank = share_p.shape
     grad_p = torch.empty((num_rows, len(ends) * rank), dtype=share_p.dtype, device=share_p.device)
@@ -210,6 +269,7 @@ def sum_shares(share_p: Tensor, share_b: Tensor, ends: Sequence[int], *, scaling
         share_b,
         grad_p,
         grad_b,
+        *((grad_b, grad_p) if factored is None else factored),
         num_rows * rank,
         grad_b.numel(),
         rank,
@@ -222,13 +282,14 @@ def sum_shares(share_p: Tensor, share_b: Tensor, ends: Sequence[int], *, scaling
         scaling,
         ELEMENTS=ELEMENTS,
         SHARES=SHARES,
+        FACTORED=factored is not None,
         num_warps=1,
     )
     return grad_p, grad_b
 
 
 def _launch(
-    grad: Tensor, product: Tensor, b: Tensor, *, slices: Sequence[slice], scaling: float
+    grad: Tensor, product: Tensor, b: Tensor, *, slices: Sequence[slice], scaling: float, factored: Factored | None
 ) -> tuple[Tensor, Tensor]:
     num_rows, num_columns = grad.shape
     rank, columns = b.shape[1], _columns(slices)
@@ -258,7 +319,34 @@ def _launch(
         num_warps=4,
     )
     runs = [triton.cdiv(end, columns) for end in ends]
-    return sum_shares(share_p, share_b, runs, scaling=scaling)
+    return sum_shares(share_p, share_b, runs, scaling=scaling, factored=factored)
+
+
+@jit
+def _scale_columns_kernel(
+    x_ptr: tl.tensor, factor_ptr: tl.tensor, out_ptr: tl.tensor, num_columns: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0).to(tl.int64) * num_columns + column
+    mask = column < num_columns
+    factor = tl.load(factor_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32) * factor, mask=mask)
+
+
+def scale_columns(x: Tensor, factor: Tensor, *, implementation: str) -> Tensor:
+    """Returns `x` [N, D] times the `factor` [D] of each column, in fp32 or wider.
+
+    ValueError for an unknown implementation.
+    """
+    if not check_implementation(implementation) or not x.numel():
+        return x * factor.float()
+    x, (num_rows, num_columns) = x.contiguous(), x.shape
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    block = min(SCALED_COLUMNS, next_power_of_2(num_columns))
+    _scale_columns_kernel[(num_rows, triton.cdiv(num_columns, block))](
+        x, factor.contiguous(), out, num_columns, BLOCK=block, num_warps=4
+    )
+    return out
 
 
 @jit

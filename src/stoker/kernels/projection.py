@@ -293,9 +293,17 @@ def _parts(projection: Projection, product: Tensor) -> list[tuple[slice, Tensor,
 
 
 def grad_product(
-    projection: Projection, grad: Tensor, product: Tensor | None, *, implementation: str = "reference"
+    projection: Projection,
+    grad: Tensor,
+    product: Tensor | None,
+    *,
+    factored: low_rank.Factored | None = None,
+    implementation: str = "reference",
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Returns (dP [N, n r], dB like b) from the output's gradient [N, out] and the forward's product; None for None."""
+    """Returns (dP [N, n r], dB like b) from the output's gradient [N, out] and the forward's product; None for None.
+
+    `factored` takes dP times a factor of each row as well, where there is a dP.
+    """
     if projection.b is None or product is None:
         return None, None
     return low_rank.grad_pair(
@@ -304,6 +312,7 @@ def grad_product(
         projection.b,
         slices=projection.slices,
         scaling=projection.scaling,
+        factored=factored,
         implementation=implementation,
     )
 
