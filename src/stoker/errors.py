@@ -4,8 +4,10 @@ A `UserError` is a mistake that the user can mend (exit code 2, never a tracebac
 of the run (exit code 1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -68,3 +70,14 @@ class TrainingError(StokerError):
 
 class HangError(TrainingError):
     """One of several processes has not moved for so long that the others no longer wait for it."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within it an error of the operating system names `path` where it names no file: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

@@ -33,7 +33,17 @@ from stoker.cli import (
 )
 from stoker.errors import StokerError, UserError
 
-_PLACES_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_FREE_SPACE = "Free some space (`df -h` shows which disk is full) or name another folder."
+_OTHER_FOLDER = "Name a folder that you may write to."
+_REMEDIES = {
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EFBIG: "Raise the largest size of a file that is allowed (`ulimit -f`) or name a folder on another disk.",
+    errno.EROFS: _OTHER_FOLDER,
+    errno.EACCES: _OTHER_FOLDER,
+    errno.EPERM: _OTHER_FOLDER,
+}
+"""What helps where a file cannot be written."""
 
 app = typer.Typer(
     name="stoker",
@@ -91,13 +101,10 @@ def main() -> None:
             typer.echo(sentence, err=True)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno not in _PLACES_FULL:
+        if error.errno not in _REMEDIES:
             raise
         where = error.filename or "a file that was being written"  # of which the error has no name
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "Free some space (`df -h` shows which disk is full) or name another folder."
-        fix = fix if is_full else "Name a folder that you may write to."
-        _complain([f"{where}: {error.strerror}. {fix}"])
+        _complain([f"{where}: {error.strerror}. {_REMEDIES[error.errno]}"])
         sys.exit(1)
     except KeyboardInterrupt:
         _complain(["Interrupted."])

@@ -43,16 +43,16 @@ def _model(config: RunConfig) -> tuple[AnySpec | None, list[tuple[ConfigPath, Pr
     if spec is None:
         return None, []
     unreadable = _pickled_weights(Path(base).expanduser())
-    weights = [unreadable] if unreadable else _stored_weights(base, spec)
-    return spec, [*((path, problem) for problem in weights), *limits.problems(config, spec)]
+    stored = [unreadable] if unreadable else _stored(config, spec)
+    return spec, [*((path, problem) for problem in stored), *limits.problems(config, spec)]
 
 
-def _stored_weights(base: str, spec: AnySpec) -> list[Problem]:
-    """What is wrong with the weights in the model's folder, by their names."""
+def _stored(config: RunConfig, spec: AnySpec) -> list[Problem]:
+    """What is wrong with the weights in the model's folder, by their names, and with the tokenizer beside them."""
     from stoker.compose import stored
 
-    folder = _model_folder(base)
-    return stored.problems(folder, spec) if folder else []
+    folder = _model_folder(config.model.base)
+    return stored.problems(folder, spec, needs_tokenizer=config.model.tokenizer is None) if folder else []
 
 
 def _pickled_weights(folder: Path) -> Problem | None:

@@ -33,13 +33,14 @@ def save_weights(
     """Writes the adapter in PEFT's format, or the model in Transformers', and the tokenizer; returns `target`."""
     from stoker.export import adapter
     from stoker.models import open as models
+    from stoker.models.folder import save_tokenizer
 
     with _whole_disk_named(target):
         if is_adapter:
             adapter.save(decoder, target, base_name=_portable_name(base), revision=base.revision)
         else:
             models.save(decoder, base.spec, target, config=base.config, source=base.folder)
-        tokenizer.save_pretrained(str(target))
+        save_tokenizer(tokenizer, target)
     return target
 
 
@@ -53,9 +54,10 @@ def _portable_name(base: Base) -> str:
 def _whole_disk_named(target: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, OutputError) as error:
+        refused = error.__cause__ if isinstance(error, OutputError) else error
         raise OutputError(
-            f"the trained weights cannot be written: {error.strerror or error}.",
+            f"the trained weights cannot be written: {getattr(refused, 'strerror', None) or error}.",
             where=str(target),
             fix="Free some space, then use --resume: the last checkpoint holds them and training is not repeated.",
         ) from error

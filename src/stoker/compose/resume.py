@@ -1,6 +1,5 @@
 """What may differ between a run and its continuation, and what would make it another run."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -89,8 +88,7 @@ def ladder_before(config: RunConfig, folder: RunFolder, device_name: str) -> Lad
 
 def _plan_before(folder: RunFolder, device_name: str) -> dict[str, Any]:
     """The plan.json of the run so far; empty on another device."""
-    path = folder.path / "plan.json"
-    plan = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    plan = folder.read_json("plan.json")
     return plan if plan.get("device_name") == device_name else {}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stoker.errors import OutputError
+from stoker.errors import OutputError, naming
 from stoker.observe.events import Event, Notice, RunEnded, StepLogged
 
 _PACKAGES = ("stoker", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
@@ -71,6 +71,11 @@ class RunFolder:
                 f"output.folder {self.path} already holds a run.",
                 fix="Use --resume to go on with it, --overwrite to start anew in it, or name another folder.",
             )
+        if resume and not self.config.exists() and self.checkpoints.exists():
+            raise OutputError(
+                f"{self.config} is missing, which says what run the checkpoints beside it are of.",
+                fix="Restore it from a backup, or use --overwrite to start anew.",
+            )
         if resume and not self.config.exists():
             raise OutputError(f"There is no run to resume in {self.path}.", fix="Leave out --resume to start one.")
 
@@ -111,10 +116,33 @@ class RunFolder:
         self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False, default=str))
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes `name`, whole or not at all."""
+        """Writes `name`, whole or not at all; it is on the disk afterwards."""
         aside = self.path / f".{name}.part"
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(self.path / name)
+        with naming(self.path / name):
+            with aside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut may leave the name with nothing in it
+            aside.replace(self.path / name)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Returns what `write_json` has written as `name`; nothing where there is no such file.
+
+        Raises:
+            OutputError: it is damaged.
+        """
+        path = self.path / name
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            found = error
+        if isinstance(found, dict):
+            return found
+        raise OutputError(
+            "the file is damaged: it holds no JSON object.",
+            where=str(path),
+            fix="Restore it from a backup, or remove it: what it kept is then found anew.",
+        )
 
 
 def versions() -> dict[str, str]:

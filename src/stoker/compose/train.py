@@ -1,6 +1,5 @@
 """`stoker train`, whole: from a configuration to a tuned model, its report and a word on what to do next."""
 
-import json
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -190,7 +189,7 @@ def _train(
     engine = load_engine(config, plan, model, data, console, ranks=ranks)
     assert model.decoder is not None
     warnings.add(_notices(config, plan, model.base, model.decoder))
-    facts = ranks.share(lambda: _read_notes(folder) if resumes else {})
+    facts = ranks.share(lambda: folder.read_json("run.json") if resumes else {})
     if ranks.is_first:
         folder.claim(overwrite=overwrite)  # Last, so that a mistake found so far leaves the folder as it was.
         _write_inputs(folder, loaded, plan, data)
@@ -210,7 +209,7 @@ def _train(
 
 def _goes_on(config: RunConfig, folder: RunFolder, *, asked: bool, overwrite: bool) -> bool:
     """Whether the run in `folder` goes on; raises OutputError where the folder does not allow what is to be done."""
-    goes_on = asked or launch.is_restarted(_read_notes(folder))
+    goes_on = asked or (bool(launch.restarts()) and launch.is_restarted(folder.read_json("run.json")))
     goes_on = goes_on or (config.output.resume and folder.config.exists() and not overwrite)
     folder.check(resume=goes_on, overwrite=overwrite)
     return goes_on
@@ -399,11 +398,6 @@ def _observers(run: _Run, journal: Journal) -> Iterator[list[Observer]]:
     finally:
         for observer in observers:
             observer.close()
-
-
-def _read_notes(folder: RunFolder) -> dict[str, Any]:
-    path = folder.path / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _say(console: Console, text: str, *, style: str | None = None) -> None:

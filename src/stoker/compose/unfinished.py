@@ -14,6 +14,7 @@ from stoker.compose.vocabulary import Tokens
 from stoker.config.load import load
 from stoker.config.schema import RunConfig
 from stoker.errors import ModelError
+from stoker.models.folder import save_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +83,7 @@ def _save_adapter(name: str, folder: Path) -> None:
     _fill(decoder, weights)
     name_of_base = str(base.folder.resolve()) if Path(base.name).expanduser().is_dir() else base.name
     folders.save(decoder, folder, base_name=name_of_base, revision=base.revision)
-    tokenizer.save_pretrained(str(folder))
+    save_tokenizer(tokenizer, folder)
 
 
 def write_model(
@@ -124,7 +125,7 @@ def write_model(
         )
         options = {"max_shard_bytes": max_shard_bytes or DEFAULT_SHARD_BYTES, "progress": progress or no_progress}
         with written(tensors, output, config=kept_config, **options) as aside:
-            tokenizer.save_pretrained(str(aside))
+            save_tokenizer(tokenizer, aside)
     return f"wrote the model of {path} to {output}\nverified: the files, read again, hold what was written"
 
 

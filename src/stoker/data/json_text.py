@@ -121,9 +121,9 @@ class _Text:
                 value, end = self._decoder.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
                 # What breaks near the end of what is held may only not have been read; so may the end of a string.
-                is_cut = error.pos + _LONGEST_WORD >= len(self._text) or error.msg.startswith("Unterminated string")
-                if self._at_end or not is_cut:
-                    self.fail(error.msg, error.pos)
+                is_open = error.msg.startswith("Unterminated string")
+                if self._at_end or not (is_open or error.pos + _LONGEST_WORD >= len(self._text)):
+                    self.fail(error.msg.removesuffix(" starting at"), error.pos, is_open=is_open)
             except RecursionError as error:
                 raise DataError("the file is JSON nested too deeply.", where=self._name) from error
             else:
@@ -134,10 +134,12 @@ class _Text:
                     return line, value
             self._read_on()
 
-    def fail(self, what: str, position: int | None = None) -> NoReturn:
-        """Raises DataError at the place where reading stands, or at another one."""
-        line = self._line_of(self._position if position is None else position)
-        raise DataError(f"the file is not JSON: {what}.", where=f"{self._name}:{line}")
+    def fail(self, what: str, position: int | None = None, *, is_open: bool = False) -> NoReturn:
+        """Raises DataError at the place where reading stands, or at another one, from which on a value `is_open`."""
+        position = self._position if position is None else position
+        ends = is_open or position >= len(self._text)
+        fix = "The file ends in the midst of it: it may be cut off; write or fetch it again." if ends else None
+        raise DataError(f"the file is not JSON: {what}.", where=f"{self._name}:{self._line_of(position)}", fix=fix)
 
     def _line_of(self, position: int) -> int:
         self._line += self._text.count("\n", self._counted, position)

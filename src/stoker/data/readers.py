@@ -51,7 +51,8 @@ class Line:
             return Row({}, where, f"the line is not UTF-8 (byte {error.start + 1}).")
         except json.JSONDecodeError as error:
             hint = _hint(self.content)
-            return Row({}, where, f"the line is not JSON: {error.msg} at column {error.colno}.{hint}")
+            what = error.msg.removesuffix(" starting at")
+            return Row({}, where, f"the line is not JSON: {what} at column {error.colno}.{hint}")
         except RecursionError:
             return Row({}, where, "the line is JSON nested too deeply.")
 

@@ -65,7 +65,9 @@ def save(model: nn.Module, folder: Path, *, base_name: str, revision: str | None
     except OSError as error:
         for path in aside:
             path.unlink(missing_ok=True)
-        raise OutputError(f"the adapter cannot be written: {error}.", where=str(folder), fix=fix) from error
+        raise OutputError(
+            f"the adapter cannot be written: {error.strerror or error}.", where=str(folder), fix=fix
+        ) from error
 
 
 def load(model: nn.Module, folder: Path, *, awaited: Awaited | None = None) -> LoraSummary:

@@ -1,12 +1,14 @@
 """A model's folder: found locally or on the Hub, its configuration, weight files and tokenizer."""
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stoker.errors import ModelError
+from stoker.errors import ModelError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,17 +76,24 @@ def _from_hub(name: str, revision: str | None, wanted: list[str]) -> Path:
         raise ModelError(f"fetching from the Hub failed: {error}", where=name, fix="Try again.") from error
 
 
+def missing_tokenizer(folder: Path) -> Problem | None:
+    """What is wrong with a model's folder that holds no tokenizer; None for one that does."""
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    return Problem(
+        f"there is no tokenizer: none of {', '.join(_TOKENIZER_FILES)}.",
+        where=str(folder),
+        fix="Copy the tokenizer's files there, or name another folder or Hub id as model.tokenizer.",
+    )
+
+
 def load_tokenizer(folder: Path | str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model's folder, its own code never run; raises ModelError when it is missing or broken."""
     from transformers import AutoTokenizer
 
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise ModelError(
-            f"there is no tokenizer: none of {', '.join(_TOKENIZER_FILES)}.",
-            where=str(folder),
-            fix="Copy the tokenizer's files there, or name another folder or Hub id as model.tokenizer.",
-        )
+    if missing := missing_tokenizer(folder):
+        raise ModelError([missing])
     for path in sorted(folder.glob("tokenizer*.json")):
         _read_json(path)
     try:
@@ -92,6 +101,17 @@ def load_tokenizer(folder: Path | str) -> "PreTrainedTokenizerBase":
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         raise ModelError(f"the tokenizer cannot be read: {error}", where=str(folder), fix=_AGAIN) from error
     return tokenizer
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Writes a tokenizer's files into `folder`; raises OSError where the disk does not take them."""
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if type(error) is not Exception or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:

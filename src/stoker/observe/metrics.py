@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from stoker.errors import naming
 from stoker.observe.events import Evaluated, Event, RunStarted, StepLogged
 
 _LEFT_OUT = {"total_steps", "metrics"}
@@ -72,7 +73,7 @@ class MetricsFile:
         kept = [record for record in read(self.path) if first_step and record["step"] <= first_step]
         aside = self.path.with_suffix(".jsonl.part")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="utf-8") as file:
+        with naming(self.path), aside.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
             file.flush()
             os.fsync(file.fileno())
@@ -82,5 +83,6 @@ class MetricsFile:
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is None:
             self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()

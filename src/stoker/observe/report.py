@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from stoker.errors import naming
 from stoker.observe import metrics
 from stoker.observe.progress import duration, size
 
@@ -49,7 +50,8 @@ def write(folder: Path) -> Path:
         curves=_curves(records),
     )
     target = folder / "report.html"
-    target.write_text(page, encoding="utf-8")
+    with naming(target):
+        target.write_text(page, encoding="utf-8")
     return target
 
 

@@ -124,6 +124,14 @@ def test_a_shard_that_is_missing_is_named(write_run, here, weight_names):
     assert "not a whole safetensors file" in problem
 
 
+def test_a_missing_tokenizer_is_named_unless_another_is(write_run, here):
+    path = write_run()
+    (here / "model" / "tokenizer.json").rename(here / "tokenizer.json")
+    (problem,) = problems(path)
+    assert problem.startswith("model: there is no tokenizer: none of tokenizer.json, ")
+    check.command(path, ["model.tokenizer=."])
+
+
 def test_a_broken_config_json_is_named(write_run, here):
     path = write_run()
     (here / "model" / "config.json").write_text("{")

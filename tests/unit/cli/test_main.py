@@ -15,6 +15,10 @@ from stoker.cli import main as command
             "a file that was being written: No space left on device. Free",
         ),
         (
+            OSError(errno.EFBIG, "File too large", "/runs/x"),
+            "/runs/x: File too large. Raise the largest size of a file",
+        ),
+        (
             OSError(errno.EACCES, "Permission denied", "/runs/x"),
             "/runs/x: Permission denied. Name a folder that you may",
         ),

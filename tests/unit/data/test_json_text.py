@@ -70,6 +70,17 @@ def test_what_breaks_is_told_on_its_line_however_it_is_cut(content, tiny_blocks)
     assert raised.value.problems[0].where == f"x.json:{whole.value.lineno}"  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("content", "may_be_cut"),
+    [(b'[{"a": "b', True), (b'[{"a": 1}', True), (b"[1,", True), (b'[{"a" 1}]', False), (b'{"data": [1]', True)],
+)
+def test_a_file_that_ends_too_soon_is_said_to(content, may_be_cut):
+    with pytest.raises(DataError) as raised:
+        entries(content)
+    assert ("it may be cut off" in str(raised.value)) == may_be_cut
+    assert "starting at." not in str(raised.value)
+
+
 @pytest.mark.parametrize("cut", [1, BLOCK_BYTES])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_what_is_not_utf8_is_told_with_its_line_and_byte(cut, mark, monkeypatch):
