@@ -67,5 +67,6 @@ def _first(raws: Iterable[Raw], where: str) -> list[Row]:
         raise DataError("the source holds no rows.", where=where, fix="Check the file, or remove the source.")
     if all(row.error is not None for row in found):
         first = found[0]
-        raise DataError(f"the first {len(found)} rows are all malformed: {first.error}", where=first.where)
+        which = f"the first {len(found)} rows are all" if len(found) > 1 else "the first row is"
+        raise DataError(f"{which} malformed: {first.error}", where=first.where)
     return found

@@ -62,13 +62,32 @@ def detect(sample: Sequence[Row], where: str, *, fields: Mapping[str, str] | Non
     if count and 2 * count >= len(sample):
         doubt = "" if count == len(sample) else f", {count} of the first {len(sample)}"
         return Detection(FORMATS[best], reasons[best][0] + doubt)
+    if reason := _nearly(mapped[0], fields or {}):
+        raise DataError(reason, where=where, fix="Mend the rows, or set data.train[].format if they are of another.")
     wanted = "; ".join(f"{form.name} ({', '.join(form.required)})" for form in FORMATS.values())
     raise DataError(
-        f"the rows fit no known format; their fields are: {names(sample[0])}.",
+        f"the rows fit no known format; their fields are: {names(sample[0])}{_if_one(sample[0])}.",
         where=where,
         fix=f"Formats and the fields they need: {wanted}. If the fields have other names, set data.train[].format and "
         "data.train[].fields, for example fields: {text: body}.",
     )
+
+
+def _nearly(row: Row, fields: Mapping[str, str]) -> str:
+    """Returns what keeps a row from the format whose fields it has, or "" where it has those of none."""
+    for form in FORMATS.values():
+        if set(form.required) <= row.keys() and form.recognise is not text.never:
+            try:
+                form.convert(row, Reading(fields))
+            except DataError as error:
+                return f"the rows have the fields of format {form.name}, but {error.problems[0].what}"
+    return ""
+
+
+def _if_one(row: Row) -> str:
+    """Returns what a table's only field may mean, or ""."""
+    name = str(*row) if len(row) == 1 else ""
+    return " (a single one: columns of CSV are parted by commas, of TSV by tabs)" if set(name) & set(";,|\t") else ""
 
 
 def declared(name: str) -> Format:

@@ -68,7 +68,7 @@ def files(
 def _refuse(path: str, split: str, error: Exception) -> NoReturn:
     reason = (str(error).splitlines() or [repr(error)])[0]
     raise DataError(
-        f"dataset {path!r} (split {split!r}) cannot be loaded: {reason}",
+        f"dataset {path!r} (split {split!r}) cannot be loaded: {reason.rstrip('.')}.",
         fix="Check the id, the split and the connection (HF_HUB_OFFLINE allows only what is downloaded already), "
         "or give a local file.",
     ) from error

@@ -9,6 +9,8 @@ from typing import Any, BinaryIO, NoReturn
 from stoker.data.records import kind
 from stoker.errors import DataError
 
+SAVE_AS_UTF8 = "Save the file as UTF-8."
+"""What to do with a file in another encoding."""
 _BLOCK_BYTES = 1 << 20
 _BLANK = re.compile(r"[ \t\n\r]*")
 _LONGEST_WORD = len("-Infinity")
@@ -161,7 +163,7 @@ class _Text:
             before = self._bytes_read + len(block) - len(error.object)
             line = self._lines_read + error.object.count(b"\n", 0, error.start) + 1
             what = f"the file is not UTF-8 (byte {before + error.start + 1})."
-            raise DataError(what, where=f"{self._name}:{line}") from error
+            raise DataError(what, where=f"{self._name}:{line}", fix=SAVE_AS_UTF8) from error
         self._bytes_read += len(block)
         self._lines_read += block.count(b"\n")
         self._text, self._position, self._counted = held + more, 0, 0

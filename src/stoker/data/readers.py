@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from stoker.data import json_text, storage
+from stoker.data.json_text import SAVE_AS_UTF8
 from stoker.errors import DataError
 
 
@@ -48,7 +49,7 @@ class Line:
             text = self.content.decode("utf-8-sig" if self.number == 1 else "utf-8")
             return _object(json.loads(text.strip()), where)
         except UnicodeDecodeError as error:
-            return Row({}, where, f"the line is not UTF-8 (byte {error.start + 1}).")
+            return Row({}, where, f"the line is not UTF-8 (byte {error.start + 1}). {SAVE_AS_UTF8}")
         except json.JSONDecodeError as error:
             hint = _hint(self.content)
             what = error.msg.removesuffix(" starting at")
@@ -191,7 +192,8 @@ def _read_csv(opened: BinaryIO, name: str, *, delimiter: str = ",") -> Iterator[
     except csv.Error as error:
         raise DataError(f"the file is not CSV: {error}.", where=f"{name}:{line}") from error
     except UnicodeDecodeError as error:
-        raise DataError("the file is not UTF-8.", where=f"{name}:{_first_undecodable(opened) or line}") from error
+        where = f"{name}:{_first_undecodable(opened) or line}"
+        raise DataError("the file is not UTF-8.", where=where, fix=SAVE_AS_UTF8) from error
 
 
 def _first_undecodable(opened: BinaryIO) -> int | None:
@@ -222,7 +224,7 @@ def _read_text(opened: BinaryIO, name: str) -> Iterator[Row]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         where = f"{name}:{_line(content, error.start)}"
-        yield Row({}, where, f"the file is not UTF-8 (byte {error.start + 1}).")
+        yield Row({}, where, f"the file is not UTF-8 (byte {error.start + 1}). {SAVE_AS_UTF8}")
         return
     place = content.find(b"\0")
     if place >= 0:
@@ -245,7 +247,7 @@ def _read_parquet(opened: BinaryIO, name: str, *, skip: int = 0) -> Iterator[Row
         batches = file.iter_batches(batch_size=1024, row_groups=list(range(group, file.num_row_groups)))
         yield from itertools.islice(_arrow_rows(batches, name, before=before), skip - before, None)
     except pyarrow.ArrowException as error:
-        raise DataError(f"the file is not Parquet: {error}", where=name) from error
+        raise DataError(f"the file is not Parquet: {_sentence(error)}", where=name, fix=_AGAIN) from error
 
 
 def _read_arrow(opened: BinaryIO, name: str) -> Iterator[Row]:
@@ -262,7 +264,14 @@ def _read_arrow(opened: BinaryIO, name: str) -> Iterator[Row]:
             batches = iter(ipc.open_stream(opened))
         yield from _arrow_rows(batches, name)
     except pyarrow.ArrowException as error:
-        raise DataError(f"the file is not Arrow: {error}", where=name) from error
+        raise DataError(f"the file is not Arrow: {_sentence(error)}", where=name, fix=_AGAIN) from error
+
+
+_AGAIN = "It may be damaged or of another type: write or fetch it again, or set file_type."
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).rstrip(". \n") + "."
 
 
 def _arrow_rows(batches: Iterator[Any], name: str, *, before: int = 0) -> Iterator[Row]:

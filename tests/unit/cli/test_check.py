@@ -186,7 +186,7 @@ PAIR = '{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}\n'
         (PAIR, "rows.jsonl: the rows are pairs (preference, detected: "),
         ('{"prompt": "1 + 1?", "completion": "2", "label": true}\n', "rows.jsonl: the rows are labelled (unpaired, "),
         ('{"a": 1}\n', "rows.jsonl: the rows fit no known format; their fields are: a."),
-        ("{\n", "rows.jsonl:1: the first 1 rows are all malformed: "),
+        ("{\n", "rows.jsonl:1: the first row is malformed: "),
         ("\n", "rows.jsonl: the source holds no rows."),
     ],
 )

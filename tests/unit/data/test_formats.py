@@ -54,6 +54,27 @@ def test_unknown_fields_are_named_with_those_expected():
     assert "alpaca (instruction, output)" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("row", "fields", "words"),
+    [
+        ({"messages": []}, {}, "the rows have the fields of format chat, but field 'messages' is empty. Mend the rows"),
+        ({"text": 3}, {}, "the rows have the fields of format completion, but field 'text' is int, not text."),
+        ({"body": None}, {"text": "body"}, "of format completion, but field 'body' is missing or null; the row has: "),
+        ({"instruction": "a", "output": 1}, {}, "of format alpaca, but field 'output' is int, not text."),
+        (
+            {"text;label": "a;b"},
+            {},
+            "are: text;label (a single one: columns of CSV are parted by commas, ",
+        ),
+        ({"label": "b"}, {}, "their fields are: label. Formats"),
+    ],
+)
+def test_rows_that_nearly_fit_a_format_are_told_what_keeps_them_from_it(row, fields, words):
+    with pytest.raises(DataError) as raised:
+        formats.detect([row], "rows", fields=fields)
+    assert words in str(raised.value)
+
+
 PAIR = {"prompt": "hi", "chosen": "ho", "rejected": "no"}
 
 

@@ -297,13 +297,13 @@ FILES = {
     "no.arrow": (b"ARROW1 is not enough", "no.arrow: the file is not Arrow"),
     "latin.txt": (
         "a\nStraße".encode("latin-1"),
-        "latin.txt:2: the first 1 rows are all malformed: the file is not UTF-8",
+        "latin.txt:2: the first row is malformed: the file is not UTF-8",
     ),
     "latin.json": (
         '[{"text": "a"},\n{"text": "Straße"}]'.encode("latin-1"),
         "latin.json:2: the file is not UTF-8 (byte",
     ),
-    "nul.txt": (b"a\n\nb\0", "nul.txt:3: the first 1 rows are all malformed: the file holds a NUL byte (byte 5)"),
+    "nul.txt": (b"a\n\nb\0", "nul.txt:3: the first row is malformed: the file holds a NUL byte (byte 5)"),
     "nul.json": (b'[{"text": "a"},\n{"text": "\0"}]', "nul.json:2: the file is not JSON: Invalid control character"),
     "comma.json": (b'[\n{"text": "a"},\n]', "comma.json:3: the file is not JSON: Trailing comma"),
     "two.json": (b'[{"text": "a"}]\n[{"text": "a"}]', "two.json:2: the file is not JSON: Extra data"),

@@ -80,7 +80,7 @@ def test_broken_jsonl_line_is_reported_with_its_line_and_reading_goes_on(tmp_pat
         ("1", None),
         ("3", "the line is not JSON: Expecting ',' delimiter at column 13."),
         ("4", "the row is text, not an object with fields."),
-        ("5", "the line is not UTF-8 (byte 1)."),
+        ("5", "the line is not UTF-8 (byte 1). Save the file as UTF-8."),
         ("6", "the line is JSON nested too deeply."),
         ("7", None),
     ]
