@@ -16,7 +16,7 @@ from stoker.config.document import Path as ConfigPath
 from stoker.config.document import dotted
 from stoker.config.load import Loaded
 from stoker.config.schema import RunConfig, Source
-from stoker.errors import ModelError, PlanError, Problem
+from stoker.errors import ModelError, OutputError, PlanError, Problem
 from stoker.plan import limits
 
 BUILTIN = "builtin:"
@@ -27,7 +27,7 @@ def look(loaded: Loaded) -> tuple[AnySpec | None, list[Problem]]:
     """Returns the model's architecture where it lies on this disk, and what is wrong with the names in the YAML."""
     config = loaded.config
     spec, problems = _model(config)
-    found = [*problems, *_files(config), *_device(config, spec)]
+    found = [*problems, *_files(config), *_device(config, spec), *_output(config)]
     placed = [Problem(problem.what, problem.where or loaded.origins.get(path), problem.fix) for path, problem in found]
     return spec, placed
 
@@ -175,6 +175,17 @@ def _device(config: RunConfig, spec: AnySpec | None) -> Iterator[tuple[ConfigPat
             yield path, Problem(problem.what, fix=f"{problem.fix}{elsewhere}")
 
 
+def _output(config: RunConfig) -> Iterator[tuple[ConfigPath, Problem]]:
+    """Yields what is wrong with the run's folder."""
+    from stoker.compose.run_folder import RunFolder
+
+    try:
+        RunFolder.of(config.output.folder).refuse_unusable()
+    except OutputError as error:
+        for problem in error.problems:
+            yield ("output", "folder"), problem
+
+
 def _template(choice: str | None, key: str) -> Problem | None:
     """What is wrong with a choice that is no shipped template's name, the tokenizer's own, Jinja itself, or a file."""
     if choice is None or "{{" in choice or "{%" in choice or choice == "tokenizer_default" or places.exists(choice):
@@ -300,7 +311,6 @@ def _length_line(config: RunConfig) -> str:
 def _output_line(config: RunConfig) -> str:
     from stoker.compose.run_folder import RunFolder
 
-    folder = RunFolder(Path(config.output.folder).expanduser())
-    folder.refuse_files()
+    folder = RunFolder.of(config.output.folder)
     holds_run = folder.config.exists() or folder.checkpoints.exists()
     return f"{folder.path}{' (holds a run already: train with --resume or --overwrite)' if holds_run else ''}"

@@ -64,7 +64,7 @@ class RunFolder:
             OutputError: it is no folder, or holds a run and neither `resume` nor `overwrite` was given, or there is
                 nothing to resume.
         """
-        self.refuse_files()
+        self.refuse_unusable()
         holds_run = self.config.exists() or self.checkpoints.exists()
         if holds_run and not (resume or overwrite):
             raise OutputError(
@@ -79,13 +79,17 @@ class RunFolder:
         if resume and not self.config.exists():
             raise OutputError(f"There is no run to resume in {self.path}.", fix="Leave out --resume to start one.")
 
-    def refuse_files(self) -> None:
-        """Raises OutputError where the path, or one above it, is a file."""
+    def refuse_unusable(self) -> None:
+        """Raises OutputError where the path, or one above it, is a file, or takes no new ones."""
         for one in (self.path, *self.path.parents):
             if one.exists() and not one.is_dir():
                 raise OutputError(
                     f"output.folder {self.path} cannot be made: {one} is a file.", fix="Name another folder."
                 )
+        nearest = next(one for one in (self.path, *self.path.absolute().parents) if one.exists())
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            what = f"output.folder {self.path} cannot be written: {nearest} takes no new files."
+            raise OutputError(what, fix="Name another folder, or make it writable.")
 
     def claim(self, *, overwrite: bool) -> None:
         """Makes the folder ready to be written; with `overwrite`, what an earlier run wrote is removed.
@@ -98,9 +102,8 @@ class RunFolder:
                 self._clear()
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"output.folder {self.path} cannot be written: {error.strerror}.") from error
-        if not os.access(self.path, os.W_OK):
-            raise OutputError(f"output.folder {self.path} is not writable.", fix="Name another folder.")
+            what = f"output.folder {self.path} cannot be written: {error.strerror}."
+            raise OutputError(what, fix="Name another folder.") from error
 
     def _clear(self) -> None:
         """Removes what a run wrote, and nothing else that a user may keep there."""

@@ -161,7 +161,7 @@ def _train(
     model: Model | None,
     force: bool,
 ) -> RunResult:
-    console = console or Console(quiet=not ranks.is_first)
+    console = console or progress.RunConsole(quiet=not ranks.is_first)
     config, folder = loaded.config, RunFolder.of(loaded.config.output.folder)
     parallel.require_same(ranks, config)
     resumes = ranks.share(lambda: _goes_on(config, folder, asked=resume_run, overwrite=overwrite))

@@ -1,5 +1,8 @@
 """Live progress of a run: a bar with the figures that matter on a terminal, plain lines anywhere else."""
 
+import os
+import signal
+import sys
 import time
 
 from rich.console import Console
@@ -10,6 +13,17 @@ from rich.table import Table
 
 from stoker.observe.events import CheckpointSaved, Evaluated, Event, Notice, RunEnded, RunStarted, StepLogged
 from stoker.observe.observer import Observer
+
+
+class RunConsole(Console):
+    """Standard output of a run, which saves and ends, as SIGTERM has it do, once nobody reads that any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Lets what is still printed go nowhere, says so on standard error, and ends the run."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.write(2, b"\nNobody reads standard output any more, so the run ends.\n")
+        signal.raise_signal(signal.SIGTERM)
 
 
 def build(console: Console | None = None) -> Observer:

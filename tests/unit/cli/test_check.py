@@ -159,6 +159,15 @@ def test_a_folder_that_holds_a_run_is_mentioned(write_run, here, capsys):
     assert "--resume or --overwrite" in capsys.readouterr().out
 
 
+def test_a_folder_that_cannot_be_made_is_reported_with_its_line(write_run, capsys):
+    (problem,) = problems(path := write_run(), "output.folder=rows.jsonl/x")
+    assert problem.startswith("--set output.folder=rows.jsonl/x: output.folder rows.jsonl/x cannot be made: rows.jsonl")
+    assert "fine" not in capsys.readouterr().out
+    path.write_text(path.read_text().replace("runs/x", "rows.jsonl"))
+    (problem,) = problems(path)
+    assert problem.startswith(f"{path}:8: output.folder rows.jsonl cannot be made")
+
+
 def test_checking_takes_under_a_second_and_imports_no_framework(write_run):
     path = write_run(extra="adapter: {rank: 4}")
     code = f"from pathlib import Path; from stoker.cli import check; check.command(Path({str(path)!r}), []); {REPORT}"

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,15 @@ def test_a_full_disk_is_told_with_the_file_that_it_did_not_take(tmp_path, name):
             (tmp_path / name).symlink_to(FULL)
             MetricsFile(tmp_path / name).handle(step)
     assert raised.value.filename == str(tmp_path / name)
+
+
+def test_a_folder_that_takes_no_files_is_named_before_anything_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    for folder in (tmp_path, tmp_path / "runs" / "x"):
+        with pytest.raises(OutputError, match=f"cannot be written: {tmp_path} takes no new files"):
+            RunFolder(folder).check(resume=False, overwrite=False)
+    (tmp_path / "mine").mkdir()
+    RunFolder(tmp_path / "mine" / "x").check(resume=False, overwrite=False)
 
 
 def test_a_folder_that_is_not_there_yet_may_be_used(tmp_path):

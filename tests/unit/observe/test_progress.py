@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,26 @@ def test_duration(seconds, text):
 @pytest.mark.parametrize(("num_bytes", "text"), [(512, "512 B"), (3.4 * 2**20, "3.4 MiB"), (5000 * 2**30, "4.9 TiB")])
 def test_size(num_bytes, text):
     assert size(num_bytes) == text
+
+
+READERLESS = """
+import signal
+from stoker.observe.progress import RunConsole
+
+requested = []
+signal.signal(signal.SIGTERM, lambda number, frame: requested.append(number))
+console = RunConsole()
+input()  # until the reader has gone
+for _ in range(3):
+    console.print("a step")
+raise SystemExit(f"requested {len(requested)}")
+"""
+
+
+def test_a_run_whose_output_nobody_reads_is_asked_to_save_and_end():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", READERLESS], text=True, **pipes) as process:
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.stderr.read() == "\nNobody reads standard output any more, so the run ends.\nrequested 1\n"
