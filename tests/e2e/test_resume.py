@@ -89,6 +89,17 @@ def test_resume_refuses_what_would_make_it_another_run(stoker, run_values, write
     assert "adapter.rank was 4" in said
 
 
+def test_resume_says_that_the_rows_are_others(stoker, run_values, write_yaml, tmp_path):
+    yaml = write_yaml(run_values)
+    stoker("train", yaml)
+    assert "not what the run began with" not in stoker("train", yaml, "--resume").stdout
+    rows = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(rows[1:]))
+    said = stoker("train", yaml, "--resume").stdout
+    assert "The data is not what the run began with: data.train: the number of documents was " in said
+    assert "--overwrite starts anew." in said
+
+
 def test_resume_keeps_the_choices_that_exactness_depends_on(stoker, long_run, write_yaml, tmp_path):
     # Where memory is scarcer when the run goes on, the plan alone would cut micro-batches otherwise.
     long_run["train"]["steps"] = 6

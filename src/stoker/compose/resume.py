@@ -57,6 +57,18 @@ def changes(config: RunConfig, folder: RunFolder) -> list[str]:
     return [f"{name} changes from {before.get(name)!r} to {after.get(name)!r} from here on." for name in different]
 
 
+def other_rows(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence where the data is not what it was when the run began, by facts of both (`agree`)."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if not before or not names:  # a run of before this was written down has no facts
+        return []
+    told = "; ".join(f"{name} was {before.get(name, 'none')} and is {now.get(name, 'none')}" for name in names)
+    return [
+        f"The data is not what the run began with: {told}. Its steps go on in the order of the new rows, some of which "
+        "they may have seen; --overwrite starts anew."
+    ]
+
+
 def engine_before(config: RunConfig, folder: RunFolder, device_name: str) -> dict[str, Any]:
     """Returns what the plan chose when the run began, for the settings of `engine` that are `auto` and that results
     depend on in their last bits; nothing on another device, where no bit could be promised.

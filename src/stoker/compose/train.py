@@ -190,6 +190,8 @@ def _train(
     assert model.decoder is not None
     warnings.add(_notices(config, plan, model.base, model.decoder))
     facts = ranks.share(lambda: folder.read_json("run.json") if resumes else {})
+    about_data = agree.facts_of_data(data, model.tokenizer)
+    warnings.add(resume.other_rows(facts.get("data", {}), about_data))
     if ranks.is_first:
         folder.claim(overwrite=overwrite)  # Last, so that a mistake found so far leaves the folder as it was.
         _write_inputs(folder, loaded, plan, data)
@@ -200,6 +202,7 @@ def _train(
         title=describe(config),
         versions=versions(),
         device=plan.device_name,
+        data=about_data,
         notices=[{"level": "warning", "message": sentence} for sentence in warnings.sentences],
         layers_not_in_fp8=layers_not_in_fp8(model.decoder, plan),
     )

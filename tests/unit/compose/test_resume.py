@@ -4,9 +4,16 @@ import json
 
 import pytest
 
-from stoker.compose.resume import engine_before, ladder_before
+from stoker.compose.resume import engine_before, ladder_before, other_rows
 from stoker.compose.run_folder import RunFolder
 from stoker.config.load import parse
+
+
+def test_other_rows_are_told_by_what_differs():
+    before = {"data.train: the number of documents": 40, "the tokenizer (its hash)": "ab"}
+    assert other_rows(before, dict(before)) == other_rows({}, before) == []
+    (said,) = other_rows(before, before | {"data.train: the number of documents": 30})
+    assert "began with: data.train: the number of documents was 40 and is 30. Its steps" in said
 
 
 @pytest.mark.parametrize(("rows", "kept"), [(8, 4), (4, 4), (2, None), (6, None)])
