@@ -218,7 +218,10 @@ def _as_ours(error: Any, num_processes: int) -> StokerError:
         if kind == HangError.__name__:  # It names the process; that which told it first only waited.
             return HangError(text)
         is_ours = failure.exitcode == 2 or kind in ("TrainingError", "CheckpointError")
-        what = text if is_ours else message["extraInfo"]["py_callstack"]
+        # A checkpoint that cannot be written is told with its rank, which is told below.
+        what = (
+            text.removeprefix(f"rank {rank} of {num_processes}: ") if is_ours else message["extraInfo"]["py_callstack"]
+        )
         if failure.exitcode == 2:
             return UserError(what)
     elif failure.exitcode < 0:

@@ -53,6 +53,11 @@ def test_a_mistake_of_the_user_is_told_without_a_rank():
     assert str(error) == "train.batch_size is odd."
 
 
+def test_a_rank_is_told_once():
+    error = launch._as_ours(report(r1="CheckpointError: rank 1 of 2: The checkpoint cannot be written."), 2)
+    assert str(error) == "rank 1 of 2 (process 100) failed, so all were ended: The checkpoint cannot be written."
+
+
 def test_an_error_that_is_not_ours_has_its_traceback():
     assert "Traceback ..." in str(launch._as_ours(report(r1="ZeroDivisionError: division by zero"), 2))
 
