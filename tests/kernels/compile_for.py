@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from stoker.kernels import (
     adamw,
     adamw_8bit,
+    dora,
     dropout,
     fp8,
     glu,
@@ -30,6 +31,7 @@ from stoker.kernels import (
     rounded_rotation,
     routed_rows,
     routing,
+    scaled_glu,
     scaled_update,
     turn_logits,
 )
@@ -77,6 +79,15 @@ def grouped(tile: grouped_matmul.Tile, *, transposed: bool, boxes: bool = False)
 def outer(tile: grouped_matmul.Tile) -> tuple:
     constants = {"LEFT": 16, "RIGHT": tile.columns, "ROWS": tile.depth, "LEFT_GATHERED": False, "RIGHT_GATHERED": True}
     return (grouped_outer._outer_kernel, constants, tile.warps, ROUTES, tile.stages)
+
+
+def lengths(rows: int, rank: int) -> tuple:
+    constants = {"ROWS": rows, "DEPTH": dora.depth_for(rows, rank), "RANK": rank, "SPLITS": True}
+    types = dict.fromkeys(("a_ptr", "b_ptr", "out_ptr"), "*fp32")
+    return (dora._lengths_kernel, constants, 4, types)
+
+
+SUMMED = {"ROWS": dora.ROWS, "COLUMNS": dora.COLUMNS, "PROGRAM_ROWS": dora.PROGRAM_ROWS}
 
 
 def rotation(half: int, rest: int, *, interleaved: bool) -> tuple:
@@ -196,6 +207,14 @@ CASES = [
             {"row_scale_ptr": "*fp32", "column_scale_ptr": "*fp32"},
         )
         for rank in (16, 64, 128)
+    ),
+    *(lengths(rows, rank) for rows in (dora.LENGTH_ROWS, dora.FEW_LENGTH_ROWS) for rank in (16, dora.MAX_RANK)),
+    (dora._scale_kernel, {"BLOCK": 1024, "HAS_BIAS": True, "HAS_RESIDUAL": True}, 4, {}),
+    *((dora._sums_kernel, SUMMED | {"WRITES": writes}, 4, {}) for writes in (False, True)),
+    (scaled_glu._forward_kernel, {"BLOCK": 1024, "ACTIVATION": "silu", "HAS_BIAS": True}, 4, {}),
+    *(
+        (scaled_glu._backward_kernel, SUMMED | {"ACTIVATION": name, "HAS_BIAS": True}, 4, {})
+        for name in glu.ACTIVATIONS
     ),
     (head_norm._forward_kernel, {"HEADS": 32, "HALF": 64}, 4, {}),
     (head_norm._backward_kernel, {"HEADS": 16, "HALF": 64, "WEIGHT_GRAD": True}, 4, {}),

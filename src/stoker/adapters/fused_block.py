@@ -5,7 +5,7 @@ from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
-from stoker.adapters.lora import LoraLinear
+from stoker.adapters.lora import LoraLinear, set_kernels
 from stoker.kernels.block import BlockOptions, BlockWeights, block
 from stoker.kernels.dropout import draw_seed
 from stoker.kernels.offload import HostOffload
@@ -163,6 +163,7 @@ def fuse_blocks(
         beside = None
         if offload is not None and index >= num_away:
             beside = Beside(offload, offload.spare_bytes // staying, is_first=index == num_away)
+        set_kernels(original, implementation)
         blocks[index] = FusedBlock(original, options, beside=beside)
 
 

@@ -15,7 +15,8 @@ from stoker.adapters.experts import LoraExperts, lora_experts
 from stoker.adapters.settings import LoraSettings
 from stoker.adapters.targets import ALL_LINEAR, select
 from stoker.errors import ModelError
-from stoker.kernels.lora import lora_linear, row_norms, scale_columns
+from stoker.kernels.dora import row_norms, scale_columns
+from stoker.kernels.lora import lora_linear
 from stoker.nn.frozen_linear import FrozenLinear
 from stoker.nn.linear import FusedLinear
 from stoker.nn.moe import ExpertLinear
@@ -60,6 +61,7 @@ class LoraLinear(nn.Module):
     `lora_a` `[n * rank, in]` and `lora_b` `[sum of adapted out_features, rank]` hold the adapters of the n adapted
     parts one below the other, `magnitude` `[sum of adapted out_features]` DoRA's row lengths; all are fp32.
     With DoRA, dropout acts on the input of the low-rank update only (PEFT also drops it from the magnitude's change).
+    `kernels`: "reference" or "triton", of what DoRA does beside products; whoever sets up the model's layers sets it.
     `awaited`: of a base that has no memory yet, where its adapter goes, and its weight, read for DoRA alone.
     """
 
@@ -76,6 +78,7 @@ class LoraLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.parts = parts
         self.settings = settings
+        self.kernels = "reference"
         self._slices = tuple(base.slices[part] for part in parts)
         num_rows = sum(base.out_features[part] for part in parts)
         device = base.device if awaited is None else awaited.device
@@ -141,7 +144,8 @@ class LoraLinear(nn.Module):
             )
         if not dora:
             return output
-        flat = scale_columns(output.view(-1, output.shape[-1]), self.dora_scale())
+        rows = output.view(-1, output.shape[-1])
+        flat = scale_columns(rows, self.dora_scale(), implementation=self.kernels)
         scaled = flat.view_as(output)
         return scaled if self.base.bias is None else scaled + self.base.bias.to(scaled.dtype)
 
@@ -189,7 +193,8 @@ class LoraLinear(nn.Module):
         return norms
 
     def _norms_of(self, weight: Tensor) -> Tensor:
-        return row_norms(weight, self.lora_a, self.lora_b, scaling=self.settings.scaling, slices=self._slices)
+        options = {"scaling": self.settings.scaling, "slices": self._slices, "implementation": self.kernels}
+        return row_norms(weight, self.lora_a, self.lora_b, **options)
 
     def adapters(self) -> Iterator[LoraPart]:
         """Yields the adapter of each adapted part, as views of this module's parameters."""
@@ -272,6 +277,12 @@ def _refuse_on_experts(settings: LoraSettings, experts: Sequence[str], chosen: C
 def lora_layers(model: nn.Module) -> Iterator[LoraLinear]:
     """Yields the model's `LoraLinear` layers, in the order of its modules."""
     return (module for module in model.modules() if isinstance(module, LoraLinear))
+
+
+def set_kernels(model: nn.Module, kernels: str) -> None:
+    """Lets DoRA's part of every `LoraLinear` of `model` run in "triton" or as the "reference"."""
+    for layer in lora_layers(model):
+        layer.kernels = kernels
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

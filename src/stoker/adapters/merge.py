@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from stoker.adapters.experts import LoraExperts
 from stoker.adapters.lora import LoraLinear, replace
-from stoker.kernels.lora import row_norms
+from stoker.kernels.dora import row_norms
 from stoker.nn.frozen_linear import FrozenLinear
 from stoker.nn.moe import FrozenExpertLinear
 

@@ -86,11 +86,10 @@ def fused(
     if keep != "all":
         in_feed_forward, in_attention = _moments(layer, hidden_size, micro, keep, tile_tokens)
         passing = max(in_feed_forward, in_attention + back)
-    if mixer.qk_norm is not None or micro.has_dora("attention.qkv"):  # as the projection gave them, beside the turned
-        passing += heads * unit
-    if micro.has_dora(
-        "feed_forward.gate_up"
-    ):  # for the gradient of its magnitudes, when the activation's overwrites it
+    else:
+        passing += _unturned(layer, micro) * unit
+    # Plain PyTorch makes the scaled gate and up beside what the product gave; Triton's kernels scale what they read.
+    if micro.is_plain and micro.has_dora("feed_forward.gate_up"):
         passing += 2 * inner * _tile(micro, keep, tile_tokens) * micro.value_bytes
     in_flight = _IN_FLIGHT * max(hidden_size, query) * unit if offload else 0
     passing += in_flight
@@ -108,26 +107,38 @@ def _tile(micro: Micro, keep: Keep, tile_tokens: int | None) -> int:
     return micro.tokens if tile_tokens is None or keep == "all" else min(tile_tokens, micro.tokens)
 
 
+def _unturned(layer: LayerSpec, micro: Micro) -> int:
+    """Values a token of q, k and v as the projection gave them, where the backward reads them beside the turned ones.
+
+    The gradients of heads' norms are made from them, and that of DoRA's magnitudes.
+    """
+    mixer, _ = _llama_parts(layer)
+    is_read = mixer.qk_norm is not None or micro.has_dora("attention.qkv")
+    return (mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim if is_read else 0
+
+
 def _moments(layer: LayerSpec, hidden_size: int, micro: Micro, keep: Keep, tile_tokens: int | None) -> tuple[int, int]:
     """Bytes during the feed-forward's backward and during attention's, in a layer that makes gate and up again.
 
     In the feed-forward's backward there are the gradients of what leaves the layer and of the sum after attention, that
-    sum itself, and for a tile's tokens (or all) the normed rows, their gradient, gate, up and the activation. In
-    attention's, these two gradients, those of what it gave and of q, k and v, and that of q once more, summed in fp32;
-    on the lowest rungs q, k and v too, which are made after the feed-forward's backward or, with what attention
-    gives, before it.
+    sum itself, and for a tile's tokens (or all) the normed rows, their gradient (before it, of DoRA's, what `down` gave
+    and the gradient of that), gate, up and the activation. In attention's, these two gradients, those of what it gave
+    and of q, k and v, and that of q once more, summed in fp32; on the lowest rungs q, k and v too, which are made after
+    the feed-forward's backward or, with what attention gives, before it; and them as they were before their rotation,
+    where that is read.
     """
     mixer, gated = _llama_parts(layer)
     query = mixer.num_heads * mixer.head_dim
     heads = query + 2 * mixer.num_kv_heads * mixer.head_dim
-    from_start = heads + query if keep == "input" else 0
+    unturned = _unturned(layer, micro)
+    from_start = heads + query + unturned if keep == "input" else 0
     mid = 0 if keep == "mixer" else hidden_size
     tile = _tile(micro, keep, tile_tokens)
     feed_forward = (2 * hidden_size + mid + from_start) * micro.tokens
     feed_forward += (2 * hidden_size + 3 * gated.intermediate_size) * tile
     copies = micro.head_copies * query if mixer.num_kv_heads < mixer.num_heads else 0
     attention = 2 * hidden_size + query + heads + copies
-    attention += max(from_start, 0 if keep == "mixer" else heads)
+    attention += max(from_start, (0 if keep == "mixer" else heads) + unturned)
     return feed_forward * micro.value_bytes, (attention * micro.value_bytes + 4 * query) * micro.tokens
 
 

@@ -22,10 +22,12 @@ def set_up_layers(decoder: "Model", plan: Plan) -> "HostOffload | None":
     What an earlier run in this process set is undone first, so that a notebook can train a model again.
     """
     from stoker.adapters.fused_block import FusedBlock, fuse_blocks
+    from stoker.adapters.lora import set_kernels
     from stoker.kernels.offload import HostOffload
     from stoker.nn.mamba1 import Mamba1
 
     take_apart(decoder)
+    set_kernels(decoder, plan.kernels)
     ladder, offload = plan.ladder, None
     if ladder.num_away:
         offload = HostOffload(spare_bytes=ladder.staying * (plan.host_bytes // ladder.num_away))

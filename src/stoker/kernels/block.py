@@ -15,7 +15,8 @@ channels, F the feed-forward's width; rows of statistics and LoRA's N r products
     "input"       nothing                                      0                  the same and attention
 
 Where heads are normed, or DoRA scales them, the first two rungs keep q, k and v as the projection gave them instead,
-and turn them again. With DoRA the backward runs `out` and `down` again for the gradient of their magnitudes.
+and turn them again. With DoRA gate_up is kept as its product gave it, before its factors, and the backward runs `out`
+and `down` again for the gradient of their magnitudes.
 
 No rung runs `down` or the activation again for their own sake: the backward reads only what goes into them, and
 the activation's backward writes it on the way. Every tensor of the result is the same bit for bit on all rungs, as

@@ -20,16 +20,17 @@ from stoker.kernels.projection import (
     grad_a,
     grad_input,
     grad_product,
-    grad_scale,
-    grad_scale_of_input,
     grad_unscaled,
     gradient_factor,
+    grads_by_input,
+    grads_by_output,
     project,
     project_onto,
     rounded_gradient,
     rounded_input,
 )
 from stoker.kernels.rounded_glu import gated_rounded_backward
+from stoker.kernels.scaled_glu import gated_scaled_backward
 from stoker.kernels.triton_support import as_rows
 
 
@@ -113,9 +114,11 @@ class Backward:
         )
         grad_qkv = grad_qkv.flatten(0, 1)
         if before is not None:
-            self._add_scale(0, grad_scale(qkv, grad_qkv, before.flatten(0, 1)))
+            output = before.flatten(0, 1)
+            grad_qkv, grad_scale = grads_by_output(qkv, grad_qkv, output, implementation=options.implementation)
+            self._add_scale(0, grad_scale)
+            del output
         del before, grad_heads
-        grad_qkv = grad_unscaled(qkv, grad_qkv)
         factored = _factored(qkv, kept.products[0], rstd_x)
         grads = grad_product(qkv, grad_qkv, kept.products[0], factored=factored, implementation=options.implementation)
         piece = Piece(options.implementation)
@@ -208,26 +211,22 @@ class Backward:
         needs_normed = values is None or self.needs[8] or gate_up.rate > 0.0
         normed, rounded_normed = self._norm(mid, 1) if needs_normed else (None, None)
         if values is None and normed is not None:
-            values, _ = project(gate_up, normed, piece, product=product, rounded=rounded_normed)
+            values, _ = project(gate_up.unscaled, normed, piece, product=product, rounded=rounded_normed)
         del rounded_normed
         if values is None:
             raise RuntimeError("block: neither gate_up's output nor what makes it was kept")
-        grad_output = grad_unscaled(down, grad)
+        grad_output = grad_unscaled(down, grad, implementation=implementation)
         grad_down, grad_b = grad_product(down, grad_output, product_down, implementation=implementation)
         self._add(4 * 3 + 3, grad_b)
         grad_activated = grad_input(down, grad_output, grad_down, piece)
-        # The activation's backward writes over its input, which DoRA's reads afterwards.
-        before = values.clone() if gate_up.scale is not None else None
         room = self._room(2, mid.shape[0])
         grad_gate_up, activated = self._gated_backward(values, grad_activated, room)
-        self._add_scale(3, grad_scale_of_input(down, grad, activated, product_down, piece))
-        if before is not None:
-            self._add_scale(2, grad_scale(gate_up, grad_gate_up, before))
-        grad_gate_up = grad_unscaled(gate_up, grad_gate_up)
+        _, grad_scale = grads_by_input(down, grad, activated, product_down, piece, only_scale=True)
+        self._add_scale(3, grad_scale)
         self._weight_grads(3, grad_output, activated, grad_down, piece)
         factored = _factored(gate_up, product, rstd)
         grads = grad_product(gate_up, grad_gate_up, product, factored=factored, implementation=implementation)
-        del grad_activated, activated, before, grad_output
+        del grad_activated, activated, grad_output
         self._grads_after_norm(2, grad_gate_up, grads, Normed(mid, normed, factored), piece)
         del normed
         grad_normed = grad_input(gate_up, grad_gate_up, grads[0], piece, rounded=None if room is None else room[0])
@@ -243,8 +242,16 @@ class Backward:
     def _gated_backward(
         self, values: Tensor, grad: Tensor, room: tuple[Rounded, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """(gradient of gate and up, also in fp8 where there is room for it; the activation), over both arguments."""
-        options = self.layout.options
+        """(gradient of what the projection gave, also in fp8 where there is room for it; the activation).
+
+        Both are written over the arguments.
+        """
+        options, gate_up = self.layout.options, self.projections[2]
+        if gate_up.scale is not None:
+            kernels = {"activation": options.activation, "implementation": options.implementation}
+            grad_z, activated, grad_scale = gated_scaled_backward(values, grad, gate_up.scale, gate_up.bias, **kernels)
+            self._add_scale(2, grad_scale)
+            return grad_z, activated
         if room is not None:
             return gated_rounded_backward(values, grad, *room, activation=options.activation)
         return glu.gated_backward(values, grad, activation=options.activation, implementation=options.implementation)
@@ -280,8 +287,8 @@ class Backward:
     ) -> Tensor:
         """Gradient of a projection's input x [N, in], and the gradients of its tensors; `rounded`: `grad` in fp8."""
         projection, piece = self.projections[index], Piece(self.layout.options.implementation)
-        self._add_scale(index, grad_scale_of_input(projection, grad, x, product, piece))
-        grad = grad_unscaled(projection, grad)
+        grad, grad_scale = grads_by_input(projection, grad, x, product, piece)
+        self._add_scale(index, grad_scale)
         grad_p, grad_b = grad_product(projection, grad, product, implementation=piece.implementation)
         self._add(4 * index + 3, grad_b)
         self._weight_grads(index, grad, x, grad_p, piece)

@@ -17,6 +17,7 @@ from stoker.kernels.head_exchange import HeadExchange
 from stoker.kernels.offload import HostOffload
 from stoker.kernels.projection import Piece, Projection, product_of, project, project_onto, rounded_input
 from stoker.kernels.rounded_glu import gated_rounded
+from stoker.kernels.scaled_glu import gated_scaled
 
 KEEP = ("all", "mixer", "attention", "input")
 
@@ -62,7 +63,7 @@ def feed_forward(
     *,
     rounded: Rounded | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(mid + output [N, D], gate_up if it is kept, the adapters' products of gate_up and of down).
+    """(mid + output [N, D], what gate_up's product gave if it is kept, the adapters' products of gate_up and of down).
 
     `rounded`: the normed rows in fp8, if they are there.
     """
@@ -101,9 +102,12 @@ def _run_tile(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(mid + output, in `out` if given; gate_up; the adapters' products)."""
     _, _, gate_up, down = projections
-    values, product = project(gate_up, normed, piece, rounded=rounded)
+    values, product = project(gate_up.unscaled, normed, piece, rounded=rounded)
     implementation, rounded = piece.implementation, rounded_input(down, normed.shape[0], piece.implementation)
-    if rounded is None:
+    if gate_up.scale is not None:
+        options = {"activation": activation, "implementation": implementation}
+        activated = gated_scaled(values, gate_up.scale, gate_up.bias, **options)
+    elif rounded is None:
         activated = glu.gated(values, activation=activation, implementation=implementation)
     else:
         activated = gated_rounded(values, rounded, activation=activation)

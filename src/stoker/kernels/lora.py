@@ -12,7 +12,7 @@ The A_i are kept as one matrix `[n r, in]`, so that a group costs one skinny mat
 and the B_i one below the other `[sum(out_i), r]`. The product X' A^T is kept for the backward pass because it is tiny
 (n r columns); X' is not: its mask is made again from a seed.
 
-LoRA: Hu et al. 2021, arXiv:2106.09685. DoRA: Liu et al. 2024, arXiv:2402.09353.
+LoRA: Hu et al. 2021, arXiv:2106.09685.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,8 +24,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stoker.kernels.dropout import draw_seed, drop
-
-_NORM_CHUNK_BYTES = 16 * 2**20
 
 
 def lora_linear_reference(
@@ -165,58 +163,3 @@ def _parts(slices: Sequence[slice], b: Tensor, product: Tensor) -> Iterator[tupl
 
 def _sizes(slices: Sequence[slice]) -> list[int]:
     return [rows.stop - rows.start for rows in slices]
-
-
-def row_norms(weight: Tensor, a: Tensor, b: Tensor, *, scaling: float, slices: Sequence[slice]) -> Tensor:
-    """Returns the Euclidean norm of each adapted row of W + s B A: `[sum of the slices' sizes]`, fp32, no gradient.
-
-    |W_j + s B_j A|^2 = |W_j|^2 + 2 s B_j . (W A^T)_j + s^2 B_j (A A^T) B_j^T, so that B A is never formed: W A^T has r
-    columns, not `in`. DoRA holds these norms constant in the backward pass (section 4.3 of the paper).
-    """
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        rank = b.shape[1]
-        squares = [
-            _squared_norms(weight[rows], a_part.float(), b_part.float(), scaling)
-            for a_part, b_part, rows in zip(a.split(rank), b.split(_sizes(slices)), slices, strict=True)
-        ]
-        return torch.cat(squares).clamp_min_(0.0).sqrt_()
-
-
-def _squared_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    quadratic = scaling**2 * ((b @ (a @ a.T)) * b).sum(1)
-    num_rows = max(1, _NORM_CHUNK_BYTES // (4 * weight.shape[1]))  # a narrow weight is widened chunk by chunk
-    linear = []
-    for weight_rows, b_rows in zip(weight.split(num_rows), b.split(num_rows), strict=True):
-        wide = weight_rows.float()
-        linear.append(wide.square().sum(1) + 2 * scaling * ((wide @ a.T) * b_rows).sum(1))
-    return quadratic + torch.cat(linear)
-
-
-def scale_columns(x: Tensor, scale: Tensor) -> Tensor:
-    """Returns `x * scale`, `x` `[N, out]` in its own dtype and `scale` `[out]` in fp32, multiplied in fp32.
-
-    DoRA's factor magnitude / norm stays near 1, where bf16 has steps of 0.8%: rounding it to the dtype of `x` first
-    would round twice. Gradients of both, that of `scale` summed in its own dtype; no second derivatives.
-    """
-    return _ScaleColumns.apply(x, scale)
-
-
-class _ScaleColumns(torch.autograd.Function):
-    """Column-wise product of a narrow matrix and a wide vector without a wide matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        return torch.mul(x, scale, out=torch.empty_like(x))
-
-    @staticmethod
-    @once_differentiable
-    # The decorator's type hides the name of `ctx`.
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        (grad_output,) = grad_outputs
-        x, scale = ctx.saved_tensors
-        needs_x, needs_scale = ctx.needs_input_grad
-        return (
-            torch.mul(grad_output, scale, out=torch.empty_like(x)) if needs_x else None,
-            (grad_output * x).sum(0, dtype=scale.dtype) if needs_scale else None,
-        )

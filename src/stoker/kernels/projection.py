@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from stoker.kernels import low_rank
+from stoker.kernels import dora, low_rank
 from stoker.kernels.dropout import drop
 from stoker.kernels.fp8 import Rounded, empty_rounded
 from stoker.kernels.scaled_update import scaled_update
@@ -91,8 +91,8 @@ class Projection(NamedTuple):
 
     @property
     def unscaled(self) -> Projection:
-        """The layer that gives Z: without scale and bias."""
-        return self._replace(scale=None, bias=None)
+        """The layer that gives what its scale multiplies, Z: without scale and bias. Itself where it has no scale."""
+        return self if self.scale is None else self._replace(scale=None, bias=None)
 
 
 class Piece(NamedTuple):
@@ -167,8 +167,7 @@ def project(
     """
     if projection.scale is not None:
         output, product = project(projection.unscaled, x, piece, product=product)
-        torch.mul(output, projection.scale, out=output)
-        return output if projection.bias is None else output.add_(projection.bias), product
+        return _scaled(projection, output, piece.implementation), product
     product = product_of(projection, x, piece) if product is None else product
     if product is None:
         return project_base(projection, x), None
@@ -224,7 +223,8 @@ def _project_onto(
     rounded: Rounded | None,
 ) -> Tensor:
     if projection.scale is not None:
-        return project(projection, x, Piece(implementation), product=product)[0].add_(residual)
+        unscaled, _ = project(projection.unscaled, x, Piece(implementation), product=product)
+        return _scaled(projection, unscaled, implementation, residual=residual)
     if product is None or projection.b is None:
         return project_base(projection, x).add_(residual)
     b, scaling = projection.b, projection.scaling
@@ -238,6 +238,14 @@ def _project_onto(
         return _matmul_onto(update, projection.weight, x)
     output = project_base(projection, x)
     return low_rank.add_update(output, residual, product, b, scaling=scaling, implementation=implementation)
+
+
+def _scaled(projection: Projection, unscaled: Tensor, implementation: str, *, residual: Tensor | None = None) -> Tensor:
+    """The layer's output, and a residual with it, over Z [N, out]; for a layer with a scale."""
+    if projection.scale is None:
+        raise ValueError("a projection has no scale")
+    options = {"bias": projection.bias, "residual": residual, "out": unscaled, "implementation": implementation}
+    return dora.scaled(unscaled, projection.scale, **options)
 
 
 def _is_plain(projection: Projection, residual: Tensor) -> bool:
@@ -348,31 +356,46 @@ def grad_input(
     return _dropped(projection, grad_product @ projection.a, piece, onto=grad_x)
 
 
-def grad_unscaled(projection: Projection, grad: Tensor) -> Tensor:
+def grad_unscaled(projection: Projection, grad: Tensor, *, implementation: str = "reference") -> Tensor:
     """Returns dZ [N, out] from dY: a new tensor, or `grad` itself where the layer has no scale."""
     if projection.scale is None:
         return grad
-    return torch.mul(grad, projection.scale, out=torch.empty_like(grad))
+    return dora.scaled(grad, projection.scale, implementation=implementation)
 
 
-def grad_scale(projection: Projection, grad: Tensor, output: Tensor) -> Tensor | None:
-    """Returns dc [out], fp32, from dY and Y [N, out]; None without a scale.
+def grads_by_output(
+    projection: Projection, grad: Tensor, output: Tensor, *, implementation: str = "reference"
+) -> tuple[Tensor, Tensor | None]:
+    """Returns (dZ [N, out], written over dY; dc [out], fp32) from dY and Y [N, out]; (dY, None) without a scale.
 
     A scale of exactly 0 leaves nothing of Z in Y: its gradient is 0, and its column stays as it is.
     """
-    if projection.scale is None:
-        return None
-    total = (grad * output).sum(0, dtype=torch.float32)
-    if projection.bias is not None:
-        total -= grad.sum(0, dtype=torch.float32) * projection.bias
-    return torch.where(projection.scale == 0.0, 0.0, total / projection.scale)
+    scale = projection.scale
+    if scale is None:
+        return grad, None
+    of_bias = None if projection.bias is None else grad.sum(0, dtype=torch.float32) * projection.bias
+    total = dora.scaled_backward(grad, output, scale, out=grad, implementation=implementation)
+    if of_bias is not None:
+        total -= of_bias
+    return grad, torch.where(scale == 0.0, 0.0, total / scale)
 
 
-def grad_scale_of_input(
-    projection: Projection, grad: Tensor, x: Tensor, product: Tensor | None, piece: Piece = WHOLE
-) -> Tensor | None:
-    """Returns the same from the input X [N, in] and P, by the layer's products again."""
+def grads_by_input(
+    projection: Projection,
+    grad: Tensor,
+    x: Tensor,
+    product: Tensor | None,
+    piece: Piece = WHOLE,
+    *,
+    only_scale: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the same from dY, the input X [N, in] and P, by the layer's products again; dY stays as it is.
+
+    `only_scale`: dZ is there already, and dY is returned in its place.
+    """
     if projection.scale is None:
-        return None
+        return grad, None
     unscaled, _ = project(projection.unscaled, x, piece, product=product)
-    return unscaled.mul_(grad).sum(0, dtype=torch.float32)
+    out = None if only_scale else unscaled
+    total = dora.scaled_backward(grad, unscaled, projection.scale, out=out, implementation=piece.implementation)
+    return grad if out is None else out, total

@@ -41,14 +41,23 @@ _CALLS_AGAIN = 0.4
 BYTES_MADE_DENSE = {"nf4": 0.52 + 2, "int8": 3.0, "fp8": 3.0}
 """Bytes a weight that turning a quantised one into the compute type moves: it is read, two bytes are written."""
 # DoRA's factor of each output: values an output that multiplying by it moves, forward, and what its gradient and
-# that of what it multiplies move, backward. The layer kernel adds the residual in a pass of its own where there is a
-# factor, and copies gate and up for the gradient.
-_FACTOR, _FACTOR_BACKWARD, _RESIDUAL_APART, _COPY = 2, 6, 3, 2
-# Operations that the lengths of a weight's rows take, for each of its parts and for each piece of that, and those of
-# the factor and its gradient, by counting what a CPU dispatches.
+# that of what it multiplies move, backward: Triton reads two gradients' factors and writes one in a pass. Where only
+# the sums are made, it reads them. What is run again for the magnitudes' gradient writes the update, to which the
+# product adds.
+_FACTOR, _FACTOR_BACKWARD, _SUMS, _UPDATE_AGAIN = 2, 3, 2, 2
+# The same of plain PyTorch, backward. Its layer kernel adds the residual in a pass of its own where there is a factor,
+# and multiplies gate and up by theirs once more.
+_FACTOR_BACKWARD_PLAIN, _RESIDUAL_APART = 6, 3
+# Operations that the lengths of a weight's rows take in plain PyTorch, for each of its parts and for each piece of
+# that, and those of the factor and its gradient, by counting what a CPU dispatches.
 _PART_CALLS, _PIECE_CALLS, _FACTOR_CALLS = 8, 8, 25
+# Kernels that a GPU is given for them where Triton runs: one for each part; the quotient, the factor and their
+# gradients.
+_PART_LAUNCHES, _FACTOR_LAUNCHES = 1, 10
 LENGTH_BYTES = 16 * 2**20
-"""Of a piece of a weight that is widened to fp32 to take its rows' lengths (`kernels/lora.py`)."""
+"""Of a piece of a weight that plain PyTorch widens to fp32 to take its rows' lengths (`kernels/dora.py`)."""
+LENGTHS_MAX_RANK = 64
+"""The highest rank of which Triton takes the lengths, in one reading of the weight (`kernels/dora.py`)."""
 
 
 @dataclass(frozen=True)
@@ -242,18 +251,31 @@ class _Counted:
         The layer kernel takes the lengths once; a layer that runs again op by op takes them again.
         """
         out, taken = sum(linear.out_features), 1 if is_fused else 1 + again
-        moved = _FACTOR + _FACTOR_BACKWARD
-        if not is_fused:
-            moved += _FACTOR * again
-        elif name in activations.FOR_MAGNITUDES:  # the run for the magnitude's gradient has no factor
-            moved += _RESIDUAL_APART + (_FACTOR + _RESIDUAL_APART) * (again - 1)
-        else:
-            moved += _FACTOR * again + (_COPY if name.startswith("feed_forward.") else 0)
+        moved = self._factor_values(name, again, is_fused=is_fused)
         self.totals["factors"] += count * self.tokens * out * moved
         self.totals["measured"] += count * taken * linear.weights
-        rows = max(1, LENGTH_BYTES // (4 * linear.in_features))
-        lengths = sum(_PART_CALLS + _PIECE_CALLS * math.ceil(part / rows) for part in linear.out_features)
-        self.totals["dora calls"] += count * (taken * lengths + _FACTOR_CALLS)
+        if self.way.uses_triton:
+            lengths, others = _PART_LAUNCHES * len(linear.out_features), _FACTOR_LAUNCHES
+        else:
+            rows, others = max(1, LENGTH_BYTES // (4 * linear.in_features)), _FACTOR_CALLS
+            lengths = sum(_PART_CALLS + _PIECE_CALLS * math.ceil(part / rows) for part in linear.out_features)
+        self.totals["dora calls"] += count * (taken * lengths + others)
+
+    def _factor_values(self, name: str, again: int, *, is_fused: bool) -> int:
+        """Values an output that DoRA's factor and its gradient move, of a linear layer that is run `again`."""
+        in_triton = self.way.uses_triton
+        backward = _FACTOR_BACKWARD if in_triton else _FACTOR_BACKWARD_PLAIN
+        if not is_fused:
+            return _FACTOR * (1 + again) + backward
+        if name == "feed_forward.gate_up":  # the activation's kernels multiply what they read
+            return 0 if in_triton else 2 * _FACTOR + backward
+        if name not in activations.FOR_MAGNITUDES:
+            return _FACTOR * (1 + again) + backward
+        # The run for the magnitude's gradient has no factor; of `down` its gradient is made before there are sums.
+        if not in_triton:
+            return (_FACTOR + _RESIDUAL_APART) * again + backward
+        apart = _FACTOR + _SUMS if name == "feed_forward.down" else backward
+        return _FACTOR * again + apart + _UPDATE_AGAIN
 
     def _dequantised(self, weights: int, times: int, values: float) -> float:
         kind = self.way.quantization

@@ -345,11 +345,12 @@ def scratch_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> int:
 
 
 @remember(0)
-def lengths_bytes(spec: AnySpec, quantization: str, value_bytes: int) -> int:
+def lengths_bytes(spec: AnySpec, quantization: str, value_bytes: int, *, in_pieces: bool) -> int:
     """Returns the bytes that DoRA's lengths of a weight's rows take, as a layer's forward begins.
 
-    That is a piece of the weight in fp32 and its squares, and of a quantised one all of it in the compute type.
+    Of a quantised weight that is all of it in the compute type; and where the lengths are taken `in_pieces`, as plain
+    PyTorch does, a piece in fp32 and its squares.
     """
     largest = max((size for layer in set(spec.layers) for size in facts.fused_sizes(spec, layer)), default=0)
     pieces = (2 if value_bytes < 4 else 1) * min(LENGTH_BYTES, 4 * largest)
-    return pieces + (largest * value_bytes if quantization != "none" else 0)
+    return (pieces if in_pieces else 0) + (largest * value_bytes if quantization != "none" else 0)

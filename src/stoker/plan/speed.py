@@ -17,7 +17,7 @@ from stoker.arch.saved import Adapted
 from stoker.config.schema import RunConfig
 from stoker.plan import cpu, facts, shared_rows
 from stoker.plan.adapter import adapted, num_targeted
-from stoker.plan.amounts import BYTES_MADE_DENSE, Amounts, Mixing, Product, Way, amounts
+from stoker.plan.amounts import BYTES_MADE_DENSE, LENGTHS_MAX_RANK, Amounts, Mixing, Product, Way, amounts
 from stoker.plan.catalogue import CatalogueDevice
 from stoker.plan.efficiencies import MEASURED, Efficiencies
 from stoker.plan.gathered import Sizes, passing
@@ -30,7 +30,8 @@ _LOGIT_BYTES = 8  # of the loss: logits written, read twice as bf16 and rewritte
 # Of an optimiser step, bytes a trained parameter besides its state: gradient read twice (norm, update) and zeroed,
 # weight read and written in fp32, and its copy in the compute type.
 _UPDATE_BYTES = 3 * 4 + 2 * 4 + 2
-# Of the length of a weight's rows, bytes that an fp32 value of it moves: read, its square written and read.
+# Of the length of a weight's rows in plain PyTorch, bytes that an fp32 value of it moves: read, its square written and
+# read.
 _LENGTH_BYTES = 3 * 4
 
 
@@ -231,17 +232,22 @@ class _Clock:
     def _dora(self, work: Amounts) -> float:
         """Seconds of the lengths of rows of weights with their updates, and of the factors that they lead to.
 
-        A piece of a weight is widened to fp32, squared, summed, and multiplied by an adapter's A; a quantised one is
-        turned into two bytes first.
+        Triton reads a weight once; plain PyTorch widens a piece to fp32, squares and sums it, and multiplies it by an
+        adapter's A. A quantised one is turned into two bytes first.
         """
         adapter, weights = self.config.adapter, work.measured_weights
         if adapter is None or not weights:
             return 0.0
-        widened = self.value_bytes + 4 if self.value_bytes < 4 else 0
-        stored = BYTES_MADE_DENSE.get(self.plan.quantization, 0.0)
-        lengths = (stored + widened + _LENGTH_BYTES) * weights / self.bandwidth
-        rate = self.found.matmul * self.device.rates["fp32"]
-        lengths += max(2.0 * adapter.rank * weights / rate, 4 * weights / self.bandwidth)
+        in_one = self.plan.kernels == "triton" and adapter.rank <= LENGTHS_MAX_RANK
+        is_wide = self.value_bytes == 4  # a narrow weight is multiplied on tensor cores, faster than it is read
+        product = 2.0 * adapter.rank * weights / (self.found.matmul * self.device.rates["fp32"])
+        if in_one:
+            lengths = max(self.value_bytes * weights / self.bandwidth, product if is_wide else 0.0)
+        else:
+            widened = 0 if is_wide else self.value_bytes + 4
+            lengths = (widened + _LENGTH_BYTES) * weights / self.bandwidth
+            lengths += max(product, 4 * weights / self.bandwidth)
+        lengths += BYTES_MADE_DENSE.get(self.plan.quantization, 0.0) * weights / self.bandwidth
         return lengths + work.factor_values * self.value_bytes / self.bandwidth
 
     def _communication(self, work: float) -> tuple[float, float]:

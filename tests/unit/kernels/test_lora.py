@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from stoker.kernels.lora import lora_linear, lora_linear_reference, row_norms, scale_columns
+from stoker.kernels.dora import row_norms, scale_columns
+from stoker.kernels.lora import lora_linear, lora_linear_reference
 
 CASES = {
     "one part": (7, 5, (slice(0, 6),), 6, 2),
@@ -164,7 +165,7 @@ def test_backward_inside_autocast_equals_backward_outside():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_row_norms_equal_those_of_the_formed_matrix(dtype, monkeypatch):
-    monkeypatch.setattr("stoker.kernels.lora._NORM_CHUNK_BYTES", 100)  # several chunks a part
+    monkeypatch.setattr("stoker.kernels.dora._CHUNK_BYTES", 100)  # several chunks a part
     (_, weight, _, a, b), options = make("first and last", dtype=torch.float32)
     weight = weight.to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
