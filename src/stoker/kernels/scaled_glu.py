@@ -131,9 +131,11 @@ def _backward_kernel(  # noqa: PLR0917
     in_columns = column < num_columns
     gate_scale = tl.load(scale_ptr + column, mask=in_columns, other=0.0)[None, :]
     up_scale = tl.load(scale_ptr + num_columns + column, mask=in_columns, other=0.0)[None, :]
-    has_bias = in_columns & HAS_BIAS
-    gate_bias = tl.load(bias_ptr + column, mask=has_bias, other=0.0).to(tl.float32)[None, :]
-    up_bias = tl.load(bias_ptr + num_columns + column, mask=has_bias, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        gate_bias = tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        up_bias = tl.load(bias_ptr + num_columns + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    else:
+        gate_bias, up_bias = 0.0, 0.0
     gate_total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     up_total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     begin = tl.program_id(1) * PROGRAM_ROWS

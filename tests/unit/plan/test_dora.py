@@ -6,11 +6,17 @@ import pytest
 import torch
 
 from live_bytes import LiveBytes
+from stoker.adapters.fused_block import fuse_blocks
+from stoker.adapters.lora import add_lora
+from stoker.arch.activations import LADDER
 from stoker.arch.families import read
+from stoker.config.schema import Adapter
 from stoker.kernels import dora as dora_kernels
 from stoker.kernels.dora import row_norms
+from stoker.models import native
 from stoker.plan import speed
-from stoker.plan.amounts import LENGTH_BYTES, LENGTHS_MAX_RANK
+from stoker.plan.adapter import adapted
+from stoker.plan.amounts import LENGTH_BYTES, LENGTHS_MAX_RANK, Way, amounts
 from stoker.plan.catalogue import shipped
 from stoker.plan.choose import choose
 from stoker.plan.memory import lengths_bytes
@@ -87,3 +93,37 @@ def test_they_take_the_memory_that_is_counted(rows, dtype):
     dense = lengths_bytes(spec, "nf4", dtype.itemsize, in_pieces=False)
     assert lengths_bytes(spec, "none", dtype.itemsize, in_pieces=False) == 0
     assert dense == dtype.itemsize * max(rows * columns, 1536 * columns)
+
+
+class Recorder:
+    """In place of a kernel: launches nothing, and adds up the values of the rows that it would read or write."""
+
+    def __init__(self, moved, num_tensors):
+        self.moved, self.num_tensors = moved, num_tensors
+
+    def __getitem__(self, grid):
+        def launch(rows, *others, **constants):
+            self.moved.append(rows.numel() * self.num_tensors(constants))
+
+        return launch
+
+
+@pytest.mark.parametrize("rung", LADDER)
+def test_what_factors_move_is_what_the_kernels_are_given(rung, monkeypatch):
+    tokens, moved = 16, []
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64}
+    spec = read({"model_type": "llama", "num_hidden_layers": 1, "num_key_value_heads": 2} | sizes, "config.json")
+    model = native.build(spec, device="cpu", seed=1)
+    add_lora(model, rank=2, alpha=2.0, dora=True)
+    fuse_blocks(model, keep=rung, implementation="triton")
+    # The sum with the residual is counted with a layer's others: of this pass, what it reads of one is not.
+    monkeypatch.setattr(dora_kernels, "_scale_kernel", Recorder(moved, lambda constants: 2))
+    monkeypatch.setattr(dora_kernels, "_sums_kernel", Recorder(moved, lambda constants: 2 + constants["WRITES"]))
+    x = torch.randn(1, tokens, 32, requires_grad=True)
+    with LiveBytes(clears=True):  # what no kernel has written is zero
+        y = model.blocks[0](x, torch.ones(1, tokens, 4), torch.zeros(1, tokens, 4))
+        y.backward(torch.ones_like(y))
+    kept = adapted(spec, Adapter(kind="dora", rank=2), "none")
+    work = amounts(spec, Way("fused", (rung,), "none", None, True, uses_triton=True, adapter=kept), tokens, tokens, 1.0)
+    again = 2 * tokens * (32 + 32)  # the updates of `out` and `down`, run again, which are LoRA's products
+    assert work.factor_values - again == sum(moved)
