@@ -78,7 +78,7 @@ def set_up_weights(decoder: "Model", plan: Plan) -> None:
             module.set_transposed(kept=plan.keep_transposed is True)
     if isinstance(decoder, Decoder):
         decoder.rounded_head = None  # before another takes memory
-        if plan.head_in_fp8:
+        if _asks_for_head(decoder, plan):
             norm = decoder.final_norm
             factor = None if norm.weight is None else norm.weight.float() + norm.offset
             decoder.rounded_head = in_fp8(decoder.head_weight, factor)
@@ -94,7 +94,14 @@ def layers_not_in_fp8(decoder: "Model", plan: Plan) -> list[str]:
     if plan.quantization != "fp8":
         return []
     found = [_short(layer.names) for layer in _linear_layers(decoder) if not isinstance(layer, FrozenLinear)]
-    return [*found, HEAD] if plan.head_in_fp8 and getattr(decoder, "rounded_head", None) is None else found
+    return [*found, HEAD] if _asks_for_head(decoder, plan) and getattr(decoder, "rounded_head", None) is None else found
+
+
+def _asks_for_head(decoder: "Model", plan: Plan) -> bool:
+    """Whether the head is to be in fp8; one that was given rows for new tokens may have no size for it any more."""
+    from stoker.quant.fp8_head import can_multiply
+
+    return plan.head_in_fp8 is True and decoder.head_weight is not None and can_multiply(decoder.head_weight)
 
 
 def _linear_layers(decoder: "Model") -> "list[FusedLinear]":
@@ -107,7 +114,7 @@ def fp8_notice(decoder: "Model", plan: Plan) -> str:
     """Returns the sentence that says which layers stay in the compute type, or ""."""
     from stoker.quant.fp8 import MAX_RELATIVE_ERROR
 
-    kept, count = layers_not_in_fp8(decoder, plan), len(_linear_layers(decoder)) + (plan.head_in_fp8 is True)
+    kept, count = layers_not_in_fp8(decoder, plan), len(_linear_layers(decoder)) + _asks_for_head(decoder, plan)
     if not kept:
         return ""
     more = f", and {len(kept) - _NAMED} more" if len(kept) > _NAMED else ""

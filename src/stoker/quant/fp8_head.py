@@ -10,6 +10,11 @@ from stoker.quant.fp8 import MAX_RELATIVE_ERROR
 _NUM_INPUTS = 32
 
 
+def can_multiply(weight: Tensor) -> bool:
+    """Whether products in fp8 take a head's `weight` `[V, D]`: sizes that 16 divides."""
+    return all(size % 16 == 0 for size in weight.shape)
+
+
 def in_fp8(weight: Tensor, factor: Tensor | None) -> RoundedHead | None:
     """Returns a head's `weight` `[V, D]` in fp8, or None where that would move its logits too far.
 

@@ -10,6 +10,7 @@ from stoker.adapters.fused_block import FusedBlock, freeze_into, why_not_fused
 from stoker.adapters.lora import add_lora
 from stoker.arch.families import read
 from stoker.compose.execution import fp8_notice, layers_not_in_fp8, set_up_layers, set_up_weights, warm_up_reason
+from stoker.compose.vocabulary import grow
 from stoker.config.load import parse
 from stoker.models import native
 from stoker.nn.block import Block
@@ -21,7 +22,7 @@ from stoker.tasks.supervised import SupervisedTask
 
 CONFIG = {
     "model_type": "llama",
-    "vocab_size": 40,
+    "vocab_size": 48,
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 3,
@@ -228,6 +229,14 @@ def test_a_head_is_rounded_as_planned_unless_its_logits_would_move_too_far(in_fp
     assert decoder.rounded_head is None
     assert layers_not_in_fp8(decoder, chosen) == ["the head"]
     assert fp8_notice(decoder, chosen).startswith("1 of 13 linear layers stays in fp32, because fp8")
+
+
+def test_a_head_that_grew_to_a_size_that_fp8_has_not_stays_as_it_is(in_fp8, plan):
+    decoder, chosen = in_fp8(), plan(quantization="fp8", keep_transposed=True, head_in_fp8=True)
+    grow(decoder, SPEC.vocab_size + 1)
+    set_up_weights(decoder, chosen)
+    assert decoder.rounded_head is None
+    assert not fp8_notice(decoder, chosen)
 
 
 def test_layers_that_stay_out_of_fp8_are_counted_and_named(in_fp8, plan):
