@@ -47,14 +47,15 @@ def row_norms(
     rank, sizes = b.shape[1], [rows.stop - rows.start for rows in slices]
     by_triton = check_implementation(implementation) and rank <= MAX_RANK and weight.dtype != torch.float64
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        norms = torch.empty(b.shape[0], dtype=torch.float32, device=weight.device)
-        parts = zip(a.split(rank), b.split(sizes), slices, norms.split(sizes), strict=True)
-        for a_part, b_part, rows, out in parts:
-            if by_triton:
+        parts = list(zip(a.split(rank), b.split(sizes), slices, strict=True))
+        if by_triton:
+            norms = torch.empty(b.shape[0], dtype=torch.float32, device=weight.device)
+            for (a_part, b_part, rows), out in zip(parts, norms.split(sizes), strict=True):
                 _launch_lengths(weight[rows], a_part, b_part, scaling, out)
-            else:
-                torch.sqrt(_squares(weight[rows], a_part.float(), b_part.float(), scaling).clamp_min_(0.0), out=out)
-        return norms
+            return norms
+        # Not into memory taken before: a C allocator then gives back less, and a merge of many layers holds more.
+        squares = [_squares(weight[rows], a_part.float(), b_part.float(), scaling) for a_part, b_part, rows in parts]
+        return torch.cat(squares).clamp_min_(0.0).sqrt_()
 
 
 def _squares(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -27,7 +27,7 @@ def test_a_run_is_told_what_a_class_does_otherwise(decoder):
 
 
 class FakePlan:
-    layers, keep = "op by op", ("input", "all")
+    layers, keep, kernels = "op by op", ("input", "all"), "reference"
     ladder = Ladder(keep, offload=False, layers=layers)
 
 
