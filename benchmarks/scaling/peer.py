@@ -21,6 +21,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from stoker.distributed.ranks import end_process
+
 Job = dict[str, Any]
 _PACKAGES = ("accelerate", "transformers", "peft", "torch")
 
@@ -138,3 +140,5 @@ def _wait(device: torch.device) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    # A process group that DDP is the last to hold may wait, at the interpreter's end, for a thread of its own for good.
+    end_process(0)

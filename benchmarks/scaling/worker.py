@@ -16,6 +16,7 @@ from stoker.compose.bench.over_ranks import measure
 from stoker.compose.bench.peers import as_values
 from stoker.compose.run_folder import versions
 from stoker.config.load import parse
+from stoker.distributed.ranks import end_process
 
 
 def main(job_path: str, result_path: str) -> None:
@@ -46,3 +47,5 @@ def main(job_path: str, result_path: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    # A process group that DDP is the last to hold may wait, at the interpreter's end, for a thread of its own for good.
+    end_process(0)
