@@ -135,10 +135,14 @@ def plain_matmul(x: Tensor, weight: Tensor, *, fast_accumulation: bool = False, 
     return torch._scaled_mm(x, weight.T, one, one, out=out, **options)
 
 
+def takes_sizes(*sizes: int) -> bool:
+    """Whether the hardware multiplies matrices of such sizes, rows of the first one aside: 16 divides them."""
+    return all(size % 16 == 0 for size in sizes)
+
+
 def _in_hardware(x: Tensor, weight: Tensor) -> bool:
-    """Whether the device multiplies these: sizes that 16 divides, and rows at all."""
-    divisible = all(size % 16 == 0 for size in (*x.shape[1:], *weight.shape))
-    return can_multiply_fp8(x.device) and divisible and x.shape[0] > 0
+    """Whether the device multiplies these, which have rows at all."""
+    return can_multiply_fp8(x.device) and takes_sizes(*x.shape[1:], *weight.shape) and x.shape[0] > 0
 
 
 def scaled_matmul(

@@ -10,11 +10,9 @@ from stoker.models.probe import Probe
 from stoker.models.reader import Reader
 from stoker.quant import nf4
 from stoker.quant.formats import quantize
-from stoker.quant.fp8 import MAX_RELATIVE_ERROR, Fp8Weight, product_error
+from stoker.quant.fp8 import MAX_RELATIVE_ERROR, Fp8Weight, exact_product, product_error
 from stoker.quant.frozen import Scratch
 from stoker.quant.int8 import Int8Weight
-
-_ROWS_AT_ONCE = 4096
 
 
 class Quantizer:
@@ -94,8 +92,7 @@ class Quantizer:
     def _holds(made: Fp8Weight, dense: Tensor, part_rows: tuple[int, ...], *, layer: str, probe: Probe) -> bool:
         """Whether the layer's output stays within the bound on inputs like its own."""
         inputs = probe.inputs(layer, dense.shape[1], device=dense.device)
-        # A piece at a time: a whole weight in fp32 would be the largest thing in memory.
-        expected = torch.cat([inputs @ rows.float().T for rows in dense.split(_ROWS_AT_ONCE)], dim=1)
+        expected = exact_product(inputs, dense)
         probe.saw(layer, expected)
         return product_error(made, inputs, expected, part_rows) <= MAX_RELATIVE_ERROR
 

@@ -9,6 +9,7 @@ from stoker.quant.frozen import FrozenBuffers, Scratch
 MAX_RELATIVE_ERROR = 0.06
 """Of a layer's output, beyond which the layer should not be in fp8. Rounding weight and input to three mantissa bits
 alone moves an output by 3.7% (2.6% each); more means that values fell below e4m3's smallest step."""
+_ROWS_AT_ONCE = 4096
 
 
 class Fp8Weight(FrozenBuffers):
@@ -145,8 +146,13 @@ class Fp8Weight(FrozenBuffers):
 
 def relative_error(weight: Fp8Weight, original: Tensor, x: Tensor) -> float:
     """Returns `||fp8(x W) - x W|| / ||x W||` on inputs `x` `[N, in]`: what fp8 does to this layer's output."""
-    expected = x.float() @ original.float().T
-    return product_error(weight, x, expected, (weight.shape[0],))
+    return product_error(weight, x, exact_product(x, original), (weight.shape[0],))
+
+
+def exact_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns `x W` `[N, out]` in float32, a piece of W at a time: all of it so wide would be the largest thing in
+    memory."""
+    return torch.cat([x.float() @ rows.float().T for rows in weight.split(_ROWS_AT_ONCE)], dim=1)
 
 
 def product_error(weight: Fp8Weight, x: Tensor, expected: Tensor, part_rows: tuple[int, ...]) -> float:
@@ -155,7 +161,11 @@ def product_error(weight: Fp8Weight, x: Tensor, expected: Tensor, part_rows: tup
     `part_rows` are the sizes of the parts: a small k in a fused q, k, v is measured on its own. NaN where the weight
     or a product is not finite.
     """
-    made = weight.matmul(x).float()
+    return worst_error(weight.matmul(x).float(), expected, part_rows)
+
+
+def worst_error(made: Tensor, expected: Tensor, part_rows: tuple[int, ...]) -> float:
+    """Returns how far `made` `[N, out]` is from `expected`, both float32, as a share of it, as `product_error` does."""
     pairs = zip(made.split(part_rows, dim=-1), expected.split(part_rows, dim=-1), strict=True)
     errors = torch.stack([(one - other).norm() / other.norm().clamp(min=1e-30) for one, other in pairs])
     return errors.max().item()  # of a NaN and a number, NaN

@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor
 
-from stoker.kernels.fp8 import quantize_rows
+from stoker.kernels.fp8 import quantize_rows, takes_sizes
 from stoker.kernels.rounded_head import RoundedHead, round_head
-from stoker.quant.fp8 import MAX_RELATIVE_ERROR
+from stoker.quant.fp8 import MAX_RELATIVE_ERROR, exact_product, worst_error
 
 _NUM_INPUTS = 32
 
 
 def can_multiply(weight: Tensor) -> bool:
-    """Whether products in fp8 take a head's `weight` `[V, D]`: sizes that 16 divides."""
-    return all(size % 16 == 0 for size in weight.shape)
+    """Whether products in fp8 take a head's `weight` `[V, D]`, whichever of the two they sum over."""
+    return takes_sizes(*weight.shape)
 
 
 def in_fp8(weight: Tensor, factor: Tensor | None) -> RoundedHead | None:
@@ -35,9 +35,4 @@ def relative_error(head: RoundedHead, weight: Tensor, inputs: Tensor) -> float:
     finite."""
     rows = quantize_rows(inputs)
     made = head.logits(rows.values).float() * (rows.scale * head.scale)
-    moved = total = 0.0
-    for columns, piece in zip(made.split(4096, dim=1), weight.split(4096), strict=True):
-        expected = inputs @ piece.float().T  # in pieces: a whole head in fp32 would be the largest thing in memory
-        moved += (columns - expected).square().sum().item()
-        total += expected.square().sum().item()
-    return (moved / max(total, 1e-30)) ** 0.5
+    return worst_error(made, exact_product(inputs, weight), (weight.shape[0],))
