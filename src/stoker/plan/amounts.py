@@ -60,6 +60,11 @@ LENGTHS_MAX_RANK = 64
 """The highest rank of which Triton takes the lengths, in one reading of the weight (`kernels/dora.py`)."""
 
 
+def reads_lengths_once(rank: int, *, uses_triton: bool) -> bool:
+    """Whether the lengths of a weight's rows take one reading of it, or pieces in fp32 as in plain PyTorch."""
+    return uses_triton and rank <= LENGTHS_MAX_RANK
+
+
 @dataclass(frozen=True)
 class Way:
     """How a micro-batch is run, as far as it decides what there is to do.

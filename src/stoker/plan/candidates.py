@@ -9,7 +9,7 @@ from stoker.arch.borrowed import AnySpec
 from stoker.config.schema import Adapter, Optimizer, RunConfig
 from stoker.plan import execution, facts, ladder, rates, speed
 from stoker.plan.adapter import adapted, adapter_parameters, targeted
-from stoker.plan.amounts import LENGTHS_MAX_RANK
+from stoker.plan.amounts import reads_lengths_once
 from stoker.plan.hardware import Device
 from stoker.plan.ladder import Ladder, Weighed
 from stoker.plan.memory import (
@@ -216,7 +216,7 @@ class Size:
         config = self.job.config
         if config.adapter is None or config.adapter.kind != "dora":
             return 0
-        in_pieces = not self.job.machine.uses_triton or config.adapter.rank > LENGTHS_MAX_RANK
+        in_pieces = not reads_lengths_once(config.adapter.rank, uses_triton=self.job.machine.uses_triton)
         return lengths_bytes(self.job.spec, config.model.quantization, self.micro.value_bytes, in_pieces=in_pieces)
 
     def _may_be_captured(self) -> bool:

@@ -17,7 +17,7 @@ from stoker.arch.saved import Adapted
 from stoker.config.schema import RunConfig
 from stoker.plan import cpu, facts, shared_rows
 from stoker.plan.adapter import adapted, num_targeted
-from stoker.plan.amounts import BYTES_MADE_DENSE, LENGTHS_MAX_RANK, Amounts, Mixing, Product, Way, amounts
+from stoker.plan.amounts import BYTES_MADE_DENSE, Amounts, Mixing, Product, Way, amounts, reads_lengths_once
 from stoker.plan.catalogue import CatalogueDevice
 from stoker.plan.efficiencies import MEASURED, Efficiencies
 from stoker.plan.gathered import Sizes, passing
@@ -238,10 +238,9 @@ class _Clock:
         adapter, weights = self.config.adapter, work.measured_weights
         if adapter is None or not weights:
             return 0.0
-        in_one = self.plan.kernels == "triton" and adapter.rank <= LENGTHS_MAX_RANK
         is_wide = self.value_bytes == 4  # a narrow weight is multiplied on tensor cores, faster than it is read
         product = 2.0 * adapter.rank * weights / (self.found.matmul * self.device.rates["fp32"])
-        if in_one:
+        if reads_lengths_once(adapter.rank, uses_triton=self.plan.kernels == "triton"):
             lengths = max(self.value_bytes * weights / self.bandwidth, product if is_wide else 0.0)
         else:
             widened = 0 if is_wide else self.value_bytes + 4
